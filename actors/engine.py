@@ -1,0 +1,180 @@
+"""The only file that touches vLLM's engine API.
+
+An Engine runs in its actor's own process and is driven step by step. It knows the version of its
+weights, and serves nothing between a failed push and the next whole one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sdft_dist.config import Config
+from sdft_dist.types import VersionSpan, WeightManifest
+
+
+class Completion(NamedTuple):
+    """What `generate` returns for one request."""
+
+    token_ids: np.ndarray  # int32 [C], with the end-of-turn token if it was reached
+    logprobs: np.ndarray  # float32 [C]
+    finish_reason: Literal["stop", "length"]
+    versions: tuple[VersionSpan, ...]
+
+
+class Request(NamedTuple):
+    """One completion to sample. `temperature` 0 is greedy."""
+
+    prompt_ids: np.ndarray  # int32 [P]
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class Engine:
+    """vLLM as a generator (`runner="generate"`) or as a reader of hidden states (`runner="pooling"`)."""
+
+    def __init__(self, config: Config, runner: Literal["generate", "pooling"], device: str, stop_ids: Sequence[int]):
+        _prepare_environment(device, config.cluster.kv_cache_gib)
+        from vllm import LLM
+        from vllm.config import PoolerConfig, WeightTransferConfig
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+        if device == "cpu":
+            _keep_plain_weights()
+            WeightTransferEngineFactory.register_engine("gloo", "actors.weight_engine", "GlooWeightTransferEngine")
+        options: dict[str, Any] = {
+            "model": config.model.path,
+            "revision": config.model.revision,
+            "dtype": config.model.dtype,
+            "max_model_len": config.model.max_length,
+            "max_num_batched_tokens": max(8192, config.model.max_length),
+            "max_num_seqs": config.cluster.max_sequences,
+            "seed": config.seed,
+            "disable_log_stats": True,
+            "weight_transfer_config": WeightTransferConfig(backend="gloo" if device == "cpu" else "nccl"),
+        }
+        if device == "cpu":
+            options["enforce_eager"] = True
+        else:
+            options["gpu_memory_utilization"] = config.cluster.gpu_memory_utilization
+        if runner == "generate":
+            options["skip_tokenizer_init"] = True  # ids in, ids out
+            # Log-probs after temperature: those of the distribution that was sampled from.
+            options["logprobs_mode"] = "processed_logprobs"
+        else:
+            options["runner"], options["convert"] = "pooling", "embed"
+            # Without use_activation=False the states come L2-normalised.
+            options["pooler_config"] = PoolerConfig(task="token_embed", use_activation=False)
+            if config.model.dtype != "float32":
+                options["hf_overrides"] = {"head_dtype": "model"}
+        self._llm = LLM(**options)
+        self._stop_ids = list(stop_ids)
+        self._next_id = 0
+        self.version: int | None = None
+
+    def use_initial_weights(self) -> None:
+        """Declare the weights read from the model folder to be version 0."""
+        self.version = 0
+        self._llm.llm_engine.set_weight_version("0")
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Sample all requests, in order. Needs runner="generate" and a current push."""
+        from vllm import SamplingParams
+
+        version = self._serving_version()
+        engine, outputs = self._llm.llm_engine, {}
+        ids = [self._new_id() for _ in requests]
+        for request_id, r in zip(ids, requests, strict=True):
+            params = SamplingParams(
+                max_tokens=r.max_tokens,
+                temperature=r.temperature,
+                seed=r.seed,
+                logprobs=0,
+                stop_token_ids=self._stop_ids,
+                detokenize=False,
+            )
+            # The salt keeps prefixes computed under other weights out of the cache's answers.
+            prompt = {"prompt_token_ids": r.prompt_ids.tolist(), "cache_salt": str(version)}
+            engine.add_request(request_id, prompt, params)
+        while engine.has_unfinished_requests():
+            outputs.update({o.request_id: o.outputs[0] for o in engine.step() if o.finished})
+        return [_completion(outputs[i]) for i in ids]
+
+    def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
+        """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
+        rows start − 1 to the last but one. Needs runner="pooling" and a current push.
+
+        bf16 comes as uint16."""
+        from vllm import PoolingParams
+
+        self._serving_version()
+        engine, outputs = self._llm.llm_engine, {}
+        ids = [self._new_id() for _ in sequences]
+        for request_id, tokens in zip(ids, sequences, strict=True):
+            # The state of the last token predicts nothing that is scored.
+            engine.add_request(
+                request_id, {"prompt_token_ids": tokens[:-1].tolist()}, PoolingParams(task="token_embed")
+            )
+        while engine.has_unfinished_requests():
+            outputs.update({o.request_id: o.outputs.data for o in engine.step() if o.finished})
+        return [_rows(outputs[i], start - 1) for i, start in zip(ids, starts, strict=True)]
+
+    def join_push(self, init_info: dict[str, Any]) -> None:
+        """Join the push group as a receiver."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def receive(self, manifest: WeightManifest) -> None:
+        """Take in one whole push. If it fails, nothing is served until one succeeds: vLLM does not
+        roll back."""
+        self.version = None
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"buckets": list(manifest.buckets)}})
+        self._llm.finish_weight_update(str(manifest.version))
+        self.version = manifest.version
+
+    def _serving_version(self) -> int:
+        if self.version is None:
+            raise RuntimeError("this engine has no whole set of weights: a push must succeed before it serves")
+        return self.version
+
+    def _new_id(self) -> str:
+        self._next_id += 1
+        return str(self._next_id)
+
+
+def _prepare_environment(device: str, kv_cache_gib: int) -> None:
+    """vLLM reads these when it is imported."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine lives in the actor's process
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    )
+    if device == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines share the cores
+
+
+def _keep_plain_weights() -> None:
+    """oneDNN would prepack linear weights and drop the originals: updating them in place would leave
+    the packed copies stale, without a warning."""
+    import vllm._custom_ops as ops
+
+    ops._supports_onednn = False
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = np.asarray(output.token_ids, dtype=np.int32)
+    logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions)
+    return Completion(token_ids, np.asarray(logprobs, dtype=np.float32), output.finish_reason, spans)
+
+
+def _rows(states: Any, first: int) -> np.ndarray:
+    import torch
+
+    kept = states[first:].contiguous().cpu()
+    return (kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy()

@@ -1,0 +1,66 @@
+"""Fan-out over the actors of one role: spreads work, keeps order, pushes to all.
+
+The driver's side: it holds actor handles and object references, never a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sdft_dist.types import SampleKey, SampleRef, TrainItem, WeightManifest
+
+
+class Pool:
+    """Actors of one role ("generators" or "teachers")."""
+
+    def __init__(self, role: str, actors: Sequence[Any], timeout_s: float) -> None:
+        self.role, self.actors, self._timeout_s = role, list(actors), timeout_s
+
+    def wait_ready(self) -> None:
+        """Returns when every engine stands; raises the first failure."""
+        self._get([a.ready.remote() for a in self.actors])
+
+    def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]:
+        """One completion per key, in the keys' order. Generators only."""
+        return self._spread("generate", keys)
+
+    def score(self, samples: Sequence[SampleRef]) -> list[TrainItem]:
+        """Teacher targets for each sample, in order. Teachers only."""
+        return self._spread("score", samples)
+
+    def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
+        """Greedy completions in the prompts' order. Generators only."""
+        return self._spread("complete", prompts, max_tokens)
+
+    def join_push(self, host: str, port: int) -> list[Any]:
+        """Ask every actor to join the push group; returns references to wait for."""
+        size = 1 + len(self.actors)
+        return [
+            actor.join_push.remote(
+                {"host": host, "port": port, "first_rank": 1 + i, "group_size": size, "timeout_s": self._timeout_s}
+            )
+            for i, actor in enumerate(self.actors)
+        ]
+
+    def receive(self, manifest: WeightManifest) -> list[Any]:
+        """Ask every actor to take in a push; returns references to wait for."""
+        return [actor.receive.remote(manifest) for actor in self.actors]
+
+    def _spread(self, method: str, work: Sequence[Any], *args: Any) -> list[Any]:
+        n = min(len(self.actors), max(1, len(work)))
+        parts = [work[i::n] for i in range(n)]
+        done = self._get(
+            [getattr(a, method).remote(p, *args) for a, p in zip(self.actors[:n], parts, strict=True)]
+        )
+        out: list[Any] = [None] * len(work)
+        for i, part in enumerate(done):
+            out[i::n] = part
+        return out
+
+    def _get(self, refs: list[Any]) -> list[Any]:
+        import ray
+
+        return list(ray.get(refs, timeout=self._timeout_s))

@@ -1,0 +1,29 @@
+"""The exponential moving average of the student: fp32, sharded like the optimizer.
+
+In bf16 most updates at rate 0.01 round to nothing; here each rank averages the fp32 master fragments
+that it owns, with no communication until the average is gathered for a push.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from learner.zero import Fragment
+
+
+class Ema:
+    """One fp32 average per fragment of this rank, started at the student's weights."""
+
+    def __init__(self, fragments: Iterable[Fragment]) -> None:
+        self.averages = {f.name: (f.start, f.master.detach().clone()) for f in fragments}
+
+    def update(self, fragments: Iterable[Fragment], rate: float) -> None:
+        """average += rate · (student − average), for every fragment."""
+        for f in fragments:
+            self.averages[f.name][1].lerp_(f.master.detach(), rate)
+
+    def fragment(self, name: str) -> tuple[int, torch.Tensor] | None:
+        """Offset in the flattened parameter and average, fp32 [n]; None where another rank owns it."""
+        return self.averages.get(name)

@@ -1,0 +1,105 @@
+"""The driver's handle on all learner ranks.
+
+Plans micro-batches from lengths, calls every rank at once, and drives weight pushes together with
+the receiving pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from learner.microbatch import trained_tokens
+from sdft_dist.batching import pack
+from sdft_dist.config import Config
+from sdft_dist.types import TrainItem, WeightManifest
+
+
+class Receivers(Protocol):
+    """What a push needs of a pool of engines."""
+
+    role: str
+    actors: list[Any]
+
+    def join_push(self, host: str, port: int) -> list[Any]: ...
+    def receive(self, manifest: WeightManifest) -> list[Any]: ...
+
+
+class LearnerGroup:
+    """All ranks; one method call here is one collective."""
+
+    def __init__(self, config: Config, ranks: Sequence[Any]) -> None:
+        self.config, self.ranks = config, list(ranks)
+
+    def start(self) -> None:
+        """Build the process group, the model and the optimizer on all ranks."""
+        import ray
+
+        host, port = ray.get(self.ranks[0].address.remote())
+        self._all("start", host, port)
+
+    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, float]:
+        """One optimizer step on `items`. Returns the step's metrics, over all ranks."""
+        loss, ranks = self.config.loss, len(self.ranks)
+        trained = [trained_tokens(item.num_completion_tokens, loss) for item in items]
+        plan = pack(
+            [item.num_tokens for item in items], num_ranks=ranks, budget=self.config.learner.tokens_per_microbatch
+        )
+        total_tokens, total_sequences = sum(trained), sum(n > 0 for n in trained)
+        refs = [
+            rank.update.remote(step, num_steps, [[items[i] for i in m] for m in mine], total_tokens, total_sequences)
+            for rank, mine in zip(self.ranks, plan, strict=True)
+        ]
+        per_rank = self._get(refs)
+        tokens = sum(m["trained_tokens"] for m in per_rank)
+        return {
+            "loss": sum(m["loss"] for m in per_rank),
+            "divergence_per_token": sum(m["divergence_sum"] for m in per_rank) / max(1.0, tokens),
+            "trained_tokens": tokens,
+            "grad_norm": per_rank[0]["grad_norm"],
+            "learning_rate": per_rank[0]["learning_rate"],
+            "learner_wait_s": max(m["wait_s"] for m in per_rank),
+        }
+
+    def open_push(self, receivers: Receivers) -> None:
+        """Build the push group of rank 0 and all receivers."""
+        opened = self._all("open_push", receivers.role, len(receivers.actors))
+        host, port = next(address for address in opened if address is not None)
+        joining = receivers.join_push(host, port)
+        self._get([*(r.connect_push.remote(receivers.role) for r in self.ranks), *joining])
+
+    def push(self, receivers: Receivers, version: int) -> None:
+        """Send the weights that `receivers` serve; returns when all have loaded them whole."""
+        manifest = self._get([self.ranks[0].manifest.remote(version)])[0]
+        receiving = receivers.receive(manifest)
+        sending = [r.push.remote(receivers.role, version) for r in self.ranks]
+        # Receivers first: when one fails, its error says why, while the sender only times out.
+        self._first_failure([*receiving, *sending])
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint's shards into `folder`."""
+        self._all("save", str(folder), step)
+
+    def stop(self) -> None:
+        """End the ranks' process group."""
+        self._all("stop")
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return self._get([getattr(rank, method).remote(*args) for rank in self.ranks])
+
+    def _get(self, refs: list[Any]) -> list[Any]:
+        import ray
+
+        return list(ray.get(refs, timeout=self.config.cluster.timeout_s))
+
+    def _first_failure(self, refs: list[Any]) -> None:
+        """Wait for all, and raise the first failure as soon as it is there."""
+        import ray
+
+        waiting, deadline = refs, self.config.cluster.timeout_s
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=deadline)
+            if not ready:
+                raise TimeoutError(f"weight push: nothing happened for cluster.timeout_s={deadline:g} s")
+            ray.get(ready)

@@ -1,0 +1,88 @@
+"""The student: a Hugging Face causal LM whose output head is fused with the loss.
+
+The head's weight is a parameter of `HeadLoss` too, so that DeepSpeed's ZeRO-3 hooks gather it there:
+a head applied outside a hooked module would be an empty shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from learner.fused import Targets, weighted_loss
+from sdft_dist.config import ModelConfig
+from sdft_dist.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Sequences laid one behind the other, without padding. T tokens, C of them carry loss."""
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [1, T], restart at each sequence: attention keeps them apart
+    predicts: torch.Tensor  # int64 [C], positions whose output predicts a completion token
+    weights: torch.Tensor  # fp32 [C]
+    targets: Targets
+
+
+class HeadLoss(nn.Module):
+    """Output head + loss in chunks; see fused.py."""
+
+    def __init__(self, weight: nn.Parameter, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.vocab_size = vocab_size
+
+    def forward(
+        self, states_CD: torch.Tensor, weights: torch.Tensor, targets: Targets, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return weighted_loss(
+            states_CD, self.weight, weights, targets, vocab_size=self.vocab_size, temperature=temperature
+        )
+
+
+class Student(nn.Module):
+    """forward(micro-batch) gives the weighted loss (fp32 scalar) and the loss of each position [C]."""
+
+    def __init__(self, lm: Any, vocab_size: int, temperature: float) -> None:
+        super().__init__()
+        self.lm = lm
+        self.head_loss = HeadLoss(lm.get_output_embeddings().weight, vocab_size)
+        self.temperature = temperature
+
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        backbone = self.lm.get_decoder()
+        output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        states_CD = output.last_hidden_state[0, batch.predicts]
+        return self.head_loss(states_CD, batch.weights, batch.targets, self.temperature)
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters under their Hugging Face names, tied ones once, in layer order."""
+        return list(self.lm.named_parameters())
+
+    def head_name(self) -> str:
+        """Name of the output head among `named_weights`: the input embedding's where they are tied."""
+        return next(name for name, p in self.named_weights() if p is self.head_loss.weight)
+
+
+def load_causal_lm(config: ModelConfig, gradient_checkpointing: bool = False) -> Any:
+    """The model of `config.path` in training mode. Raises UserError where the folder holds none."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+        )
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.path: {config.path}: no causal language model could be loaded: {e}") from e
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"model.path: {config.path}: an output head with a bias is not supported")
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm.train()

@@ -1,0 +1,199 @@
+"""One learner rank: a Ray actor's class, without Ray.
+
+Every method except `address` is a collective: the driver calls it on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner import checkpoint
+from learner.ema import Ema
+from learner.microbatch import TrainSequence, build, token_weight
+from learner.model import Student, load_causal_lm
+from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source
+from learner.schedule import learning_rate
+from learner.zero import deepspeed_config, fragments
+from sdft_dist.config import Config
+from sdft_dist.types import Sample, TeacherTargets, TrainItem, WeightManifest
+
+
+class LearnerRank:
+    """Holds the student, its optimizer and its EMA; all sharded by DeepSpeed."""
+
+    def __init__(self, config: Config, rank: int, world_size: int, device: str, vocab_size: int, problems: Any):
+        self.config, self.rank, self.world_size, self.problems = config, rank, world_size, problems
+        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+        self.vocab_size = vocab_size
+        self._senders: dict[str, Sender] = {}
+        self._teacher_heads: dict[int, torch.Tensor] = {}
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port, for the process group's rendezvous."""
+        import ray
+
+        return ray.util.get_node_ip_address(), _free_port()
+
+    def start(self, host: str, port: int) -> None:
+        """Join the process group, load the model, build optimizer and EMA."""
+        os.environ.update(
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+            RANK=str(self.rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self.world_size),
+            DS_ACCELERATOR=self.device.type,
+        )
+        import deepspeed
+
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=self.config.cluster.timeout_s)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        torch.manual_seed(self.config.seed)
+        lm = load_causal_lm(self.config.model, self.config.learner.gradient_checkpointing)
+        self.student = Student(lm, self.vocab_size, self.config.rollout.temperature)
+        named = self.student.named_weights()
+        self._shapes = {name: tuple(p.shape) for name, p in named}
+        head = self.student.head_loss.weight.detach().clone().to(self.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.student, model_parameters=self.student.parameters(), config=deepspeed_config(self.config)
+        )
+        self._named = dict(named)
+        self.ema = Ema(self._fragments()) if self.config.teacher.kind == "ema" else None
+        if self.config.method == "sdft" and self.config.teacher.kind == "base":
+            self._teacher_heads[0] = head
+
+    def update(
+        self, step: int, num_steps: int, micro_batches: list[list[TrainItem]], total_tokens: int, total_sequences: int
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; the totals are over all ranks.
+
+        Returns this rank's sums: `loss` (its share of the step's loss), `divergence_sum` and
+        `trained_tokens`, and the global `grad_norm` and `learning_rate`.
+        """
+        import ray
+
+        started = time.perf_counter()
+        items = [item for micro_batch in micro_batches for item in micro_batch]
+        fetched = iter(ray.get([ref for item in items for ref in (item.sample, item.targets) if ref is not None]))
+        payloads = {item.key: (next(fetched), next(fetched)) for item in items if item.sample is not None}
+        waited = time.perf_counter() - started
+        rate = learning_rate(self.config.optim, step, num_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        loss_sum = divergence_sum = 0.0
+        num_trained = 0
+        for i, micro_batch in enumerate(micro_batches):
+            sequences = [self._sequence(item, payloads.get(item.key)) for item in micro_batch]
+            weights = [
+                token_weight(
+                    len(s.completion_ids), self.config.loss, total_tokens=total_tokens, total_sequences=total_sequences
+                )
+                for s in sequences
+            ]
+            head = self._teacher_head(items) if self.config.method == "sdft" else None
+            batch = build(sequences, weights, self.config.loss, teacher_head=head, device=self.device)
+            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            loss, losses_C = self.engine(batch)
+            # DeepSpeed averages gradients over ranks; the weights are global, so the sum is wanted.
+            self.engine.backward(loss * self.world_size)
+            loss_sum += loss.item()
+            divergence_sum += losses_C.sum().item()
+            num_trained += len(losses_C)
+        self.engine.step()
+        if self.ema is not None:
+            self.ema.update(self._fragments(), self.config.teacher.ema_rate)
+        return {
+            "loss": loss_sum,
+            "divergence_sum": divergence_sum,
+            "trained_tokens": float(num_trained),
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "learning_rate": rate,
+            "wait_s": waited,
+            "step_s": time.perf_counter() - started,
+        }
+
+    def open_push(self, role: str, num_receivers: int) -> tuple[str, int] | None:
+        """Rank 0 opens the rendezvous of a push group and returns its address."""
+        if self.rank:
+            return None
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        self._senders[role] = Sender(host, num_receivers, self.config.cluster.timeout_s)
+        return host, self._senders[role].port
+
+    def connect_push(self, role: str) -> None:
+        """Rank 0 waits for the role's receivers."""
+        if not self.rank:
+            self._senders[role].connect()
+
+    def manifest(self, version: int) -> WeightManifest:
+        """What `push(role, version)` will send."""
+        wire = getattr(torch, self.config.model.dtype)
+        return manifest(version, self._shapes, wire, self.config.cluster.push_bucket_mib << 20)
+
+    def push(self, role: str, version: int) -> None:
+        """Send the weights of `role` ("generators": the student; "teachers": what teaches) as `version`."""
+        source = self._source(role)
+        push(self.manifest(version), source, self._senders.get(role))
+        if role == "teachers":
+            name = self.student.head_name()
+            self._teacher_heads[version] = source([name])[name].to(getattr(torch, self.config.model.dtype)).clone()
+            for old in sorted(self._teacher_heads)[:-2]:
+                del self._teacher_heads[old]
+
+    def save(self, folder: str, step: int) -> None:
+        """Write this rank's shard of a checkpoint; see checkpoint.py."""
+        checkpoint.save_shard(Path(folder), self.rank, self._fragments(), self.ema)
+
+    def stop(self) -> None:
+        """Shut the engine and the process group down; ZeRO-3 aborts at exit otherwise."""
+        self.engine.destroy()
+        torch.distributed.destroy_process_group()
+
+    def _fragments(self) -> Any:
+        return fragments(self.engine, list(self._named.items()))
+
+    def _source(self, role: str) -> WeightSource:
+        if role == "teachers" and self.ema is not None:
+            return ema_source(self.ema, self._shapes, self.device)
+        return student_source(self._named)
+
+    def _teacher_head(self, items: list[TrainItem]) -> torch.Tensor:
+        versions = {item.teacher_version for item in items} or {max(self._teacher_heads)}
+        assert len(versions) == 1, f"one step's targets come from teacher versions {sorted(versions)}"
+        return self._teacher_heads[versions.pop()]
+
+    def _sequence(self, item: TrainItem, payload: tuple[Sample, TeacherTargets] | None) -> TrainSequence:
+        problem = self.problems[item.key.problem]
+        if payload is None:
+            return TrainSequence(
+                prompt_ids=problem.prompt_ids, completion_ids=problem.demonstration_ids, teacher_states=None
+            )
+        sample, targets = payload
+        assert sample.key == targets.key == item.key
+        assert len(targets.states) == len(sample.completion_ids)
+        return TrainSequence(
+            prompt_ids=problem.prompt_ids, completion_ids=sample.completion_ids, teacher_states=_tensor(targets)
+        )
+
+
+def _tensor(targets: TeacherTargets) -> torch.Tensor:
+    states = torch.from_numpy(np.array(targets.states))  # a copy: the object store's memory is read-only
+    return states.view(torch.bfloat16) if targets.dtype == "bfloat16" else states
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])

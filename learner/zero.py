@@ -1,0 +1,98 @@
+"""DeepSpeed: the configuration it gets, and where each parameter's fp32 master copy lives.
+
+`fragments` is the one place that knows how the ZeRO stages lay out master weights and optimizer
+state. EMA, checkpoints and export work on fragments and so are the same for every stage and any
+number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdft_dist.config import Config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fragment:
+    """The part of one parameter's fp32 master copy that this rank owns."""
+
+    name: str  # as in the Hugging Face state dict
+    start: int  # offset in the flattened parameter
+    master: torch.Tensor  # fp32 [n], a view into the optimizer's storage
+    state: dict[str, torch.Tensor]  # exp_avg and exp_avg_sq, fp32 [n] views; empty before the first step
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`. Loss scaling over micro-batches and ranks is ours:
+    the accumulation count is 1 and the boundary is set by hand."""
+    optim = config.optim
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip,
+        "zero_optimization": {
+            "stage": config.learner.zero_stage,
+            # Buckets sized for models of 0.001 to 8 billion parameters alike; "auto" is not available.
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.learning_rate,
+                "betas": list(optim.betas),
+                "weight_decay": optim.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+
+
+def fragments(engine: Any, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+    """This rank's fragments, in the order of `named_parameters`. Together the ranks' fragments cover
+    every parameter once."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    stage = engine.zero_optimization_stage()
+    for name, param in named_parameters:
+        if stage == 3:
+            yield _stage3_fragment(engine, name, param, rank)
+        elif hasattr(param, "_hp_mapping"):
+            mapping = param._hp_mapping  # None where this rank owns nothing of the parameter
+            if mapping is not None:
+                yield Fragment(
+                    name=name,
+                    start=mapping.lp_fragment_address.start,
+                    master=mapping.hp_fragment,
+                    state=dict(mapping.optim_fragment or {}),
+                )
+        else:
+            # Stage 0 in fp32: the parameters are their own master copy, the same on every rank.
+            flat = param.data.view(-1)
+            share = -(-flat.numel() // world)
+            start, end = rank * share, min((rank + 1) * share, flat.numel())
+            if start < end:
+                full = {k: v for k, v in engine.optimizer.state.get(param, {}).items() if v.shape == param.shape}
+                state = {k: v.view(-1)[start:end] for k, v in full.items()}
+                yield Fragment(name=name, start=start, master=flat[start:end], state=state)
+
+
+def _stage3_fragment(engine: Any, name: str, param: Any, rank: int) -> Fragment:
+    share = param.ds_tensor.ds_numel
+    start = rank * share
+    size = max(0, min(share, param.ds_numel - start))  # the last rank's share may end in padding
+    optimizer = engine.optimizer
+    master = optimizer.get_local_fp32_param(param)
+    group, _, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+    state_of = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
+    keys = [k for k in state_of if k != "step"]
+    state = {k: optimizer.get_local_fp32_param(param, k)[:size] for k in keys}
+    return Fragment(name=name, start=start, master=master[:size], state=state)

@@ -1,0 +1,140 @@
+"""Ray: starts or joins a cluster and places the actors; the only file that builds both sides.
+
+Every actor is owned by the driver: when the driver ends, however it ends, Ray ends them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.pool import Pool
+from learner.group import LearnerGroup
+from sdft_dist.config import Config
+from sdft_dist.data import ProblemSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fleet:
+    """The three roles of a run. `teachers` has no actors for method=sft, and `generators` has none
+    where there is nothing to sample or evaluate."""
+
+    generators: Pool
+    teachers: Pool
+    learner: LearnerGroup
+    push_base: bool  # whether teachers are pushed to at all
+
+    def to_generators(self, version: int) -> None:
+        """Push the student."""
+        if self.generators.actors:
+            self.learner.push(self.generators, version)
+
+    def to_teachers(self, version: int) -> None:
+        """Push what teaches; a frozen base teacher keeps the weights it started with."""
+        if self.teachers.actors and self.push_base:
+            self.learner.push(self.teachers, version)
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Join `cluster.address`, or start a local Ray that ends with the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config.cluster.address is None:
+        # A port of the dashboard without a token is remote code execution (CVE-2023-48022).
+        options["include_dashboard"] = False
+        options["object_store_memory"] = 1 << 30
+    ray.init(address=config.cluster.address, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resolve_device(config: Config) -> str:
+    """"cuda" or "cpu"."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def launch(config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list[int]) -> Iterator[Fleet]:
+    """All actors of a run, ready and connected; they end with the block."""
+    import ray
+
+    device = resolve_device(config)
+    actors: list[Any] = []
+    try:
+        fleet = _build(config, problems, vocab_size, stop_ids, device, actors)
+        yield fleet
+        fleet.learner.stop()
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _build(
+    config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list[int], device: str, actors: list[Any]
+) -> Fleet:
+    import ray
+
+    from actors.rollout import Generator
+    from actors.teacher import Teacher
+    from learner.worker import LearnerRank
+
+    table = ray.put(problems)
+    sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
+
+    def place(cls: type, sharing: int, *args: Any) -> Any:
+        actor = ray.remote(cls).options(**_resources(device, sharing)).remote(*args)
+        actors.append(actor)
+        return actor
+
+    num_generators = cluster.generators if sdft or config.eval.every else 0
+    generators = Pool(
+        "generators",
+        [place(Generator, 1, config, device, stop_ids, table) for _ in range(num_generators)],
+        cluster.timeout_s,
+    )
+    teachers = Pool(
+        "teachers",
+        [place(Teacher, 1, config, device, table) for _ in range(cluster.teachers if sdft else 0)],
+        cluster.timeout_s,
+    )
+    learner = LearnerGroup(
+        config, [place(LearnerRank, ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)]
+    )
+    learner.start()
+    generators.wait_ready()
+    teachers.wait_ready()
+    push_base = config.teacher.kind != "base"
+    for pool in (generators, teachers) if push_base else (generators,):
+        if pool.actors:
+            learner.open_push(pool)
+    return Fleet(generators=generators, teachers=teachers, learner=learner, push_base=push_base)
+
+
+def _resources(device: str, sharing: int) -> dict[str, Any]:
+    """Ray options of one actor. On CPU the roles take turns, so each may use every core; `sharing`
+    actors that work at the same time divide them."""
+    if device == "cuda":
+        return {"num_gpus": 1, "num_cpus": 1}
+    threads = max(1, (os.cpu_count() or 1) // sharing)
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin on cores that another role needs
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {"num_cpus": 0, "runtime_env": {"env_vars": env}}

@@ -1,0 +1,265 @@
+"""The whole configuration: YAML plus dotted overrides, checked once, frozen afterwards.
+
+Every field says what it does and in which unit. Cross-field rules are in `Config.check`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sdft_dist.errors import ConfigError
+
+PAPER_TEMPLATE = (
+    "{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+    "Now answer with a response of your own, including the thinking process."
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    path: str = Field(description="Hugging Face folder or hub id of the model to train, with its tokenizer.")
+    revision: str | None = Field(None, description="Hub revision to pin; saved with the run.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of weights and activations. Optimizer and EMA are always float32."
+    )
+    max_length: int = Field(
+        4096, ge=8, description="Context in tokens: teacher prompt + completion must fit. Longer rows are errors."
+    )
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
+        "sdpa", description="The learner's attention implementation, as named by transformers."
+    )
+
+
+class DataConfig(_Section):
+    train: str = Field(
+        description="Demonstrations: .jsonl, .json or .parquet file, a folder saved by `datasets`, or a hub id."
+    )
+    split: str = Field("train", description="Split, for a hub id or a saved DatasetDict.")
+    limit: int | None = Field(None, ge=1, description="Use only the first rows; default all.")
+
+
+class PromptConfig(_Section):
+    template: str = Field(
+        PAPER_TEMPLATE, description="The teacher's user turn, with {prompt} and {demonstration}."
+    )
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template, for a tokenizer that has none."
+    )
+
+
+class RolloutConfig(_Section):
+    prompts_per_step: int = Field(32, ge=1, description="Prompts in one optimizer step.")
+    completions_per_prompt: int = Field(1, ge=1, description="Student completions sampled for each prompt.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; both models' logits use it too.")
+    max_completion_tokens: int = Field(1024, ge=1, description="A completion is cut at this many tokens.")
+
+
+class TeacherConfig(_Section):
+    kind: Literal["base", "ema", "live"] = Field(
+        "ema", description="base: the weights at the start. ema: average of the student. live: the student itself."
+    )
+    ema_rate: float = Field(
+        0.01, gt=0, le=1, description="Share of the student that enters the EMA at each step."
+    )
+    sync_every: int = Field(1, ge=1, description="Optimizer steps between pushes to the teachers.")
+
+
+class LossConfig(_Section):
+    divergence: Literal["forward_kl", "reverse_kl"] = Field(
+        "forward_kl", description="forward_kl is KL(teacher ‖ student); reverse_kl is KL(student ‖ teacher)."
+    )
+    skip_first_tokens: int = Field(0, ge=0, description="Completion tokens at the start without loss.")
+    normalisation: Literal["sequences", "tokens"] = Field(
+        "sequences",
+        description="sequences: mean over a sequence's tokens, then over the step's sequences. "
+        "tokens: mean over all of the step's tokens.",
+    )
+
+
+class OptimConfig(_Section):
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up; linear and cosine end at 0."
+    )
+    warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment rates.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+
+
+class LearnerConfig(_Section):
+    ranks: int = Field(1, ge=1, description="Learner processes; one GPU each where there are GPUs.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
+    tokens_per_microbatch: int = Field(
+        8192, ge=8, description="Largest number of tokens (prompt + completion) in one packed micro-batch of a rank."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, more time."
+    )
+
+
+class ClusterConfig(_Section):
+    address: str | None = Field(None, description="A running Ray cluster to join; default starts a local one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes CUDA where torch sees it on the driver's node."
+    )
+    generators: int = Field(1, ge=1, description="Generator actors.")
+    teachers: int = Field(1, ge=1, description="Teacher actors; none are started for method=sft.")
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="Share of its GPU that each vLLM engine may take."
+    )
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache of each engine on CPU, GiB.")
+    max_sequences: int = Field(256, ge=1, description="Largest decode batch of a generator.")
+    push_bucket_mib: int = Field(256, ge=1, description="Size of one message of a weight push, MiB.")
+    timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
+
+
+class EvalConfig(_Section):
+    every: int = Field(0, ge=0, description="Optimizer steps between evaluations; 0 is never.")
+    sets: dict[str, str] = Field(
+        default_factory=dict, description="Held-out files by name, with `prompt` and `answer` columns."
+    )
+    scorer: str = Field(
+        "sdft_dist.evaluate:exact_match",
+        description="module:function that takes (completion, answer) as text and returns whether it is right.",
+    )
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(0, ge=0, description="Optimizer steps between checkpoints; 0 is only at the end.")
+
+
+class Config(_Section):
+    method: Literal["sdft", "sft"] = Field(
+        "sdft", description="sdft: self-distillation. sft: cross-entropy on the demonstrations."
+    )
+    run_dir: str = Field("runs/sdft", description="Folder for everything that the run writes.")
+    seed: int = Field(0, ge=0, description="Decides data order and every sampled token.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; default: `epochs` over the data.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data, where `steps` is not given.")
+    model: ModelConfig
+    data: DataConfig
+    prompt: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> Config:
+        """Rules that hold between fields."""
+        for name in ("{prompt}", "{demonstration}"):
+            if name not in self.prompt.template:
+                raise ValueError(f"prompt.template: does not contain {name}")
+        if self.rollout.max_completion_tokens >= self.model.max_length:
+            raise ValueError(
+                f"rollout.max_completion_tokens: {self.rollout.max_completion_tokens} leaves no room for a "
+                f"prompt in model.max_length={self.model.max_length}"
+            )
+        if self.learner.tokens_per_microbatch < self.model.max_length:
+            raise ValueError(
+                f"learner.tokens_per_microbatch: {self.learner.tokens_per_microbatch} is below "
+                f"model.max_length={self.model.max_length}, so one long row may not fit"
+            )
+        if self.eval.every and not self.eval.sets:
+            raise ValueError("eval.every: there is nothing to evaluate: give eval.sets.NAME=FILE")
+        return self
+
+    def num_steps(self, num_problems: int) -> int:
+        """Optimizer steps of the run."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * num_problems / self.rollout.prompts_per_step))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML recipe and apply `section.field=value` overrides (values are YAML).
+
+    Raises ConfigError with one line per mistake: field, value got, what is valid.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
+    for text in overrides or []:
+        _override(tree, text)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """A Config from nested dictionaries. Raises ConfigError with one line per mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise ConfigError("\n".join(_explain(err) for err in e.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, sep, value = text.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"{text!r}: an override reads section.field=value")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {name} is a value, not a section")
+    try:
+        node[leaf] = _yaml_value(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{key}: {value!r} is not valid YAML: {e}") from e
+
+
+def _yaml_value(text: str) -> Any:
+    """YAML 1.1 reads 1e-5 as text; a user means a number."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(err: Any) -> str:
+    where = ".".join(str(part) for part in err["loc"])
+    if err["type"] == "extra_forbidden":
+        valid = _valid_names(err["loc"][:-1])
+        close = difflib.get_close_matches(str(err["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, err['loc'][:-1]), close[0]])}?" if close else ""
+        return f"{where}: no such field{'; ' + hint if hint else '; valid: ' + ', '.join(valid)}"
+    if err["type"] == "missing":
+        return f"{where}: is required and missing"
+    message = err["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where}: got {err['input']!r}: {message}"
+
+
+def _valid_names(loc: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for name in loc:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)

@@ -1,0 +1,302 @@
+"""Demonstration files to rows, and rows' token ids to a ProblemSet.
+
+Every bad row is found before anything starts and reported as `file:line: field: problem`. Four
+layouts are recognised by their columns; see LAYOUTS.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdft_dist.config import DataConfig
+from sdft_dist.errors import DataError
+from sdft_dist.types import Problem
+
+Message = dict[str, str]
+# (column of the prompt, column of the demonstration), in the order in which they are looked for.
+LAYOUTS = (
+    ("prompt", "demonstration"),
+    ("prompt", "privileged_context"),  # TRL's
+    ("messages", "output_text"),  # the paper's
+    ("prompt", "golden_response"),  # the paper's
+)
+MAX_REPORTED = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One demonstration as text."""
+
+    where: str  # file:line, for messages
+    messages: tuple[Message, ...]  # the conversation up to the student's turn; the last is the user's
+    demonstration: str
+    answer: str | None = None  # for evaluation
+    imitable: bool = True  # false for a privileged context, which is no answer to imitate
+
+
+class _BadField(ValueError):
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
+
+
+def load_rows(source: str, *, split: str = "train", limit: int | None = None, need_demonstration: bool = True) -> list[Row]:
+    """All rows of a .jsonl, .json or .parquet file, a folder saved by `datasets`, or a hub id.
+
+    With `need_demonstration` false, a prompt and an `answer` are enough (held-out rows).
+    Raises DataError that lists every bad row as `file:line: field: problem`.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    for where, value in _records(source, split):
+        if isinstance(value, _BadField):
+            problems.append(f"{where}: {value.field}: {value}")
+            continue
+        try:
+            rows.append(_row(where, value, need_demonstration))
+        except _BadField as e:
+            problems.append(f"{where}: {e.field}: {e}")
+        if limit is not None and len(rows) + len(problems) >= limit:
+            break
+    if problems:
+        more = [f"… and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+        raise DataError("\n".join([f"{len(problems)} bad rows", *problems[:MAX_REPORTED], *more]))
+    if not rows:
+        raise DataError(f"{source}: no rows")
+    return rows
+
+
+def load_training_rows(data: DataConfig, method: str) -> list[Row]:
+    """The rows to train on. Raises DataError; also where `method` imitates rows that cannot be."""
+    rows = load_rows(data.train, split=data.split, limit=data.limit)
+    if method != "sdft":
+        for row in rows:
+            if not row.imitable:
+                raise DataError(
+                    f"{row.where}: privileged_context: is a context, not an answer to imitate; "
+                    f"method={method} needs a `demonstration` column"
+                )
+    return rows
+
+
+def _records(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    """(file:line, record or _BadField) of every record."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json"):
+        if not path.is_file():
+            raise DataError(f"data: {source}: no such file")
+        if path.stat().st_size == 0:
+            raise DataError(f"{source}: the file is empty")
+        yield from (_json_lines(path) if path.suffix == ".jsonl" else _json_array(path))
+        return
+    for i, record in enumerate(_dataset(source, path, split), start=1):
+        yield f"{source}:{i}", record
+
+
+def _dataset(source: str, path: Path, split: str) -> Any:
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            if not path.is_file():
+                raise DataError(f"data: {source}: no such file")
+            return datasets.Dataset.from_parquet(source)
+        if path.is_dir():
+            found = datasets.load_from_disk(source)
+        elif path.suffix or source.startswith((".", "/")):
+            raise DataError(f"data: {source}: no such file (known: .jsonl, .json, .parquet, a saved dataset, a hub id)")
+        else:
+            found = datasets.load_dataset(source)
+    except DataError:
+        raise
+    except Exception as e:  # datasets raises many kinds for a bad file or an unreachable hub
+        raise DataError(f"data: {source}: could not be read: {type(e).__name__}: {e}") from e
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(f"data.split: {source} has no split {split!r}; it has {', '.join(found)}")
+        return found[split]
+    return found
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield f"{path}:{number}", _parse(raw)
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        return _BadField("line", f"not UTF-8 at byte {e.start}")
+    except (json.JSONDecodeError, RecursionError) as e:
+        return _BadField("line", f"not JSON: {e}")
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of a JSON array with the line on which each begins."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        yield f"{path}:{line}", _BadField("file", f"not UTF-8 at byte {e.start}")
+        return
+    decoder, at = json.JSONDecoder(), len(text) - len(text.lstrip())
+    if text[at : at + 1] != "[":
+        raise DataError(f"{path}:1: file: a .json file holds an array of rows; for one row a line use .jsonl")
+    at += 1
+    while True:
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        if text[at : at + 1] == "]":
+            return
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as e:
+            yield where, _BadField("row", f"not JSON: {e}")
+            return
+        yield where, record
+
+
+def _row(where: str, record: Any, need_demonstration: bool) -> Row:
+    if not isinstance(record, dict):
+        raise _BadField("row", f"is a {type(record).__name__}, not an object with columns")
+    present = {k for k, v in record.items() if v is not None}
+    layout = next((pair for pair in LAYOUTS if present.issuperset(pair)), None)
+    answer = _answer(record.get("answer", record.get("golden_answer")))
+    if layout is None:
+        prompt_column = next((c for c in ("prompt", "messages") if c in present), None)
+        if prompt_column is None or need_demonstration:
+            raise _missing(present)
+        if answer is None:
+            raise _BadField("answer", "is missing, and so is a demonstration")
+        return Row(where=where, messages=_conversation(record, prompt_column), demonstration="", answer=answer)
+    prompt_column, column = layout
+    demonstration = _demonstration(column, record[column])
+    return Row(
+        where=where,
+        messages=_conversation(record, prompt_column),
+        demonstration=demonstration,
+        answer=answer,
+        imitable=column != "privileged_context",
+    )
+
+
+def _missing(present: set[str]) -> _BadField:
+    if "prompt" in present:
+        return _BadField("demonstration", "is missing (or `privileged_context`, or `golden_response`)")
+    if "messages" in present:
+        return _BadField("output_text", "is missing")
+    wanted = " or ".join(f"{a}+{b}" for a, b in LAYOUTS)
+    return _BadField("prompt", f"is missing; a row has the columns {wanted}; found: {', '.join(sorted(present)) or 'none'}")
+
+
+def _conversation(record: dict[str, Any], column: str) -> tuple[Message, ...]:
+    value = record[column]
+    if isinstance(value, str):
+        value = [{"role": "user", "content": _text(column, value)}]
+    messages = _messages(column, value)
+    if messages[-1]["role"] != "user":
+        raise _BadField(column, f"the last message is the {messages[-1]['role']}'s; it must be the user's")
+    return messages
+
+
+def _messages(column: str, value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _BadField(column, f"is {_show(value)}; expected text or a list of messages")
+    for i, m in enumerate(value):
+        if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+            raise _BadField(f"{column}[{i}]", "is not a message with `role` and `content`")
+        _text(f"{column}[{i}].content", m.get("content"))
+    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+def _demonstration(column: str, value: Any) -> str:
+    if column == "golden_response" and isinstance(value, list):
+        if not value or not all(isinstance(part, str) for part in value):
+            raise _BadField(column, f"is {_show(value)}; expected a list of texts")
+        return _text(column, "\n".join(value))
+    if isinstance(value, list):
+        replies = [m for m in _messages(column, value) if m["role"] == "assistant"]
+        if len(replies) != 1:
+            raise _BadField(column, f"has {len(replies)} assistant messages; expected one")
+        return replies[0]["content"]
+    return _text(column, value)
+
+
+def _text(column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _BadField(column, f"is {_show(value)}; expected text")
+    if not value.strip():
+        raise _BadField(column, "is empty")
+    if "\0" in value:
+        raise _BadField(column, "holds a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _BadField(column, "holds half a surrogate pair, which is no text") from None
+    return value
+
+
+def _answer(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
+
+
+class ProblemSet(Sequence[Problem]):
+    """Problems as columns of token ids; pickles without a copy, so every actor can hold all of them."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        columns: tuple[list[np.ndarray], ...] = ([], [], [])
+        for p in problems:
+            for column, ids in zip(columns, (p.prompt_ids, p.teacher_prompt_ids, p.demonstration_ids), strict=True):
+                column.append(np.asarray(ids, dtype=np.int32))
+        self._ids = [np.concatenate([*c, np.zeros(0, np.int32)]) for c in columns]
+        self._ends = [np.cumsum([0, *map(len, c)]) for c in columns]
+
+    def __len__(self) -> int:
+        return len(self._ends[0]) - 1
+
+    def __getitem__(self, i: Any) -> Problem:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        prompt, teacher, demo = (
+            ids[ends[i] : ends[i + 1]] for ids, ends in zip(self._ids, self._ends, strict=True)
+        )
+        return Problem(prompt_ids=prompt, teacher_prompt_ids=teacher, demonstration_ids=demo)
+
+
+def batch(step: int, *, num_problems: int, size: int, seed: int) -> list[int]:
+    """Problem indices of one optimizer step: a pure function, so that resuming needs no state.
+
+    Each epoch is a permutation of its own; a batch may span two epochs.
+    """
+    out: list[int] = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, num_problems)
+        out.append(_permutation(seed, epoch, num_problems)[place])
+    return out
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> list[int]:
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

@@ -1,0 +1,24 @@
+"""The errors that a user can mend or must know of, each with the exit code of the command line."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Configuration, data or a model folder is wrong. The message names the field or the row, the
+    value found, the value expected, and what to do. Exit code 2."""
+
+
+class ConfigError(UserError):
+    """The configuration is wrong."""
+
+
+class DataError(UserError):
+    """Rows are wrong; the message has a line `file:line: field: problem` for each."""
+
+
+class WorkersExhausted(RuntimeError):
+    """No worker of a role is left to do the work. Exit code 4."""
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more. Exit code 5."""

@@ -1,0 +1,42 @@
+"""A run's checkpoint as an ordinary Hugging Face folder: safetensors, configuration, tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdft_dist.config import load_config
+from sdft_dist.errors import UserError
+from sdft_dist.rundir import RunDir
+
+
+def export(rundir: RunDir, out: Path, *, weights: str = "master", step: int | None = None) -> Path:
+    """Write the model of a checkpoint (the newest, unless `step` is given) into `out`.
+
+    `weights` is "master" for the student or "ema" for its average. The folder loads with
+    transformers and with vLLM. Raises UserError where there is no such checkpoint or `out` is in use.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from learner.checkpoint import read_full
+    from sdft_dist.prompts import load_tokenizer
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is already in use")
+    config = load_config(rundir.path / "config.yaml")
+    checkpoint = rundir.latest_checkpoint() if step is None else rundir.checkpoint(step)
+    if not (checkpoint / "COMMITTED").exists():
+        raise UserError(f"{checkpoint}: no such finished checkpoint")
+    settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
+    dtype = getattr(torch, config.model.dtype)
+    lm = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    named = dict(lm.named_parameters())
+    full = read_full(checkpoint, weights, {name: tuple(p.shape) for name, p in named.items()})
+    with torch.no_grad():
+        for name, param in named.items():
+            param.copy_(full[name])
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, revision=config.model.revision)
+    lm.generation_config = base.generation_config
+    lm.save_pretrained(out)
+    load_tokenizer(config).save_pretrained(out)
+    return out

@@ -1,0 +1,107 @@
+"""train(): self-distillation fine-tuning on one screen, and the Protocols that it drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from sdft_dist import data
+from sdft_dist.config import Config
+from sdft_dist.data import ProblemSet
+from sdft_dist.runlog import RunLog
+from sdft_dist.types import SampleKey, SampleRef, TrainItem
+
+
+class Generators(Protocol):
+    """Hold the student; sample completions from the plain prompt."""
+
+    def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]: ...
+
+
+class Teachers(Protocol):
+    """Hold the teacher; read each completion under the prompt with the demonstration."""
+
+    def score(self, samples: Sequence[SampleRef]) -> list[TrainItem]: ...
+
+
+class Learner(Protocol):
+    """Holds the student, its optimizer and its EMA."""
+
+    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, float]: ...
+
+
+class Push(Protocol):
+    """Brings weights to the engines, stamped with the number of optimizer steps done."""
+
+    def to_generators(self, version: int) -> None: ...
+    def to_teachers(self, version: int) -> None: ...
+
+
+def train(
+    config: Config,
+    problems: ProblemSet,
+    generators: Generators,
+    teachers: Teachers,
+    learner: Learner,
+    push: Push,
+    log: RunLog,
+    *,
+    after_step: Callable[[int], None],
+) -> None:
+    """Algorithm 1 of arXiv 2601.19897, synchronous and on-policy.
+
+    `after_step(n)` is called with the number of optimizer steps done, from 0 on, when all engines hold
+    that version: evaluation and checkpoints. With method "sft" the same learner imitates the
+    demonstrations, and there is nothing to sample or to score.
+    """
+    step, num_steps = 0, config.num_steps(len(problems))
+    push.to_teachers(step)
+    push.to_generators(step)  # a broken push fails here, before any work is lost
+    after_step(step)
+    while step < num_steps:
+        with log.timer("step"):
+            keys = batch_keys(config, problems, step)
+            if config.method == "sdft":
+                with log.timer("generate"):
+                    samples = generators.generate(keys)  # y ~ p_θ(· | x)
+                with log.timer("score"):
+                    items = teachers.score(samples)  # q_φ(· | x, c) at every position of y
+            else:
+                items = demonstrations(problems, keys)
+            with log.timer("learn"):
+                metrics = learner.update(step, num_steps, items)  # θ ← θ − ∇ D(q ‖ p_θ); φ ← EMA(θ)
+            step += 1
+            with log.timer("push"):
+                if step % config.teacher.sync_every == 0:
+                    push.to_teachers(step)
+                push.to_generators(step)
+        log.step(step, num_steps, metrics, items)
+        after_step(step)
+
+
+def batch_keys(config: Config, problems: ProblemSet, step: int) -> list[SampleKey]:
+    """What optimizer step `step` trains on: a pure function of the seed and the step."""
+    rollout = config.rollout
+    indices = data.batch(step, num_problems=len(problems), size=rollout.prompts_per_step, seed=config.seed)
+    copies = rollout.completions_per_prompt if config.method == "sdft" else 1
+    # A small data set may hold a problem twice in a batch: those are further completions of it.
+    seen: dict[int, int] = {}
+    keys = []
+    for problem in indices:
+        for _ in range(copies):
+            keys.append(SampleKey(step, problem, seen.setdefault(problem, 0)))
+            seen[problem] += 1
+    return keys
+
+
+def demonstrations(problems: ProblemSet, keys: Sequence[SampleKey]) -> list[TrainItem]:
+    """The demonstrations themselves as what to train on."""
+    return [
+        TrainItem(
+            key=key,
+            num_prompt_tokens=len(problems[key.problem].prompt_ids),
+            num_completion_tokens=len(problems[key.problem].demonstration_ids),
+            teacher_version=-1,
+        )
+        for key in keys
+    ]

@@ -1,0 +1,93 @@
+"""What a run tells: metrics as JSON lines and TensorBoard events, timers, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sdft_dist.types import TrainItem
+
+
+class RunLog:
+    """Writes `metrics.jsonl` and `events/` below `folder`. Use as a context manager."""
+
+    def __init__(self, folder: Path, *, title: str, console: Console | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._metrics = (folder / "metrics.jsonl").open("a")
+        self._events = SummaryWriter(str(folder / "events"))
+        self._started = time.monotonic()
+        self._times: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(compact=True),
+            console=console or Console(stderr=True),
+        )
+        self._task = self._progress.add_task(title, total=None, shown="starting")
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._metrics.close()
+        self._events.close()
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the block's wall time to the current step's `time/NAME`, in seconds."""
+        started = time.perf_counter()
+        yield
+        self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - started
+
+    def say(self, text: str) -> None:
+        """What the run is doing now, in the progress bar."""
+        self._progress.update(self._task, shown=text)
+
+    def step(self, step: int, num_steps: int, metrics: dict[str, float], items: Sequence[TrainItem]) -> None:
+        """Record one optimizer step."""
+        lengths = [item.num_completion_tokens for item in items]
+        record = {
+            **metrics,
+            "samples": len(items),
+            "completion_tokens_mean": sum(lengths) / max(1, len(lengths)),
+            "samples_per_s": len(items) / max(1e-9, self._times.get("step", 0.0)),
+            **{f"time/{name}": seconds for name, seconds in self._times.items()},
+        }
+        self._times = {}
+        self.write("train", step, record)
+        rate = record["samples_per_s"]
+        shown = (
+            f"loss {metrics['loss']:.4f} · KL/token {metrics['divergence_per_token']:.4f} · "
+            f"{record['completion_tokens_mean']:.0f} tokens · {rate:.0f} samples/s ·"
+        )
+        self._progress.update(self._task, completed=step, total=num_steps, shown=shown)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the numbers among it to TensorBoard."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self._metrics.write(json.dumps({"kind": kind, "step": step, "seconds": seconds, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind from a run's metrics.jsonl, in order."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]

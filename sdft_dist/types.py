@@ -1,0 +1,110 @@
+"""Frozen records that cross processes.
+
+Arrays are numpy, so that Ray's object store hands them over without a copy. Records named *Ref hold
+metadata and an object reference: they are all that the driver ever touches of a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+class SampleKey(NamedTuple):
+    """What a sample is of: it names one rollout in one run, and decides its random seed."""
+
+    step: int  # optimizer step that will consume it
+    problem: int  # index into the ProblemSet
+    index: int  # 0 .. completions_per_prompt - 1
+
+
+class VersionSpan(NamedTuple):
+    """Tokens [start, end) of a completion were sampled by this policy version."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One demonstration as token ids."""
+
+    prompt_ids: np.ndarray  # int32 [P], the student's view, ends with the generation prompt
+    teacher_prompt_ids: np.ndarray  # int32 [P'], the teacher's view, same ending
+    demonstration_ids: np.ndarray  # int32 [D], ends with the end-of-turn token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One student completion."""
+
+    key: SampleKey
+    completion_ids: np.ndarray  # int32 [C]
+    logprobs: np.ndarray  # float32 [C], of the sampled tokens at the sampling temperature, nats
+    finish_reason: FinishReason
+    policy_versions: tuple[VersionSpan, ...]  # cover [0, C) without gaps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRef:
+    """The driver's handle on a Sample."""
+
+    key: SampleKey
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    finish_reason: FinishReason
+    policy_versions: tuple[VersionSpan, ...]
+    ref: Any  # ObjectRef of the Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherTargets:
+    """What the teacher believes at each completion position of one sample."""
+
+    key: SampleKey
+    teacher_version: int
+    states: np.ndarray  # [C, D] final hidden states after the final norm; bf16 travels as uint16
+    dtype: Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainItem:
+    """One sequence that the learner trains on, as the driver sees it.
+
+    `sample` and `targets` are object references for on-policy items, and None for a demonstration,
+    which the learner reads from the ProblemSet.
+    """
+
+    key: SampleKey
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    teacher_version: int  # -1 for a demonstration
+    sample: Any = None  # ObjectRef of the Sample
+    targets: Any = None  # ObjectRef of the TeacherTargets
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the learner processes for this item."""
+        return self.num_prompt_tokens + self.num_completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """One message of a weight push: tensors laid one behind the other in one byte buffer."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]  # "float32", "bfloat16"
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightManifest:
+    """What a weight push consists of, in order."""
+
+    version: int
+    buckets: tuple[Bucket, ...]

@@ -1,0 +1,70 @@
+"""The byte layout of one bucket of a weight push, shared by the sender and the receivers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import torch
+
+from sdft_dist.types import Bucket
+
+
+def plan_buckets(weights: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], bucket_bytes: int) -> list[Bucket]:
+    """Consecutive weights (name, type on the wire, shape) in buckets of at most `bucket_bytes`; a
+    larger tensor gets a bucket of its own."""
+    buckets: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, dtype, shape in weights:
+        size = prod(shape) * dtype.itemsize
+        if buckets[-1] and filled + size > bucket_bytes:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append((name, str(dtype).removeprefix("torch."), tuple(shape)))
+        filled += size
+    return [
+        Bucket(names=tuple(n for n, _, _ in b), dtypes=tuple(d for _, d, _ in b), shapes=tuple(s for _, _, s in b))
+        for b in buckets
+    ]
+
+
+def bucket_bytes(bucket: Bucket) -> int:
+    """Payload bytes of a bucket; a multiple of 8."""
+    return _padded(sum(size for _, _, _, size in _layout(bucket)))
+
+
+def pack(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The bucket's message, uint8 [bucket_bytes + 8]: payload, then its checksum. Tensors are cast."""
+    message = torch.zeros(bucket_bytes(bucket) + 8, dtype=torch.uint8)
+    offset = 0
+    for name, dtype, _, size in _layout(bucket):
+        flat = tensors[name].detach().to(device="cpu", dtype=dtype).reshape(-1).contiguous()
+        message[offset : offset + size] = flat.view(torch.uint8)
+        offset += size
+    message[-8:].view(torch.int64).fill_(checksum(message[:-8]))
+    return message
+
+
+def unpack(bucket: Bucket, payload: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a payload, as views."""
+    offset = 0
+    for name, dtype, shape, size in _layout(bucket):
+        yield name, payload[offset : offset + size].view(dtype).reshape(shape)
+        offset += size
+
+
+def checksum(payload: torch.Tensor) -> int:
+    """Position-weighted sum of the payload's 64-bit words, modulo 2^64: sees a flipped bit and
+    swapped words. `payload` is uint8 [8·n]."""
+    words = payload.view(torch.int64)
+    return int((words * torch.arange(1, 2 * len(words), 2)).sum())
+
+
+def _layout(bucket: Bucket) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        yield name, dtype, shape, prod(shape) * dtype.itemsize
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
