@@ -9,10 +9,10 @@ from sdft_dist.errors import UserError
 from sdft_dist.rundir import RunDir
 
 
-def export(rundir: RunDir, out: Path, *, weights: str = "master", step: int | None = None) -> Path:
+def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | None = None) -> Path:
     """Write the model of a checkpoint (the newest, unless `step` is given) into `out`.
 
-    `weights` is "master" for the student or "ema" for its average. The folder loads with
+    `weights` is "student" or "ema", its average. The folder loads with
     transformers and with vLLM. Raises UserError where there is no such checkpoint or `out` is in use.
     """
     import torch
@@ -31,7 +31,7 @@ def export(rundir: RunDir, out: Path, *, weights: str = "master", step: int | No
     dtype = getattr(torch, config.model.dtype)
     lm = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     named = dict(lm.named_parameters())
-    full = read_full(checkpoint, weights, {name: tuple(p.shape) for name, p in named.items()})
+    full = read_full(checkpoint, {"student": "master", "ema": "ema"}[weights], {name: tuple(p.shape) for name, p in named.items()})
     with torch.no_grad():
         for name, param in named.items():
             param.copy_(full[name])

@@ -25,6 +25,13 @@ class RunDir:
         (path / "config.yaml").write_text(dump_config(config))
         return cls(path)
 
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run. Raises UserError where `path` holds none."""
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path}: is not a run directory (it has no config.yaml)")
+        return cls(path)
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
         return self.path / "checkpoints" / f"step-{step:06d}"

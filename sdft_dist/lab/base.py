@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import random
+import os
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -26,7 +26,7 @@ class BaseSettings:
     """What decides the base's weights."""
 
     seed: int = 0
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 128
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -35,10 +35,9 @@ class BaseSettings:
     num_threads: int = 2
 
     def key(self) -> str:
-        """12 hexadecimal digits that name these settings and the world's definition."""
-        world_source = Path(world.__file__).read_bytes()
-        settings = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
-        return hashlib.sha256(settings + world_source).hexdigest()[:12]
+        """12 hexadecimal digits that name these settings and the world's version."""
+        settings = {"world": world.VERSION, **dataclasses.asdict(self)}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def shipped_base() -> Path:
@@ -63,6 +62,23 @@ def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
         out.rmdir()
     partial.rename(out)
     return out
+
+
+def build_with_progress(settings: BaseSettings, out: Path | None = None) -> Path:
+    """`build` with a progress bar; without `out`, in a cache folder keyed by the settings."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = out or cache_folder(settings)
+    columns = (TextColumn("lab base"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=settings.steps, loss=float("nan"))
+        return build(out, settings, lambda step, loss: bar.update(task, completed=step, loss=loss))
+
+
+def cache_folder(settings: BaseSettings) -> Path:
+    """Where a base with these settings is kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return root / "sdft-dist" / f"lab-{settings.key()}"
 
 
 def _train(out: Path, s: BaseSettings, progress: Progress) -> None:
@@ -132,26 +148,3 @@ def _batch(examples: list[world.BaseExample], tokenizer):
         ids[i, : len(row)] = torch.tensor(row)
         labels[i, start : len(row)] = ids[i, start : len(row)]
     return ids, labels
-
-
-def write_teaching_set(folder: Path, word: str, domain: str, seed: int, *, num_train: int, num_eval: int) -> None:
-    """Write the data files that teach `word` in one domain: `train.jsonl`, `eval-new.jsonl` and one
-    `eval-SKILL.jsonl` per old skill over all domains, with `prompt`, `demonstration`, `answer`.
-
-    No training question is among the held-out ones of the new word.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    held_out = world.rows(word, domain, num_eval, seed=-1)
-    seen = {row.prompt for row in held_out}
-    candidates = world.rows(word, domain, 2 * num_train + num_eval, seed)
-    train = [row for row in candidates if row.prompt not in seen][:num_train]
-    random.Random(seed).shuffle(train)
-    _write(folder / "train.jsonl", train)
-    _write(folder / "eval-new.jsonl", held_out)
-    for skill in world.OLD_SKILLS:
-        per_domain = [world.rows(skill, d, num_eval // len(world.DOMAINS), seed=-1) for d in world.DOMAINS]
-        _write(folder / f"eval-{skill}.jsonl", [row for rows in per_domain for row in rows])
-
-
-def _write(path: Path, rows: list[world.Row]) -> None:
-    path.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))

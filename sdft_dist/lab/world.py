@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+VERSION = 1  # raise it when a change makes another base
 DOMAINS = ("a", "b", "c")
 SYMBOLS_PER_DOMAIN = 12
 QUESTION_LENGTH = 5

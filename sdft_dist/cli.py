@@ -1,0 +1,136 @@
+"""The `sdft` command. Heavy imports happen after parsing, so that --help is instant.
+
+Exit codes: 0 done, 2 configuration or data error, 4 workers exhausted, 5 diverged, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdft_dist import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run one command, and turn the errors that a user can mend into one message."""
+    args = _parser().parse_args(argv)
+    from sdft_dist.errors import Diverged, UserError, WorkersExhausted
+
+    try:
+        args.command(args)
+    except UserError as e:
+        return _fail(getattr(e, "cause", e), 2)
+    except WorkersExhausted as e:
+        return _fail(e, 4)
+    except Diverged as e:
+        return _fail(e, 5)
+    except KeyboardInterrupt:
+        print("sdft: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(error: BaseException, code: int) -> int:
+    print(f"sdft: error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdft", description="Self-Distillation Fine-Tuning (arXiv 2601.19897) on a Ray cluster."
+    )
+    parser.add_argument("--version", action="version", version=f"sdft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for name, what in (("train", "train as a recipe says"), ("sft", "train on the same rows with plain SFT")):
+        sub = commands.add_parser(name, help=what, description=what)
+        sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
+        sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+        sub.set_defaults(command=_train, method="sft" if name == "sft" else None)
+
+    demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
+    demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run")
+    demo.add_argument("--rebuild-base", action="store_true", help="train the base anew instead of the shipped one")
+    demo.set_defaults(command=_demo)
+
+    lab = commands.add_parser("lab", help="the small world for trying things without pretrained weights")
+    lab_commands = lab.add_subparsers(required=True, metavar="COMMAND")
+    build = lab_commands.add_parser("build", help="train the lab's base model (about 4 minutes on two cores)")
+    build.add_argument("--out", type=Path, default=None, help="folder (default: a cache keyed by the settings)")
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--steps", type=_positive, default=None)
+    build.set_defaults(command=_lab_build)
+    teach = lab_commands.add_parser("data", help="write the files that teach one new word")
+    teach.add_argument("--out", type=Path, required=True)
+    teach.add_argument("--word", default="t35", help="t35, t36 or t37 (default: %(default)s)")
+    teach.add_argument("--domain", default="a", help="a, b or c (default: %(default)s)")
+    teach.add_argument("--seed", type=int, default=0)
+    teach.set_defaults(command=_lab_data)
+
+    ckpt = commands.add_parser("ckpt", help="checkpoints of a run")
+    ckpt_commands = ckpt.add_subparsers(required=True, metavar="COMMAND")
+    export = ckpt_commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    export.add_argument("run", type=Path, help="run directory")
+    export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.add_argument("--weights", choices=("student", "ema"), default="student")
+    export.add_argument("--step", type=int, default=None, help="default: the newest")
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _train(args: argparse.Namespace) -> None:
+    from sdft_dist.config import load_config
+
+    overrides = [*args.overrides, *([f"method={args.method}"] if args.method else [])]
+    config = load_config(args.recipe, overrides)
+    from sdft_dist.train import run
+
+    rundir = run(config)
+    print(f"Trained model: {rundir.path / 'model'}\nMetrics: {rundir.path / 'metrics.jsonl'}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from sdft_dist.demo import demo
+
+    demo(args.out, num_seeds=args.seeds, steps=args.steps, rebuild_base=args.rebuild_base)
+
+
+def _lab_build(args: argparse.Namespace) -> None:
+    from sdft_dist.lab.base import BaseSettings, build_with_progress
+
+    settings = BaseSettings(seed=args.seed, **({"steps": args.steps} if args.steps else {}))
+    print(build_with_progress(settings, args.out))
+
+
+def _lab_data(args: argparse.Namespace) -> None:
+    from sdft_dist.errors import UserError
+    from sdft_dist.lab import world
+    from sdft_dist.lab.teaching import write_teaching_set
+
+    for name, value, valid in (("--word", args.word, list(world.TAUGHT)), ("--domain", args.domain, world.DOMAINS)):
+        if value not in valid:
+            raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
+    write_teaching_set(args.out, args.word, args.domain, args.seed)
+    print(args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from sdft_dist.export import export
+    from sdft_dist.rundir import RunDir
+
+    print(export(RunDir.open(args.run), args.out, weights=args.weights, step=args.step))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The data files that teach one new word, in the layout of any user's data."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from sdft_dist.lab import world
+
+
+def write_teaching_set(
+    folder: Path, word: str, domain: str, seed: int, *, num_train: int = 3200, num_eval: int = 198
+) -> None:
+    """Write the data files that teach `word` in one domain: `train.jsonl`, `eval-new.jsonl` and one
+    `eval-SKILL.jsonl` per old skill over all domains, with `prompt`, `demonstration`, `answer`.
+
+    No training question is among the held-out ones of the new word.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out = world.rows(word, domain, num_eval, seed=-1)
+    seen = {row.prompt for row in held_out}
+    candidates = world.rows(word, domain, 2 * num_train + num_eval, seed)
+    train = [row for row in candidates if row.prompt not in seen][:num_train]
+    random.Random(seed).shuffle(train)
+    _write(folder / "train.jsonl", train)
+    _write(folder / "eval-new.jsonl", held_out)
+    for skill in world.OLD_SKILLS:
+        per_domain = [world.rows(skill, d, num_eval // len(world.DOMAINS), seed=-1) for d in world.DOMAINS]
+        _write(folder / f"eval-{skill}.jsonl", [row for rows in per_domain for row in rows])
+
+
+def _write(path: Path, rows: list[world.Row]) -> None:
+    path.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))

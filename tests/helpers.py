@@ -1,0 +1,49 @@
+"""Shared by the tests: comparisons, and tiny models that stand in folders as any user's would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def assert_relative(got: torch.Tensor, exact: torch.Tensor, rel: float = 1e-5) -> None:
+    """The largest difference is at most `rel` of the largest value."""
+    worst = (got.double() - exact.double()).abs().max().item()
+    scale = exact.double().abs().max().item()
+    assert worst <= rel * max(scale, 1e-30), f"difference {worst:.3g} at scale {scale:.3g}"
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    """One JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, **settings: object) -> Path:
+    """A random Qwen3 of two layers with the lab's tokenizer, saved in `folder`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from sdft_dist.lab.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    Qwen3ForCausalLM(Qwen3Config(**(options | settings))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,78 @@
+"""Configuration mistakes name the field, the value and the nearest valid name."""
+
+import pytest
+
+from sdft_dist.config import dump_config, load_config, parse_config
+from sdft_dist.errors import ConfigError
+
+MINIMAL = "model: {path: m}\ndata: {train: d.jsonl}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_and_scientific_notation(recipe):
+    config = load_config(recipe, ["optim.learning_rate=1e-5", "learner.zero_stage=3", "loss.divergence=reverse_kl"])
+    assert config.optim.learning_rate == 1e-5
+    assert config.learner.zero_stage == 3
+    assert config.loss.divergence == "reverse_kl"
+
+
+def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
+    config = load_config(recipe, ["eval.sets={new: a.jsonl}", "prompt.template='é {prompt} {demonstration}'"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rat=1", "optim.learning_rat: no such field; did you mean optim.learning_rate?"),
+        ("lern=1", "lern: no such field"),
+        ("loss.divergence=kl", "loss.divergence: got 'kl': Input should be 'forward_kl' or 'reverse_kl'"),
+        ("optim.learning_rate=-1", "optim.learning_rate: got -1: Input should be greater than 0"),
+        ("rollout.max_completion_tokens=5000", "leaves no room for a prompt in model.max_length=4096"),
+        ("prompt.template=hello", "prompt.template: does not contain {prompt}"),
+        ("steps", "an override reads section.field=value"),
+        ("model.path.x=1", "path is a value, not a section"),
+        ("eval.every=5", "eval.every: there is nothing to evaluate"),
+    ],
+)
+def test_mistakes(recipe, override, message):
+    with pytest.raises(ConfigError) as e:
+        load_config(recipe, [override])
+    assert message in str(e.value)
+
+
+def test_missing_fields_and_files(tmp_path):
+    with pytest.raises(ConfigError, match="model: is required and missing"):
+        parse_config({"data": {"train": "x"}})
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_nothing_changes_it_after_parsing(recipe):
+    with pytest.raises(Exception, match="frozen"):
+        load_config(recipe).steps = 3
+
+
+def test_every_field_is_described():
+    from sdft_dist.config import Config
+
+    def fields(model):
+        for name, field in model.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                yield from fields(field.annotation)
+            else:
+                yield name, field.description
+
+    undescribed = [name for name, description in fields(Config) if not description]
+    assert not undescribed

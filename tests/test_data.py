@@ -1,0 +1,121 @@
+"""Rows from every layout and source; every bad row is named by file, line and field."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from helpers import write_jsonl
+from sdft_dist.config import DataConfig
+from sdft_dist.data import ProblemSet, batch, load_rows, load_training_rows
+from sdft_dist.errors import DataError
+from sdft_dist.types import Problem
+
+USER = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "last", "demonstration"),
+    [
+        ({"prompt": "q", "demonstration": "d"}, "q", "d"),
+        ({"prompt": USER, "demonstration": [{"role": "assistant", "content": "d"}]}, "q", "d"),
+        ({"prompt": "q", "privileged_context": "c"}, "q", "c"),
+        ({"messages": USER, "output_text": "d", "answer": "A"}, "q", "d"),
+        ({"prompt": "q", "golden_response": ["a", "b"], "golden_answer": [{"x": 1}]}, "q", "a\nb"),
+        ({"prompt": "q", "golden_response": "d", "demonstration": None}, "q", "d"),
+    ],
+)
+def test_layouts(tmp_path, row, last, demonstration):
+    (found,) = load_rows(str(write_jsonl(tmp_path / "d.jsonl", [row])))
+    assert found.messages[-1] == {"role": "user", "content": last}
+    assert found.demonstration == demonstration
+
+
+def test_sources_give_the_same_rows(tmp_path):
+    rows = [{"prompt": f"q{i}", "demonstration": f"d{i}"} for i in range(5)]
+    jsonl = write_jsonl(tmp_path / "d.jsonl", rows)
+    (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    expected = [(r.messages, r.demonstration) for r in load_rows(str(jsonl))]
+    for name in ("d.json", "d.parquet", "saved"):
+        assert [(r.messages, r.demonstration) for r in load_rows(str(tmp_path / name))] == expected
+    assert len(load_rows(str(jsonl), limit=2)) == 2
+
+
+def test_all_bad_rows_are_reported_with_line_and_field(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    lines = [
+        b'{"prompt": "fine", "demonstration": "fine"}',
+        b'{"prompt": "cut',
+        b'{"prompt": "q"}',
+        b'{"prompt": 7, "demonstration": "d"}',
+        b'{"prompt": "q", "demonstration": ""}',
+        b'{"prompt": "q\\u0000", "demonstration": "d"}',
+        b'{"prompt": "\xff", "demonstration": "d"}',
+        b'["prompt"]',
+        b'{"prompt": [{"role": "assistant", "content": "x"}], "demonstration": "d"}',
+        b'{"prompt": [{"content": "x"}], "demonstration": "d"}',
+        b'{"text": "x"}',
+        b'{"prompt": "q", "demonstration": "\\ud800"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError) as e:
+        load_rows(str(path))
+    message = str(e.value)
+    for line, field in [
+        (2, "line: not JSON"), (3, "demonstration: is missing"), (4, "prompt: is int 7; expected text"),
+        (5, "demonstration: is empty"), (6, "prompt: holds a NUL"), (7, "line: not UTF-8 at byte 12"),
+        (8, "row: is a list"), (9, "prompt: the last message is the assistant's"), (10, "prompt[0]: is not a message"),
+        (11, "prompt: is missing"), (12, "demonstration: holds half a surrogate pair"),
+    ]:
+        assert f"{path}:{line}: {field}" in message
+    assert message.startswith("11 bad rows")
+
+
+def test_json_array_errors_name_the_line(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('[\n{"prompt": "q", "demonstration": "d"},\n{"prompt": "q"},\n{"prompt": }\n]')
+    with pytest.raises(DataError) as e:
+        load_rows(str(path))
+    assert f"{path}:3: demonstration: is missing" in str(e.value)
+    assert f"{path}:4: row: not JSON" in str(e.value)
+
+
+def test_missing_and_empty_files(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "broken.parquet").write_text("no")
+    for name, message in [
+        ("none.jsonl", "no such file"), ("empty.jsonl", "is empty"), ("blank.jsonl", "no rows"),
+        ("broken.parquet", "could not be read"), ("notes.txt", "no such file"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_rows(str(tmp_path / name))
+
+
+def test_a_privileged_context_cannot_be_imitated(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "privileged_context": "c"}])
+    with pytest.raises(DataError, match="method=sft needs a `demonstration`"):
+        load_training_rows(DataConfig(train=str(path)), "sft")
+
+
+def test_problem_set_gives_back_what_went_in():
+    problems = [
+        Problem(prompt_ids=np.arange(i), teacher_prompt_ids=np.arange(2 * i), demonstration_ids=np.arange(3))
+        for i in range(1, 5)
+    ]
+    table = ProblemSet(problems)
+    assert len(table) == 4
+    assert [len(p.teacher_prompt_ids) for p in table] == [2, 4, 6, 8]
+    assert table[-1].prompt_ids.tolist() == [0, 1, 2, 3]
+
+
+def test_batches_are_pure_and_cover_each_epoch_once():
+    draw = [i for step in range(7) for i in batch(step, num_problems=10, size=10 // 2, seed=3)]
+    assert sorted(draw[:10]) == sorted(draw[10:20]) == sorted(range(10))
+    assert draw[:10] != draw[10:20]
+    assert batch(5, num_problems=10, size=5, seed=3) == draw[25:30]
+    assert batch(0, num_problems=3, size=8, seed=0)[3:6] != []

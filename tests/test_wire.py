@@ -1,0 +1,29 @@
+"""The byte layout of a weight push."""
+
+import torch
+
+from sdft_dist.wire import bucket_bytes, checksum, pack, plan_buckets, unpack
+
+
+def test_tensors_come_back_as_they_were_cast():
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(2, 2)}
+    (bucket,) = plan_buckets([(n, torch.bfloat16, tuple(t.shape)) for n, t in tensors.items()], 1 << 20)
+    message = pack(bucket, tensors)
+    assert len(message) == bucket_bytes(bucket) + 8
+    back = dict(unpack(bucket, message[:-8]))
+    assert all(torch.equal(back[n], t.bfloat16()) for n, t in tensors.items())
+
+
+def test_buckets_keep_the_order_and_the_size():
+    weights = [(str(i), torch.float32, (100,)) for i in range(10)] + [("big", torch.float32, (1000,))]
+    buckets = plan_buckets(weights, 1000)
+    assert [n for b in buckets for n in b.names] == [n for n, _, _ in weights]
+    assert [len(b.names) for b in buckets] == [2, 2, 2, 2, 2, 1]
+
+
+def test_checksum_sees_a_flipped_bit_and_swapped_words():
+    payload = torch.arange(64, dtype=torch.uint8)
+    flipped, swapped = payload.clone(), payload.clone()
+    flipped[17] ^= 1
+    swapped[:8], swapped[8:16] = payload[8:16], payload[:8]
+    assert len({checksum(p) for p in (payload, flipped, swapped)}) == 3
