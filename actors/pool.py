@@ -5,11 +5,12 @@ The driver's side: it holds actor handles and object references, never a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from sdft_dist.remote import wait_all
 from sdft_dist.types import SampleKey, SampleRef, TrainItem, WeightManifest
 
 
@@ -21,19 +22,19 @@ class Pool:
 
     def wait_ready(self) -> None:
         """Returns when every engine stands; raises the first failure."""
-        self._get([a.ready.remote() for a in self.actors])
+        self._wait([a.ready.remote() for a in self.actors], "start")
 
     def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]:
         """One completion per key, in the keys' order. Generators only."""
-        return self._spread("generate", keys)
+        return self._spread(keys, lambda actor, part: actor.generate.remote(part), "generate")
 
     def score(self, samples: Sequence[SampleRef]) -> list[TrainItem]:
         """Teacher targets for each sample, in order. Teachers only."""
-        return self._spread("score", samples)
+        return self._spread(samples, lambda actor, part: actor.score.remote(part), "score")
 
     def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
-        """Greedy completions in the prompts' order. Generators only."""
-        return self._spread("complete", prompts, max_tokens)
+        """Greedy completions, int32 [C] each, in the prompts' order. Generators only."""
+        return self._spread(prompts, lambda actor, part: actor.complete.remote(part, max_tokens), "complete")
 
     def join_push(self, host: str, port: int) -> list[Any]:
         """Ask every actor to join the push group; returns references to wait for."""
@@ -49,18 +50,14 @@ class Pool:
         """Ask every actor to take in a push; returns references to wait for."""
         return [actor.receive.remote(manifest) for actor in self.actors]
 
-    def _spread(self, method: str, work: Sequence[Any], *args: Any) -> list[Any]:
-        n = min(len(self.actors), max(1, len(work)))
+    def _spread(self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str) -> list[Any]:
+        n = max(1, min(len(self.actors), len(work)))
         parts = [work[i::n] for i in range(n)]
-        done = self._get(
-            [getattr(a, method).remote(p, *args) for a, p in zip(self.actors[:n], parts, strict=True)]
-        )
+        done = self._wait([send(a, p) for a, p in zip(self.actors[:n], parts, strict=True)], what)
         out: list[Any] = [None] * len(work)
         for i, part in enumerate(done):
             out[i::n] = part
         return out
 
-    def _get(self, refs: list[Any]) -> list[Any]:
-        import ray
-
-        return list(ray.get(refs, timeout=self._timeout_s))
+    def _wait(self, refs: list[Any], what: str) -> list[Any]:
+        return wait_all(refs, timeout_s=self._timeout_s, what=f"{self.role} {what}")

@@ -41,9 +41,7 @@ class Teacher:
         assert version is not None
         items = []
         for r, rows in zip(refs, states, strict=True):
-            targets = TeacherTargets(
-                key=r.key, teacher_version=version, states=rows, dtype=self.config.model.dtype
-            )
+            targets = TeacherTargets(key=r.key, teacher_version=version, states=rows, dtype=self.config.model.dtype)
             items.append(
                 TrainItem(
                     key=r.key,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from learner.microbatch import trained_tokens
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
+from sdft_dist.remote import wait_all
 from sdft_dist.types import TrainItem, WeightManifest
 
 
@@ -34,9 +35,7 @@ class LearnerGroup:
 
     def start(self) -> None:
         """Build the process group, the model and the optimizer on all ranks."""
-        import ray
-
-        host, port = ray.get(self.ranks[0].address.remote())
+        ((host, port),) = self._wait([self.ranks[0].address.remote()], "learner address")
         self._all("start", host, port)
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, float]:
@@ -51,7 +50,7 @@ class LearnerGroup:
             rank.update.remote(step, num_steps, [[items[i] for i in m] for m in mine], total_tokens, total_sequences)
             for rank, mine in zip(self.ranks, plan, strict=True)
         ]
-        per_rank = self._get(refs)
+        per_rank = self._wait(refs, f"learner update of step {step}")
         tokens = sum(m["trained_tokens"] for m in per_rank)
         return {
             "loss": sum(m["loss"] for m in per_rank),
@@ -67,15 +66,16 @@ class LearnerGroup:
         opened = self._all("open_push", receivers.role, len(receivers.actors))
         host, port = next(address for address in opened if address is not None)
         joining = receivers.join_push(host, port)
-        self._get([*(r.connect_push.remote(receivers.role) for r in self.ranks), *joining])
+        connecting = [r.connect_push.remote(receivers.role) for r in self.ranks]
+        self._wait([*connecting, *joining], f"connecting to the {receivers.role}")
 
     def push(self, receivers: Receivers, version: int) -> None:
         """Send the weights that `receivers` serve; returns when all have loaded them whole."""
-        manifest = self._get([self.ranks[0].manifest.remote(version)])[0]
+        (manifest,) = self._wait([self.ranks[0].manifest.remote(version)], "learner manifest")
         receiving = receivers.receive(manifest)
         sending = [r.push.remote(receivers.role, version) for r in self.ranks]
-        # Receivers first: when one fails, its error says why, while the sender only times out.
-        self._first_failure([*receiving, *sending])
+        # When a receiver fails its error says why, while the sender's broadcast only times out later.
+        self._wait([*receiving, *sending], f"push of version {version} to the {receivers.role}")
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint's shards into `folder`."""
@@ -86,20 +86,7 @@ class LearnerGroup:
         self._all("stop")
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        return self._get([getattr(rank, method).remote(*args) for rank in self.ranks])
+        return self._wait([getattr(rank, method).remote(*args) for rank in self.ranks], f"learner {method}")
 
-    def _get(self, refs: list[Any]) -> list[Any]:
-        import ray
-
-        return list(ray.get(refs, timeout=self.config.cluster.timeout_s))
-
-    def _first_failure(self, refs: list[Any]) -> None:
-        """Wait for all, and raise the first failure as soon as it is there."""
-        import ray
-
-        waiting, deadline = refs, self.config.cluster.timeout_s
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=deadline)
-            if not ready:
-                raise TimeoutError(f"weight push: nothing happened for cluster.timeout_s={deadline:g} s")
-            ray.get(ready)
+    def _wait(self, refs: list[Any], what: str) -> list[Any]:
+        return wait_all(refs, timeout_s=self.config.cluster.timeout_s, what=what)

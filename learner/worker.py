@@ -156,8 +156,10 @@ class LearnerRank:
 
     def stop(self) -> None:
         """Shut the engine and the process group down; ZeRO-3 aborts at exit otherwise."""
+        import deepspeed
+
         self.engine.destroy()
-        torch.distributed.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # with DeepSpeed's own records of its groups
 
     def _fragments(self) -> Any:
         return fragments(self.engine, list(self._named.items()))

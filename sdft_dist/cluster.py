@@ -60,7 +60,7 @@ def ray_session(config: Config) -> Iterator[None]:
 
 
 def resolve_device(config: Config) -> str:
-    """"cuda" or "cpu"."""
+    """ "cuda" or "cpu"."""
     if config.cluster.device != "auto":
         return config.cluster.device
     import torch

@@ -47,9 +47,7 @@ class DataConfig(_Section):
 
 
 class PromptConfig(_Section):
-    template: str = Field(
-        PAPER_TEMPLATE, description="The teacher's user turn, with {prompt} and {demonstration}."
-    )
+    template: str = Field(PAPER_TEMPLATE, description="The teacher's user turn, with {prompt} and {demonstration}.")
     chat_template: str | None = Field(
         None, description="File with a Jinja chat template, for a tokenizer that has none."
     )
@@ -66,9 +64,7 @@ class TeacherConfig(_Section):
     kind: Literal["base", "ema", "live"] = Field(
         "ema", description="base: the weights at the start. ema: average of the student. live: the student itself."
     )
-    ema_rate: float = Field(
-        0.01, gt=0, le=1, description="Share of the student that enters the EMA at each step."
-    )
+    ema_rate: float = Field(0.01, gt=0, le=1, description="Share of the student that enters the EMA at each step.")
     sync_every: int = Field(1, ge=1, description="Optimizer steps between pushes to the teachers.")
 
 

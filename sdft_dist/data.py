@@ -48,7 +48,9 @@ class _BadField(ValueError):
         self.field = field
 
 
-def load_rows(source: str, *, split: str = "train", limit: int | None = None, need_demonstration: bool = True) -> list[Row]:
+def load_rows(
+    source: str, *, split: str = "train", limit: int | None = None, need_demonstration: bool = True
+) -> list[Row]:
     """All rows of a .jsonl, .json or .parquet file, a folder saved by `datasets`, or a hub id.
 
     With `need_demonstration` false, a prompt and an `answer` are enough (held-out rows).
@@ -198,7 +200,9 @@ def _missing(present: set[str]) -> _BadField:
     if "messages" in present:
         return _BadField("output_text", "is missing")
     wanted = " or ".join(f"{a}+{b}" for a, b in LAYOUTS)
-    return _BadField("prompt", f"is missing; a row has the columns {wanted}; found: {', '.join(sorted(present)) or 'none'}")
+    return _BadField(
+        "prompt", f"is missing; a row has the columns {wanted}; found: {', '.join(sorted(present)) or 'none'}"
+    )
 
 
 def _conversation(record: dict[str, Any], column: str) -> tuple[Message, ...]:
@@ -277,9 +281,7 @@ class ProblemSet(Sequence[Problem]):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
-        prompt, teacher, demo = (
-            ids[ends[i] : ends[i + 1]] for ids, ends in zip(self._ids, self._ends, strict=True)
-        )
+        prompt, teacher, demo = (ids[ends[i] : ends[i + 1]] for ids, ends in zip(self._ids, self._ends, strict=True))
         return Problem(prompt_ids=prompt, teacher_prompt_ids=teacher, demonstration_ids=demo)
 
 

@@ -71,5 +71,3 @@ def accuracy(
         right = [scorer(text, answer) for text, answer in zip(texts, s.answers, strict=True)]
         out[s.name] = sum(right) / len(right)
     return out
-
-

@@ -31,7 +31,9 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     dtype = getattr(torch, config.model.dtype)
     lm = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     named = dict(lm.named_parameters())
-    full = read_full(checkpoint, {"student": "master", "ema": "ema"}[weights], {name: tuple(p.shape) for name, p in named.items()})
+    full = read_full(
+        checkpoint, {"student": "master", "ema": "ema"}[weights], {name: tuple(p.shape) for name, p in named.items()}
+    )
     with torch.no_grad():
         for name, param in named.items():
             param.copy_(full[name])

@@ -46,7 +46,13 @@ def run(config: Config, *, title: str | None = None, console: Console | None = N
         log.say("starting the engines (20–40 s)")
         with launch(config, problems, len(tokenizer), ends) as fleet:
             train(
-                config, problems, fleet.generators, fleet.teachers, fleet.learner, fleet, log,
+                config,
+                problems,
+                fleet.generators,
+                fleet.teachers,
+                fleet.learner,
+                fleet,
+                log,
                 after_step=after_step(fleet, log),
             )
     from sdft_dist.export import export

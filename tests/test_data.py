@@ -5,8 +5,8 @@ import json
 import datasets
 import numpy as np
 import pytest
-
 from helpers import write_jsonl
+
 from sdft_dist.config import DataConfig
 from sdft_dist.data import ProblemSet, batch, load_rows, load_training_rows
 from sdft_dist.errors import DataError
@@ -66,10 +66,17 @@ def test_all_bad_rows_are_reported_with_line_and_field(tmp_path):
         load_rows(str(path))
     message = str(e.value)
     for line, field in [
-        (2, "line: not JSON"), (3, "demonstration: is missing"), (4, "prompt: is int 7; expected text"),
-        (5, "demonstration: is empty"), (6, "prompt: holds a NUL"), (7, "line: not UTF-8 at byte 12"),
-        (8, "row: is a list"), (9, "prompt: the last message is the assistant's"), (10, "prompt[0]: is not a message"),
-        (11, "prompt: is missing"), (12, "demonstration: holds half a surrogate pair"),
+        (2, "line: not JSON"),
+        (3, "demonstration: is missing"),
+        (4, "prompt: is int 7; expected text"),
+        (5, "demonstration: is empty"),
+        (6, "prompt: holds a NUL"),
+        (7, "line: not UTF-8 at byte 12"),
+        (8, "row: is a list"),
+        (9, "prompt: the last message is the assistant's"),
+        (10, "prompt[0]: is not a message"),
+        (11, "prompt: is missing"),
+        (12, "demonstration: holds half a surrogate pair"),
     ]:
         assert f"{path}:{line}: {field}" in message
     assert message.startswith("11 bad rows")
@@ -89,8 +96,11 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "broken.parquet").write_text("no")
     for name, message in [
-        ("none.jsonl", "no such file"), ("empty.jsonl", "is empty"), ("blank.jsonl", "no rows"),
-        ("broken.parquet", "could not be read"), ("notes.txt", "no such file"),
+        ("none.jsonl", "no such file"),
+        ("empty.jsonl", "is empty"),
+        ("blank.jsonl", "no rows"),
+        ("broken.parquet", "could not be read"),
+        ("notes.txt", "no such file"),
     ]:
         with pytest.raises(DataError, match=message):
             load_rows(str(tmp_path / name))

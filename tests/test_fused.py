@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from helpers import assert_relative
+
 from learner import fused
 from learner.fused import Targets, weighted_loss
 

@@ -19,8 +19,9 @@ class Fakes:
     def generate(self, keys):
         self.calls.append(("generate", len(keys)))
         return [
-            SampleRef(key=k, num_prompt_tokens=3, num_completion_tokens=4, finish_reason="stop",
-                      policy_versions=(), ref=None)
+            SampleRef(
+                key=k, num_prompt_tokens=3, num_completion_tokens=4, finish_reason="stop", policy_versions=(), ref=None
+            )
             for k in keys
         ]
 
@@ -61,9 +62,16 @@ def test_sdft_pushes_before_it_samples_and_samples_before_it_learns(problems, tm
     calls, after = run(config(), problems, tmp_path)
     step = [("generate", 2), ("score", 2)]
     assert calls == [
-        ("push teachers", 0), ("push generators", 0),
-        *step, ("update", 0, [4, 4]), ("push teachers", 1), ("push generators", 1),
-        *step, ("update", 1, [4, 4]), ("push teachers", 2), ("push generators", 2),
+        ("push teachers", 0),
+        ("push generators", 0),
+        *step,
+        ("update", 0, [4, 4]),
+        ("push teachers", 1),
+        ("push generators", 1),
+        *step,
+        ("update", 1, [4, 4]),
+        ("push teachers", 2),
+        ("push generators", 2),
     ]
     assert after == [0, 1, 2]
     assert [m["step"] for m in read_metrics(tmp_path, "train")] == [1, 2]

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from helpers import assert_relative
+
 from learner.objective import DIVERGENCES, cross_entropy, forward_kl, reverse_kl
 
 

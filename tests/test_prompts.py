@@ -1,8 +1,8 @@
 """Both views of a prompt as token ids."""
 
 import pytest
-
 from helpers import tiny_model, write_jsonl
+
 from sdft_dist.config import parse_config
 from sdft_dist.data import Row, load_rows
 from sdft_dist.errors import DataError, UserError

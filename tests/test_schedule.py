@@ -8,8 +8,11 @@ from sdft_dist.config import OptimConfig
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
-     ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447])],
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447]),
+    ],
 )
 def test_by_hand(schedule, expected):
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule)

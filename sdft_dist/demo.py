@@ -1,0 +1,159 @@
+"""`sdft demo`: one new word taught with SDFT and with SFT, from the same start and the same rows.
+
+Shows what each learned and what each kept. Everything here goes through the same files and the same
+`run` as any user's training.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sdft_dist.cluster import ray_session
+from sdft_dist.config import Config, dump_config, load_config
+from sdft_dist.errors import UserError
+from sdft_dist.lab import world
+from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
+from sdft_dist.lab.teaching import write_teaching_set
+from sdft_dist.runlog import read_metrics
+from sdft_dist.train import run
+
+RECIPE = Path(__file__).parent / "lab" / "recipe.yaml"
+METHODS = ("sdft", "sft")
+WORD, DOMAIN = "t35", "a"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one run measured."""
+
+    method: str
+    curve: list[dict[str, float]]  # accuracies by set, with `step`, from before the first step on
+    train_seconds: float  # of the optimizer steps: generate, score, learn, push
+    samples_per_s: float  # median over the steps
+
+    def old(self, point: dict[str, float]) -> float:
+        """Mean accuracy on the old skills."""
+        return statistics.mean(point[skill] for skill in world.OLD_SKILLS)
+
+
+def demo(out: Path, *, num_seeds: int = 1, steps: int | None = None, rebuild_base: bool = False) -> list[Outcome]:
+    """Run all and print the table; writes `curves.png` and the runs into `out`, which must be unused."""
+    console = Console()
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out: {out} is already in use: give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    base = build_with_progress(BaseSettings(), out / "base") if rebuild_base else shipped_base()
+    console.print(
+        f"The base model knows four skills on rows of five symbols: {', '.join(world.OLD_SKILLS)}. It is now taught "
+        f"the new word {WORD} (to reverse symbols of domain {DOMAIN}), by SDFT and by SFT, from the same demonstrations.",
+        highlight=False,
+    )
+    outcomes = []
+    configs = [
+        (seed, method, _config(out, base, seed, method, steps)) for seed in range(num_seeds) for method in METHODS
+    ]
+    with ray_session(configs[0][2]):
+        for seed, method, config in configs:
+            run(config, title=f"{method.upper():4} seed {seed}", console=console)
+            outcomes.append(_outcome(config))
+    console.print(_table(outcomes, num_seeds))
+    picture = out / "curves.png"
+    plot(outcomes, picture)
+    model = Path(configs[0][2].run_dir) / "model"
+    console.print(
+        f"Curves: {picture}\nTrained model (Hugging Face folder): {model}\n\n"
+        f"Next: run one of them again with another setting, such as\n"
+        f"  sdft train {out}/seed-0/sdft.yaml run_dir=runs/reverse loss.divergence=reverse_kl\n"
+        f"or train your own model: see `sdft train --help` and deploy/recipes/.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return outcomes
+
+
+def _config(out: Path, base: Path, seed: int, method: str, steps: int | None) -> Config:
+    """One run's configuration, also left as a recipe beside it."""
+    data = out / f"seed-{seed}" / "data"
+    if not data.exists():
+        write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
+    sets = {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)}
+    overrides = {
+        "method": method,
+        "run_dir": str(out / f"seed-{seed}" / method),
+        "seed": seed,
+        "model.path": str(base),
+        "data.train": str(data / "train.jsonl"),
+        **{f"eval.sets.{name}": path for name, path in sets.items()},
+        **({"steps": steps} if steps else {}),
+    }
+    config = load_config(RECIPE, [f"{key}={value}" for key, value in overrides.items()])
+    (out / f"seed-{seed}" / f"{method}.yaml").write_text(dump_config(config))
+    return config
+
+
+def _outcome(config: Config) -> Outcome:
+    folder = Path(config.run_dir)
+    train = read_metrics(folder, "train")
+    return Outcome(
+        method=config.method,
+        curve=read_metrics(folder, "eval"),
+        train_seconds=sum(m["time/step"] for m in train),
+        samples_per_s=statistics.median(m["samples_per_s"] for m in train),
+    )
+
+
+def _table(outcomes: list[Outcome], num_seeds: int) -> Table:
+    seeds = "1 seed" if num_seeds == 1 else f"mean of {num_seeds} seeds"
+    table = Table(title=f"Accuracy after training, % ({seeds}, greedy, 150 held-out questions a column)")
+    columns = ("", f"new: {WORD}", *world.OLD_SKILLS, "old mean", "seconds", "samples/s")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    first = [o.curve[0] for o in outcomes]
+    table.add_row("base", *_accuracies(outcomes, first), "", "")
+    for method in METHODS:
+        mine = [o for o in outcomes if o.method == method]
+        table.add_row(
+            method.upper(),
+            *_accuracies(mine, [o.curve[-1] for o in mine]),
+            f"{statistics.mean(o.train_seconds for o in mine):.0f}",
+            f"{statistics.median(o.samples_per_s for o in mine):.0f}",
+        )
+    return table
+
+
+def _accuracies(outcomes: list[Outcome], points: list[dict[str, float]]) -> list[str]:
+    names = ("new", *world.OLD_SKILLS)
+    means = [statistics.mean(p[name] for p in points) for name in names]
+    old = statistics.mean(o.old(p) for o, p in zip(outcomes, points, strict=True))
+    return [f"{100 * value:.1f}" for value in (*means, old)]
+
+
+def plot(outcomes: list[Outcome], path: Path) -> None:
+    """Accuracy on the new word and on the old skills against steps; a thin line a seed, a thick mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    colours = {"sdft": "tab:blue", "sft": "tab:red"}
+    for axis, title in zip(axes, (f"new word: {WORD}", "old skills (mean of four)"), strict=True):
+        for method in METHODS:
+            mine = [o for o in outcomes if o.method == method]
+            steps = [p["step"] for p in mine[0].curve]
+            lines = [[100 * (p["new"] if title.startswith("new") else o.old(p)) for p in o.curve] for o in mine]
+            for line in lines:
+                axis.plot(steps, line, color=colours[method], alpha=0.3, linewidth=1)
+            mean = [statistics.mean(values) for values in zip(*lines, strict=True)]
+            axis.plot(steps, mean, color=colours[method], label=method.upper(), linewidth=2)
+        axis.set(title=title, xlabel="optimizer steps", ylim=(-3, 103))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy, %")
+    axes[1].legend(loc="lower left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,32 @@
+"""Fixtures that are dear to start: one Ray cluster for the session, actors that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Ray's workers import the test actors' classes.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE / "e2e"), os.environ.get("PYTHONPATH", "")])
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in tests/e2e uses the real stack."""
+    for item in items:
+        if "/e2e/" in str(item.path):
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray cluster, the same as `sdft train` starts."""
+    from sdft_dist.cluster import ray_session
+    from sdft_dist.config import parse_config
+
+    with ray_session(parse_config({"model": {"path": "m"}, "data": {"train": "d"}})):
+        yield

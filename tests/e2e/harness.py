@@ -1,0 +1,141 @@
+"""Real actors that several tests share: learner processes that can be set up anew, and engines.
+
+A learner process takes most of its start for imports, so the tests keep two of them and build each
+new group inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.pool import Pool
+from actors.rollout import Generator
+from actors.teacher import Teacher
+from learner.group import LearnerGroup
+from learner.worker import LearnerRank
+from sdft_dist.cluster import _resources
+from sdft_dist.config import Config, parse_config
+from sdft_dist.data import ProblemSet
+from sdft_dist.types import Problem, SampleKey, TrainItem
+
+
+class ReusableRank(LearnerRank):
+    """A learner process whose rank, configuration and data can be set anew."""
+
+    def __init__(self) -> None:
+        pass
+
+    def reset(self, *args: Any) -> None:
+        LearnerRank.__init__(self, *args)
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Full gradients of the last backward pass, fp32; the engine must not have stepped yet."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p).float().cpu().numpy() for name, p in self._named.items()}
+
+
+class ReusableTeacher(Teacher):
+    """A teacher that also reads sequences of the test's own."""
+
+    def read(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
+        return self.engine.states(sequences, starts)
+
+
+def config_for(model: Path, **sections: Any) -> Config:
+    """A small run on `model`; sections are merged over the defaults."""
+    tree: dict[str, Any] = {
+        "model": {"path": str(model), "max_length": 64},
+        "data": {"train": "unused"},
+        "rollout": {"max_completion_tokens": 12, "prompts_per_step": 8},
+        "optim": {"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0},
+        "learner": {"tokens_per_microbatch": 128},
+        "cluster": {"timeout_s": 120, "device": "cpu"},
+    }
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+def random_problems(count: int, vocab: int = 90, seed: int = 0) -> ProblemSet:
+    """Problems of random token ids and unequal lengths."""
+    rng = np.random.default_rng(seed)
+
+    def draw(low: int, high: int) -> np.ndarray:
+        return rng.integers(1, vocab, rng.integers(low, high)).astype(np.int32)
+
+    return ProblemSet(
+        Problem(prompt_ids=draw(3, 12), teacher_prompt_ids=draw(12, 30), demonstration_ids=draw(2, 10))
+        for _ in range(count)
+    )
+
+
+def demonstration_items(problems: ProblemSet, step: int = 0) -> list[TrainItem]:
+    """Every demonstration once."""
+    return [
+        TrainItem(
+            key=SampleKey(step, i, 0),
+            num_prompt_tokens=len(p.prompt_ids),
+            num_completion_tokens=len(p.demonstration_ids),
+            teacher_version=-1,
+        )
+        for i, p in enumerate(problems)
+    ]
+
+
+class Ranks:
+    """Learner processes to build groups from: one that works alone and a pair.
+
+    DeepSpeed numbers modules and parameters by process-wide counters that all ranks of a group must
+    agree on, so a process that has worked alone cannot join one that has not.
+    """
+
+    def __init__(self) -> None:
+        threads = (1, 2, 2)
+        self.actors = [ray.remote(ReusableRank).options(**_resources("cpu", n)).remote() for n in threads]
+
+    def group(self, config: Config, problems: ProblemSet, vocab_size: int = 102) -> LearnerGroup:
+        """A started group of `config.learner.ranks` ranks, 1 or 2."""
+        n = config.learner.ranks
+        table, actors = ray.put(problems), self.actors[:1] if n == 1 else self.actors[1:]
+        ray.get([a.reset.remote(config, r, n, "cpu", vocab_size, table) for r, a in enumerate(actors)])
+        group = LearnerGroup(config, actors)
+        group.start()
+        return group
+
+    def stop(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] = (98,)) -> tuple[Pool, Pool]:
+    """One generator and one teacher, ready."""
+    table = ray.put(problems)
+    make = lambda cls, *args: ray.remote(cls).options(**_resources("cpu", 1)).remote(config, "cpu", *args)  # noqa: E731
+    generators = Pool("generators", [make(Generator, list(stop_ids), table)], config.cluster.timeout_s)
+    teachers = Pool("teachers", [make(ReusableTeacher, table)], config.cluster.timeout_s)
+    generators.wait_ready()
+    teachers.wait_ready()
+    return generators, teachers
+
+
+def exported(folder: Path, group: LearnerGroup, config: Config, kind: str = "master") -> Any:
+    """The Hugging Face model in eval mode with the weights that the learner's checkpoint holds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from learner.checkpoint import read_full
+
+    group.save(folder, 0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path))
+    named = dict(lm.named_parameters())
+    full = read_full(folder, kind, {name: tuple(p.shape) for name, p in named.items()})
+    with torch.no_grad():
+        for name, param in named.items():
+            param.copy_(full[name])
+    return lm.eval()

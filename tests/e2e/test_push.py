@@ -1,0 +1,97 @@
+"""After a push the engines hold exactly the learner's weights: tokens and states are Hugging Face's."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+from harness import Ranks, config_for, demonstration_items, engine_pools, exported, random_problems
+from helpers import tiny_model
+
+from sdft_dist.types import SampleKey
+
+PROBLEMS = random_problems(8)
+
+
+@pytest.fixture(scope="module")
+def ranks(ray_cluster):
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def served(request, ray_cluster, tmp_path_factory):
+    """A model folder, and a generator and a teacher that have loaded it."""
+    model = tiny_model(tmp_path_factory.mktemp("model"), tied=request.param)
+    generators, teachers = engine_pools(config_for(model), PROBLEMS)
+    yield model, generators, teachers
+    for actor in [*generators.actors, *teachers.actors]:
+        ray.kill(actor)
+
+
+def greedy(lm, prompt, count):
+    ids = torch.tensor([prompt.tolist()])
+    out = lm.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=98, pad_token_id=97)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, stage, num_ranks, tmp_path):
+    model, generators, teachers = served
+    config = config_for(
+        model, method="sft", learner={"zero_stage": stage, "ranks": num_ranks}, teacher={"kind": "ema", "ema_rate": 0.3}
+    )
+    group = ranks.group(config, PROBLEMS)
+    for pool in (generators, teachers):
+        group.open_push(pool)
+    for step in range(2):
+        group.update(step, 2, demonstration_items(PROBLEMS))
+    group.push(generators, 2)
+    group.push(teachers, 2)
+    student, ema = exported(tmp_path / "s", group, config), exported(tmp_path / "e", group, config, "ema")
+    group.stop()
+
+    moved = (student.model.embed_tokens.weight - ema.model.embed_tokens.weight).abs().max()
+    assert moved > 1e-3, "the student must differ from its average, or the test could not fail"
+    prompts = [p.prompt_ids for p in PROBLEMS]
+    sampled = generators.complete(prompts, 12)
+    assert [s.tolist() for s in sampled] == [greedy(student, p, 12) for p in prompts]
+    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in PROBLEMS]
+    starts = [len(p.teacher_prompt_ids) for p in PROBLEMS]
+    read = ray.get(teachers.actors[0].read.remote(sequences, starts))
+    for tokens, start, states in zip(sequences, starts, read, strict=True):
+        with torch.no_grad():
+            expected = ema.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
+        assert states.shape == expected.shape
+        assert np.abs(states - expected.numpy()).max() < 1e-5
+
+
+def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, tmp_path):
+    """At temperature 0.7 the generator's log-probs are log-softmax(logits / 0.7) of the learner."""
+    model, generators, _ = served
+    config = config_for(model, method="sft")
+    group = ranks.group(config, PROBLEMS)
+    group.open_push(generators)
+    group.push(generators, 5)
+    student = exported(tmp_path, group, config)
+    group.stop()
+    keys = [SampleKey(0, i, 0) for i in range(len(PROBLEMS))]
+    refs = ray.get(generators.actors[0].generate.remote(keys))
+    for ref in refs:
+        sample = ray.get(ref.ref)
+        assert [(s.version, s.start) for s in sample.policy_versions] == [(5, 0)]
+        prompt = PROBLEMS[sample.key.problem].prompt_ids
+        ids = torch.tensor([np.concatenate([prompt, sample.completion_ids]).tolist()])
+        with torch.no_grad():
+            logp = student(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logp[range(len(sample.completion_ids)), sample.completion_ids.tolist()]
+        assert np.abs(sample.logprobs - expected.numpy()).max() < 1e-5
+
+
+def test_an_engine_without_a_whole_push_serves_nothing(ray_cluster, tmp_path):
+    generators, teachers = engine_pools(config_for(tiny_model(tmp_path)), PROBLEMS)
+    with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
+        generators.complete([PROBLEMS[0].prompt_ids], 4)
+    for actor in [*generators.actors, *teachers.actors]:
+        ray.kill(actor)
