@@ -18,8 +18,8 @@ from sdft_dist.types import Sample, SampleKey, SampleRef, WeightManifest
 
 
 def sample_seed(run_seed: int, key: SampleKey) -> int:
-    """Seed of one rollout, from (run seed, step, problem, index): the same whichever actor samples it."""
-    digest = hashlib.blake2b(f"{run_seed}/{key.step}/{key.problem}/{key.index}".encode(), digest_size=8).digest()
+    """Seed of one rollout, from (run seed, step, problem, sample): the same whichever actor samples it."""
+    digest = hashlib.blake2b(f"{run_seed}/{key.step}/{key.problem}/{key.sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

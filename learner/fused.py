@@ -97,7 +97,8 @@ def _value_and_grad(
 ) -> ValueAndGrad:
     if targets.labels_T is not None:
         return cross_entropy(student, targets.labels_T[span])
-    assert targets.states_TD is not None and targets.head_VD is not None
+    assert targets.states_TD is not None
+    assert targets.head_VD is not None
     teacher = _logits(targets.states_TD[span], targets.head_VD[:vocab_size], temperature)
     divergence: Callable[[torch.Tensor, torch.Tensor], ValueAndGrad] = DIVERGENCES[targets.divergence]
     return divergence(student, teacher)

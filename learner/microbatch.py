@@ -70,8 +70,8 @@ def build(
             states_TD=stacked.to(device, teacher_head.dtype), head_VD=teacher_head, divergence=loss.divergence
         )
     return MicroBatch(
-        input_ids=_long(ids or [np.zeros(1)], device)[None],
-        position_ids=_long(positions or [np.zeros(1)], device)[None],
+        input_ids=_long(ids or [np.zeros(1, np.int64)], device)[None],
+        position_ids=_long(positions or [np.zeros(1, np.int64)], device)[None],
         predicts=_long(predicts, device),
         weights=torch.from_numpy(np.concatenate([*token_weights, np.zeros(0, np.float32)])).to(device),
         targets=targets,

@@ -46,7 +46,7 @@ def ray_session(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; it warns without
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.cluster.address is None:
         # A port of the dashboard without a token is remote code execution (CVE-2023-48022).

@@ -277,7 +277,7 @@ class ProblemSet(Sequence[Problem]):
     def __len__(self) -> int:
         return len(self._ends[0]) - 1
 
-    def __getitem__(self, i: Any) -> Problem:
+    def __getitem__(self, i: int) -> Problem:  # type: ignore[override]  # no slices
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)

@@ -50,7 +50,7 @@ def demo(out: Path, *, num_seeds: int = 1, steps: int | None = None, rebuild_bas
     base = build_with_progress(BaseSettings(), out / "base") if rebuild_base else shipped_base()
     console.print(
         f"The base model knows four skills on rows of five symbols: {', '.join(world.OLD_SKILLS)}. It is now taught "
-        f"the new word {WORD} (to reverse symbols of domain {DOMAIN}), by SDFT and by SFT, from the same demonstrations.",
+        f"the new word {WORD} (to reverse symbols of domain {DOMAIN}), by SDFT and by SFT, from the same rows.",
         highlight=False,
     )
     outcomes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from sdft_dist.config import load_config
@@ -16,7 +17,8 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     transformers and with vLLM. Raises UserError where there is no such checkpoint or `out` is in use.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
     from learner.checkpoint import read_full
     from sdft_dist.prompts import load_tokenizer
@@ -37,8 +39,9 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     with torch.no_grad():
         for name, param in named.items():
             param.copy_(full[name])
-    base = AutoModelForCausalLM.from_pretrained(config.model.path, revision=config.model.revision)
-    lm.generation_config = base.generation_config
+    with suppress(OSError):  # a model folder need not have generation settings
+        lm.generation_config = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision)
+    disable_progress_bar()
     lm.save_pretrained(out)
     load_tokenizer(config).save_pretrained(out)
     return out

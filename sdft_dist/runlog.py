@@ -28,7 +28,7 @@ class RunLog:
         self._times: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(compact=True),
@@ -72,8 +72,8 @@ class RunLog:
         self.write("train", step, record)
         rate = record["samples_per_s"]
         shown = (
-            f"loss {metrics['loss']:.4f} · KL/token {metrics['divergence_per_token']:.4f} · "
-            f"{record['completion_tokens_mean']:.0f} tokens · {rate:.0f} samples/s ·"
+            f"loss {metrics['loss']:.4f} KL {metrics['divergence_per_token']:.4f} "
+            f"len {record['completion_tokens_mean']:.0f} {rate:.0f}/s"
         )
         self._progress.update(self._task, completed=step, total=num_steps, shown=shown)
 

@@ -19,7 +19,7 @@ class SampleKey(NamedTuple):
 
     step: int  # optimizer step that will consume it
     problem: int  # index into the ProblemSet
-    index: int  # 0 .. completions_per_prompt - 1
+    sample: int  # 0 .. completions_per_prompt - 1
 
 
 class VersionSpan(NamedTuple):

@@ -95,7 +95,7 @@ def test_folders_without_tokenizer_or_template(model, tmp_path):
         load_tokenizer(config_for(tmp_path / "bare"))
     plain = tiny_model(tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="no chat template: give one with prompt.chat_template"):
+    with pytest.raises(UserError, match="no chat template: give one with prompt"):
         load_tokenizer(config_for(plain))
     (tmp_path / "t.jinja").write_text("{{ nothing.at.all }}")
     broken = config_for(plain, prompt={"chat_template": str(tmp_path / "t.jinja")})

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sdft_dist.lab import world
 
@@ -130,7 +131,7 @@ def _train(out: Path, s: BaseSettings, progress: Progress) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _batch(examples: list[world.BaseExample], tokenizer):
+def _batch(examples: list[world.BaseExample], tokenizer: Any) -> tuple[Any, Any]:
     """Right-padded ids and labels, both int64 [B, T]; label -100 outside the target."""
     import torch
 

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target that needs it sets up.
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+# Only for users whose package index has no CPU build of torch.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean-clone-test
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+setup: $(VENV)/.installed ## make .venv with everything pinned (CPU)
+
+$(VENV)/.installed: pyproject.toml deploy/requirements-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; give one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing about 190 packages (2 GB, some minutes) ..."
+	$(PIP) "torch==2.13.0+cpu" || $(PIP) --extra-index-url $(TORCH_INDEX) "torch==2.13.0+cpu"
+	$(PIP) -r deploy/requirements-cpu.txt
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## teach a small model a new word with SDFT and with SFT (about 5 minutes)
+	$(BIN)/sdft demo
+
+test: setup ## all tests
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean-clone-test: ## clone HEAD into an empty folder, set it up there and run all its tests
+	@folder=$$(mktemp -d) && git clone --quiet . $$folder/sdft-dist && $(MAKE) -C $$folder/sdft-dist test && rm -rf $$folder
