@@ -20,7 +20,7 @@ from learner.microbatch import TrainSequence, build, token_weight
 from learner.model import Student, load_causal_lm
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source
 from learner.schedule import learning_rate
-from learner.zero import deepspeed_config, fragments
+from learner.zero import deepspeed_config, fragments, step_and_norm
 from sdft_dist.config import Config
 from sdft_dist.types import Sample, TeacherTargets, TrainItem, WeightManifest
 
@@ -107,14 +107,14 @@ class LearnerRank:
             loss_sum += loss.item()
             divergence_sum += losses_C.sum().item()
             num_trained += len(losses_C)
-        self.engine.step()
+        grad_norm = step_and_norm(self.engine)
         if self.ema is not None:
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
         return {
             "loss": loss_sum,
             "divergence_sum": divergence_sum,
             "trained_tokens": float(num_trained),
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": grad_norm,
             "learning_rate": rate,
             "wait_s": waited,
             "step_s": time.perf_counter() - started,

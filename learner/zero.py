@@ -96,3 +96,14 @@ def _stage3_fragment(engine: Any, name: str, param: Any, rank: int) -> Fragment:
     keys = [k for k in state_of if k != "step"]
     state = {k: optimizer.get_local_fp32_param(param, k)[:size] for k in keys}
     return Fragment(name=name, start=start, master=master[:size], state=state)
+
+
+def step_and_norm(engine: Any) -> float:
+    """Take the optimizer step; returns the global gradient norm before clipping."""
+    norm = None
+    if not engine.zero_optimization() and not engine.bfloat16_enabled():
+        # Stage 0 in fp32 clips without keeping the norm; the gradients are reduced already.
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -33,11 +33,21 @@ class ReusableRank(LearnerRank):
     def reset(self, *args: Any) -> None:
         LearnerRank.__init__(self, *args)
 
-    def gradients(self) -> dict[str, np.ndarray]:
-        """Full gradients of the last backward pass, fp32; the engine must not have stepped yet."""
+    def keep_gradients(self) -> None:
+        """Keep the full gradients of the next optimizer step, before clipping and averaging moments."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(p).float().cpu().numpy() for name, p in self._named.items()}
+        step = self.engine.step
+
+        def step_and_keep() -> None:
+            self._kept = {name: safe_get_full_grad(p).float().cpu().numpy() for name, p in self._named.items()}
+            step()
+
+        self.engine.step = step_and_keep
+
+    def kept_gradients(self) -> dict[str, np.ndarray]:
+        """fp32, in the parameters' shapes."""
+        return self._kept
 
 
 class ReusableTeacher(Teacher):

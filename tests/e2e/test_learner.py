@@ -1,0 +1,117 @@
+"""The learner over ZeRO stages and ranks: the average, the gradient, and the checkpoint."""
+
+import numpy as np
+import pytest
+import ray
+from harness import Ranks, config_for, demonstration_items, random_problems
+
+from helpers import assert_relative, tiny_model
+from learner.checkpoint import read_full
+
+PROBLEMS = random_problems(8)
+
+
+@pytest.fixture(scope="module")
+def ranks(ray_cluster):
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [(2, 2), (3, 2), (0, 1)])
+def test_the_average_is_a_float64_reference_after_50_steps(ranks, model, tmp_path, stage, num_ranks):
+    rate = 0.01
+    config = config_for(
+        model,
+        method="sft",
+        learner={"zero_stage": stage, "ranks": num_ranks},
+        teacher={"kind": "ema", "ema_rate": rate},
+        optim={"learning_rate": 1e-3},
+    )
+    group = ranks.group(config, PROBLEMS)
+    shapes = {
+        name: s
+        for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
+        for name, s in zip(bucket.names, bucket.shapes, strict=True)
+    }
+
+    def read(kind):
+        group.save(tmp_path, 0)
+        return {name: t.double() for name, t in read_full(tmp_path, kind, shapes).items()}
+
+    reference = read("master")
+    start = {name: t.clone() for name, t in reference.items()}
+    for step in range(50):
+        group.update(step, 50, demonstration_items(PROBLEMS, step))
+        for name, student in read("master").items():
+            reference[name] += rate * (student - reference[name])
+    averages = read("ema")
+    group.stop()
+    for name, average in averages.items():
+        assert_relative(average, reference[name], 1e-6)
+    assert max((averages[n] - start[n]).abs().max() for n in start) > 1e-3, "it must have moved"
+
+
+def gradients(ranks, model, num_ranks, stage, budget):
+    config = config_for(
+        model,
+        method="sft",
+        learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": budget},
+        loss={"skip_first_tokens": 2},
+        optim={"learning_rate": 1.0, "grad_clip": 1e9},
+    )
+    group = ranks.group(config, PROBLEMS)
+    for rank in group.ranks:
+        rank.keep_gradients.remote()
+    metrics = group.update(0, 1, demonstration_items(PROBLEMS))
+    found = ray.get([rank.kept_gradients.remote() for rank in group.ranks])[0]
+    group.stop()
+    return metrics, found
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, model):
+    """One rank, one micro-batch, no ZeRO."""
+    return gradients(ranks, model, 1, 0, 4096)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "stage", "budget"),
+    [(1, 0, 64), (1, 1, 64), (1, 2, 64), (1, 3, 64), (2, 0, 64), (2, 1, 64), (2, 2, 64), (2, 3, 64), (2, 2, 4096)],
+)
+def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(ranks, model, alone, num_ranks, stage, budget):
+    metrics, found = gradients(ranks, model, num_ranks, stage, budget)
+    assert metrics["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
+    scale = max(np.abs(g).max() for g in alone[1].values())
+    assert scale > 1e-4
+    for name, gradient in found.items():
+        assert np.abs(gradient - alone[1][name]).max() <= 1e-5 * scale, name
+
+
+def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, model, tmp_path):
+    """Master weights after one step, put together from shards, are the same for 1 and 2 ranks."""
+    full = []
+    for num_ranks, stage in ((1, 0), (2, 3)):
+        config = config_for(model, method="sft", learner={"zero_stage": stage, "ranks": num_ranks})
+        group = ranks.group(config, PROBLEMS)
+        shapes = {
+            name: s
+            for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
+            for name, s in zip(bucket.names, bucket.shapes, strict=True)
+        }
+        group.update(0, 1, demonstration_items(PROBLEMS))
+        folder = tmp_path / str(num_ranks)
+        group.save(folder, 1)
+        group.stop()
+        full.append((read_full(folder, "master", shapes), read_full(folder, "exp_avg", shapes)))
+    (master, moment), (other_master, other_moment) = full
+    for name in master:
+        assert_relative(other_moment[name], moment[name], 1e-5)
+        # Adam's first step divides by the gradient's own size, which magnifies rounding.
+        assert_relative(other_master[name], master[name], 1e-3)

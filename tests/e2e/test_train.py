@@ -1,0 +1,131 @@
+"""Whole runs: the same seed gives the same losses, real rows are learned, and a run's export loads."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers import tiny_model, write_jsonl
+from sdft_dist.config import parse_config
+from sdft_dist.errors import UserError
+from sdft_dist.export import export
+from sdft_dist.lab import world
+from sdft_dist.lab.base import shipped_base
+from sdft_dist.runlog import read_metrics
+from sdft_dist.train import run
+
+REAL = os.environ.get("SDFT_REAL_DATA")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def lab_config(folder, **sections):
+    rows = [row._asdict() for row in world.rows("t35", "a", 64, seed=0)]
+    tree = {
+        "run_dir": str(folder / "run"),
+        "steps": 4,
+        "model": {"path": str(shipped_base()), "max_length": 64},
+        "data": {"train": str(write_jsonl(folder / "train.jsonl", rows))},
+        "prompt": {"template": world.TEACHER_TEMPLATE},
+        "rollout": {"prompts_per_step": 8, "max_completion_tokens": 12},
+        "optim": {"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0},
+        "learner": {"tokens_per_microbatch": 256},
+        "cluster": {"timeout_s": 120},
+    }
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+def losses(config):
+    return [m["loss"] for m in read_metrics(Path(config.run_dir), "train")]
+
+
+def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, tmp_path):
+    configs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        configs.append(
+            lab_config(
+                tmp_path / name,
+                eval={
+                    "every": 2,
+                    "sets": {
+                        "new": str(write_jsonl(tmp_path / "eval.jsonl", [world.rows("t35", "a", 8, -1)[0]._asdict()]))
+                    },
+                    "scorer": "sdft_dist.lab.world:score",
+                },
+            )
+        )
+        rundir = run(configs[-1])
+    first, second = map(losses, configs)
+    assert first == second
+    assert len(set(first)) == 4
+    assert [m["step"] for m in read_metrics(rundir.path, "eval")] == [0, 2, 4]
+    assert yaml.safe_load((rundir.path / "config.yaml").read_text())["steps"] == 4
+    assert list((rundir.path / "events").iterdir())
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm = AutoModelForCausalLM.from_pretrained(rundir.path / "model")
+    assert AutoTokenizer.from_pretrained(rundir.path / "model").chat_template
+    assert lm.generation_config.eos_token_id == 98
+    ema = AutoModelForCausalLM.from_pretrained(export(rundir, tmp_path / "ema", weights="ema"))
+    assert (lm.model.norm.weight - ema.model.norm.weight).abs().max() > 0
+    with pytest.raises(UserError, match="already in use"):
+        run(configs[0])
+    with pytest.raises(UserError, match="already in use"):
+        export(rundir, tmp_path / "ema")
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory):
+    """A small random Qwen3 and a byte-level tokenizer trained on the real rows."""
+    if not REAL:
+        pytest.skip("SDFT_REAL_DATA names no folder with real rows")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator((line for p in Path(REAL).glob("*.jsonl") for line in p.open()), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("real")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    tiny_model(folder, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "stage"), [("tooluse", 2), ("tooluse", 3), ("science", 2), ("science", 3)])
+def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, name, stage):
+    config = parse_config(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "steps": 20,
+            "model": {"path": str(real_model), "max_length": 3072},
+            "data": {"train": f"{REAL}/{name}.jsonl"},
+            "rollout": {"prompts_per_step": 8, "max_completion_tokens": 32},
+            "teacher": {"kind": "base"},
+            "optim": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0},
+            "learner": {"ranks": 2, "zero_stage": stage, "tokens_per_microbatch": 3072},
+            "cluster": {"timeout_s": 200},
+        }
+    )
+    run(config)
+    found = losses(config)
+    print(json.dumps({"rows": name, "zero_stage": stage, "losses": [round(x, 4) for x in found]}))
+    assert len(found) == 20
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
