@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sdft_dist.cluster import Fleet, launch, ray_session
+from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config
 from sdft_dist.data import load_training_rows
+from sdft_dist.errors import ConfigError
 from sdft_dist.evaluate import accuracy, load_eval_sets, load_scorer
 from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
@@ -22,6 +23,9 @@ def run(config: Config, *, title: str | None = None, console: Console | None = N
 
     Raises UserError before anything starts where configuration, data or model folder are wrong.
     """
+    device = resolve_device(config)
+    if device == "cpu" and config.model.dtype == "bfloat16":
+        raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
     tokenizer = load_tokenizer(config)
     problems = encode_problems(config, tokenizer, load_training_rows(config.data, config.method))
     eval_sets = load_eval_sets(config.eval, tokenizer)

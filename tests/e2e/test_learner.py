@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import ray
 from harness import Ranks, config_for, demonstration_items, random_problems
-
 from helpers import assert_relative, tiny_model
+
 from learner.checkpoint import read_full
 
 PROBLEMS = random_problems(8)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from helpers import tiny_model, write_jsonl
+
 from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
 from sdft_dist.export import export
@@ -117,9 +117,9 @@ def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, nam
             "steps": 20,
             "model": {"path": str(real_model), "max_length": 3072},
             "data": {"train": f"{REAL}/{name}.jsonl"},
-            "rollout": {"prompts_per_step": 8, "max_completion_tokens": 32},
+            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 32},
             "teacher": {"kind": "base"},
-            "optim": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0},
+            "optim": {"learning_rate": float(os.environ.get("LR", "1e-3")), "schedule": "constant", "warmup_steps": 0},
             "learner": {"ranks": 2, "zero_stage": stage, "tokens_per_microbatch": 3072},
             "cluster": {"timeout_s": 200},
         }

@@ -1,0 +1,121 @@
+"""The command line: instant help, and one readable message for each mistake."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny_model, write_jsonl
+
+from sdft_dist.cli import main
+
+GOOD = {"prompt": "rev a0 a1", "demonstration": "thus a1 a0 end"}
+
+
+def test_help_is_fast():
+    """The fastest of three: the machine may be busy."""
+
+    def seconds():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "sdft_dist.cli", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    write_jsonl(tmp_path / "good.jsonl", [GOOD])
+    tree = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(model), "max_length": 64},
+        "data": {"train": str(tmp_path / "good.jsonl")},
+        "rollout": {"max_completion_tokens": 16},
+        "prompt": {"template": "{prompt} example {demonstration} now you"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def bare_folder(tmp_path):
+    (tmp_path / "bare").mkdir()
+    return str(tmp_path / "bare")
+
+
+def no_template(tmp_path, model):
+    shutil.copytree(model, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    return str(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train={tmp}/none.jsonl", "none.jsonl: no such file"),
+        ("data.train={tmp}/empty.jsonl", "empty.jsonl: the file is empty"),
+        ("data.train={tmp}/column.jsonl", "column.jsonl:2: demonstration: is missing"),
+        ("data.train={tmp}/type.jsonl", "type.jsonl:1: prompt: is int 5; expected text"),
+        ("data.train={tmp}/long.jsonl", "long.jsonl:1: teacher prompt of"),
+        ("model.path={bare}", "tokenizer"),
+        ("model.path={plain}", "has no chat template: give one with prompt.chat_template=FILE"),
+        ("model.path={tmp}/nowhere", "nowhere: no such folder"),
+        ("learner.zero_stag=1", "learner.zero_stag: no such field; did you mean learner.zero_stage?"),
+        ("run_dir={tmp}/used", "used is already in use"),
+        ("eval.scorer=nothing:here", "eval.scorer: 'nothing:here' is not a function"),
+        ("model.dtype=bfloat16", "cluster.device=cpu"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_nothing_written(recipe, model, tmp_path, capsys, override, message):
+    (tmp_path / "empty.jsonl").touch()
+    write_jsonl(tmp_path / "column.jsonl", [GOOD, {"prompt": "q"}])
+    write_jsonl(tmp_path / "type.jsonl", [GOOD | {"prompt": 5}])
+    write_jsonl(tmp_path / "long.jsonl", [GOOD | {"prompt": "a0 " * 80}])
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious.txt").write_text("kept")
+    places = {"tmp": tmp_path, "bare": bare_folder(tmp_path), "plain": no_template(tmp_path, model)}
+    code = main(["train", str(recipe), override.format(**places), "cluster.device=cpu"])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("sdft: error: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "used" / "precious.txt").read_text() == "kept"
+
+
+def test_a_recipe_that_is_not_there(capsys):
+    assert main(["train", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: no such recipe" in capsys.readouterr().err
+
+
+def test_export_of_no_run(tmp_path, capsys):
+    assert main(["ckpt", "export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_clean_clone_passes_the_unit_tests_through_make(tmp_path):
+    """`make test` in a fresh clone, with this environment in the place of a new one and some of the tests."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+    environment = Path(sys.prefix)
+    marker = environment / ".installed"
+    if not marker.exists():
+        pytest.skip("this environment was not made by `make setup`")
+    done = subprocess.run(
+        ["make", "test", "-o", str(marker), f"VENV={environment}", "TESTS=tests/test_batching.py tests/test_wire.py"],
+        cwd=clone, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+    assert "Installing" not in done.stdout
