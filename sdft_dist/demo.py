@@ -7,6 +7,7 @@ Shows what each learned and what each kept. Everything here goes through the sam
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
 from sdft_dist.lab.teaching import write_teaching_set
+from sdft_dist.memory import PeakMemory
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -57,11 +59,17 @@ def demo(out: Path, *, num_seeds: int = 1, steps: int | None = None, rebuild_bas
     configs = [
         (seed, method, _config(out, base, seed, method, steps)) for seed in range(num_seeds) for method in METHODS
     ]
-    with ray_session(configs[0][2]):
+    started = time.monotonic()
+    with PeakMemory() as memory, ray_session(configs[0][2]):
         for seed, method, config in configs:
             run(config, title=f"{method.upper():4} seed {seed}", console=console)
             outcomes.append(_outcome(config))
     console.print(_table(outcomes, num_seeds))
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    peak = f", peak memory of all processes {memory.gib:.1f} GiB" if memory.gib else ""
+    console.print(
+        f"{len(configs)} runs in {minutes} min {seconds} s with starting and evaluating{peak}.", highlight=False
+    )
     picture = out / "curves.png"
     plot(outcomes, picture)
     model = Path(configs[0][2].run_dir) / "model"
@@ -109,8 +117,10 @@ def _outcome(config: Config) -> Outcome:
 
 def _table(outcomes: list[Outcome], num_seeds: int) -> Table:
     seeds = "1 seed" if num_seeds == 1 else f"mean of {num_seeds} seeds"
-    table = Table(title=f"Accuracy after training, % ({seeds}, greedy, 150 held-out questions a column)")
-    columns = ("", f"new: {WORD}", *world.OLD_SKILLS, "old mean", "seconds", "samples/s")
+    table = Table(
+        padding=(0, 0), title=f"Accuracy after training, % ({seeds}, greedy, 150 held-out questions a column)"
+    )
+    columns = ("", f"new {WORD}", *world.OLD_SKILLS, "old mean", "train s", "samples/s")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     first = [o.curve[0] for o in outcomes]

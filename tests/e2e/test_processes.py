@@ -77,13 +77,8 @@ def test_a_clean_exit(tmp_path):
     assert nothing_left(mark)
 
 
-def failing_scorer(completion, answer):
-    """A user's function that raises."""
-    raise ZeroDivisionError("the user's scorer failed")
-
-
 def test_an_exception(tmp_path):
-    process, mark = start(tmp_path, steps=2, scorer="test_processes:failing_scorer")
+    process, mark = start(tmp_path, steps=2, scorer="failing_scorer:score")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "the user's scorer failed" in output
