@@ -16,6 +16,16 @@ from sdft_dist.config import Config
 from sdft_dist.types import VersionSpan, WeightManifest
 
 
+class Sampling(NamedTuple):
+    """How completions are sampled. `temperature` 0 is greedy; `num_top` likeliest ids are reported."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    num_top: int = 0
+
+
 class Completion(NamedTuple):
     """What `generate` returns for one request."""
 
@@ -23,15 +33,7 @@ class Completion(NamedTuple):
     logprobs: np.ndarray  # float32 [C]
     finish_reason: Literal["stop", "length"]
     versions: tuple[VersionSpan, ...]
-
-
-class Request(NamedTuple):
-    """One completion to sample. `temperature` 0 is greedy."""
-
-    prompt_ids: np.ndarray  # int32 [P]
-    max_tokens: int
-    temperature: float
-    seed: int
+    top_ids: np.ndarray | None  # int32 [C, num_top], likeliest first; None where none were asked for
 
 
 class Engine:
@@ -65,6 +67,7 @@ class Engine:
             options["skip_tokenizer_init"] = True  # ids in, ids out
             # Log-probs after temperature: those of the distribution that was sampled from.
             options["logprobs_mode"] = "processed_logprobs"
+            options["max_logprobs"] = config.loss.top_k
         else:
             options["runner"], options["convert"] = "pooling", "embed"
             # Without use_activation=False the states come L2-normalised.
@@ -74,35 +77,34 @@ class Engine:
         self._llm = LLM(**options)
         self._stop_ids = list(stop_ids)
         self._next_id = 0
+        self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
         self.version: int | None = None
 
-    def use_initial_weights(self) -> None:
-        """Declare the weights read from the model folder to be version 0."""
-        self.version = 0
-        self._llm.llm_engine.set_weight_version("0")
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Sample all requests, in order. Needs runner="generate" and a current push."""
+    def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], how: Sampling) -> list[Completion]:
+        """One completion per prompt (int32 [P]), in order. Needs runner="generate" and a current push."""
         from vllm import SamplingParams
 
         version = self._serving_version()
         engine, outputs = self._llm.llm_engine, {}
-        ids = [self._new_id() for _ in requests]
-        for request_id, r in zip(ids, requests, strict=True):
+        ids = [self._new_id() for _ in prompts]
+        for request_id, prompt_ids, seed in zip(ids, prompts, seeds, strict=True):
             params = SamplingParams(
-                max_tokens=r.max_tokens,
-                temperature=r.temperature,
-                seed=r.seed,
-                logprobs=0,
+                max_tokens=how.max_tokens,
+                temperature=how.temperature,
+                top_p=how.top_p,
+                top_k=how.top_k,
+                seed=seed,
+                logprobs=how.num_top,
+                flat_logprobs=True,  # a tenth of the Python time of one dictionary a token
                 stop_token_ids=self._stop_ids,
                 detokenize=False,
             )
             # The salt keeps prefixes computed under other weights out of the cache's answers.
-            prompt = {"prompt_token_ids": r.prompt_ids.tolist(), "cache_salt": str(version)}
+            prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(version)}
             engine.add_request(request_id, prompt, params)
         while engine.has_unfinished_requests():
             outputs.update({o.request_id: o.outputs[0] for o in engine.step() if o.finished})
-        return [_completion(outputs[i]) for i in ids]
+        return [_completion(outputs[i], how.num_top) for i in ids]
 
     def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
@@ -136,6 +138,11 @@ class Engine:
         self._llm.finish_weight_update(str(manifest.version))
         self.version = manifest.version
 
+    def pushed_head(self) -> Any:
+        """The output head [V, D] of the last push, where `join_push` was told to keep it."""
+        (head,) = self._llm.collective_rpc(_kept_head)
+        return head
+
     def _serving_version(self) -> int:
         if self.version is None:
             raise RuntimeError("this engine has no whole set of weights: a push must succeed before it serves")
@@ -166,11 +173,18 @@ def _keep_plain_weights() -> None:
     ops._supports_onednn = False
 
 
-def _completion(output: Any) -> Completion:
-    token_ids = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+def _kept_head(worker: Any) -> Any:
+    return worker.weight_transfer_engine.kept
+
+
+def _completion(output: Any, num_top: int) -> Completion:
+    """A position's log-probs in vLLM's flat layout: the sampled token's, then the likeliest ones."""
+    flat, token_ids = output.logprobs, np.asarray(output.token_ids, dtype=np.int32)
+    ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(token_ids), 1 + num_top)
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(ids.shape)[:, 0]
+    assert (ids[:, 0] == token_ids).all()
     spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions)
-    return Completion(token_ids, np.asarray(logprobs, dtype=np.float32), output.finish_reason, spans)
+    return Completion(token_ids, logprobs, output.finish_reason, spans, ids[:, 1:] if num_top else None)
 
 
 def _rows(states: Any, first: int) -> np.ndarray:

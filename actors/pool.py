@@ -36,12 +36,20 @@ class Pool:
         """Greedy completions, int32 [C] each, in the prompts' order. Generators only."""
         return self._spread(prompts, lambda actor, part: actor.complete.remote(part, max_tokens), "complete")
 
-    def join_push(self, host: str, port: int) -> list[Any]:
-        """Ask every actor to join the push group; returns references to wait for."""
+    def join_push(self, host: str, port: int, keep: str | None) -> list[Any]:
+        """Ask every actor to join the push group, and to keep the weight of that name as received;
+        returns references to wait for."""
         size = 1 + len(self.actors)
         return [
             actor.join_push.remote(
-                {"host": host, "port": port, "first_rank": 1 + i, "group_size": size, "timeout_s": self._timeout_s}
+                {
+                    "host": host,
+                    "port": port,
+                    "first_rank": 1 + i,
+                    "group_size": size,
+                    "timeout_s": self._timeout_s,
+                    "keep": keep,
+                }
             )
             for i, actor in enumerate(self.actors)
         ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import Engine, Request
+from actors.engine import Engine, Sampling
 from sdft_dist.config import Config
 from sdft_dist.types import Sample, SampleKey, SampleRef, WeightManifest
 
@@ -38,25 +38,31 @@ class Generator:
         """Sample a completion for each key."""
         import ray
 
-        rollout = self.config.rollout
-        prompts = [self.problems[key.problem].prompt_ids for key in keys]
-        requests = [
-            Request(ids, rollout.max_completion_tokens, rollout.temperature, sample_seed(self.config.seed, key))
-            for key, ids in zip(keys, prompts, strict=True)
-        ]
+        rollout, loss = self.config.rollout, self.config.loss
+        how = Sampling(
+            rollout.max_completion_tokens,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            loss.top_k if loss.support == "topk" and loss.topk_from == "student" else 0,
+        )
+        problems = [self.problems[key.problem] for key in keys]
+        prompts = [p.teacher_prompt_ids if rollout.from_teacher else p.prompt_ids for p in problems]
+        completions = self.engine.generate(prompts, [sample_seed(self.config.seed, key) for key in keys], how)
         refs = []
-        for key, ids, done in zip(keys, prompts, self.engine.generate(requests), strict=True):
+        for key, problem, done in zip(keys, problems, completions, strict=True):
             sample = Sample(
                 key=key,
                 completion_ids=done.token_ids,
                 logprobs=done.logprobs,
                 finish_reason=done.finish_reason,
                 policy_versions=done.versions,
+                top_ids=done.top_ids,
             )
             refs.append(
                 SampleRef(
                     key=key,
-                    num_prompt_tokens=len(ids),
+                    num_prompt_tokens=len(problem.prompt_ids),
                     num_completion_tokens=len(done.token_ids),
                     finish_reason=done.finish_reason,
                     policy_versions=done.versions,
@@ -67,8 +73,7 @@ class Generator:
 
     def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
         """Greedy completions (int32 [C] each) of `prompts`, for evaluation."""
-        requests = [Request(ids, max_tokens, 0.0, 0) for ids in prompts]
-        return [done.token_ids for done in self.engine.generate(requests)]
+        return [done.token_ids for done in self.engine.generate(prompts, [0] * len(prompts), Sampling(max_tokens, 0.0))]
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""

@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from actors.choose import choose
 from actors.engine import Engine
 from sdft_dist.config import Config
+from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.types import Sample, SampleRef, TeacherTargets, TrainItem, WeightManifest
 
 
 class Teacher:
     """One vLLM pooling engine with the teacher's weights."""
 
-    def __init__(self, config: Config, device: str, problems: Any):
+    def __init__(self, config: Config, device: str, vocab_size: int, problems: Any):
         self.config, self.problems = config, problems
         self.engine = Engine(config, "pooling", device, stop_ids=())
-        if config.teacher.kind == "base":
-            self.engine.use_initial_weights()
+        self.vocab_size = vocab_size
+        self._transform: LogitTransform | None = None
 
     def ready(self) -> bool:
         """Returns when the engine stands."""
@@ -40,19 +42,40 @@ class Teacher:
         version = self.engine.version
         assert version is not None
         items = []
-        for r, rows in zip(refs, states, strict=True):
-            targets = TeacherTargets(key=r.key, teacher_version=version, states=rows, dtype=self.config.model.dtype)
+        for r, sample, rows in zip(refs, samples, states, strict=True):
+            targets = TeacherTargets(
+                key=r.key, teacher_version=version, dtype=self.config.model.dtype, **self._beliefs(sample, rows)
+            )
             items.append(
                 TrainItem(
                     key=r.key,
                     num_prompt_tokens=r.num_prompt_tokens,
                     num_completion_tokens=r.num_completion_tokens,
                     teacher_version=version,
+                    finish_reason=r.finish_reason,
                     sample=r.ref,
                     targets=ray.put(targets),
                 )
             )
         return items
+
+    def _beliefs(self, sample: Sample, states: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of TeacherTargets that `loss.support` asks for, from the states [C, D]."""
+        loss = self.config.loss
+        if loss.support == "full":
+            return {"states": states}
+        if self._transform is None:
+            self._transform = logit_transform(self.engine.settings)
+        if loss.support == "sampled":
+            ids: np.ndarray | int = sample.completion_ids[:, None]
+        elif loss.topk_from == "student":
+            assert sample.top_ids is not None
+            ids = sample.top_ids
+        else:
+            ids = loss.top_k
+        head = self.engine.pushed_head()[: self.vocab_size]
+        found = choose(states, head, ids, self._transform, self.config.rollout.temperature)
+        return dict(zip(("ids", "logprobs", "tail"), found, strict=True))
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""

@@ -29,6 +29,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     first_rank: int  # of this engine's workers in the group; the sender is 0
     group_size: int
     timeout_s: float
+    keep: str | None = None  # name of a weight to keep as received: a teacher's output head
 
 
 @dataclass
@@ -46,6 +47,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         rank = init_info.first_rank + self.parallel_config.rank
         self._group = torch.distributed.ProcessGroupGloo(store, rank, init_info.group_size, timeout)
         self._loaded: set[str] = set()
+        self._keep = init_info.keep
+        self.kept: torch.Tensor | None = None
 
     def start_weight_update(self) -> None:
         self._loaded = set()
@@ -63,11 +66,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 raise RuntimeError(
                     f"weight push: checksum of the bucket {bucket.names[0]} … {bucket.names[-1]} is wrong"
                 )
-            self._loaded |= self._load(unpack(bucket, payload))
+            with torch.no_grad():
+                self._loaded |= set(self.model.load_weights(self._keeping(unpack(bucket, payload))) or ())
 
-    def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-        with torch.no_grad():
-            return set(self.model.load_weights(tensors) or ())
+    def _keeping(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            if name == self._keep:
+                self.kept = tensor.clone()
+            yield name, tensor
 
     def finish_weight_update(self) -> None:
         expected = {name for name, _ in self.model.named_parameters()}

@@ -6,7 +6,7 @@ that it owns, with no communication until the average is gathered for a push.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -14,10 +14,14 @@ from learner.zero import Fragment
 
 
 class Ema:
-    """One fp32 average per fragment of this rank, started at the student's weights."""
+    """One fp32 average per fragment of this rank, started at `anchor`: full weights by name, or the
+    student's own where it is None."""
 
-    def __init__(self, fragments: Iterable[Fragment]) -> None:
+    def __init__(self, fragments: Iterable[Fragment], anchor: Mapping[str, torch.Tensor] | None = None) -> None:
         self.averages = {f.name: (f.start, f.master.detach().clone()) for f in fragments}
+        if anchor is not None:
+            for name, (start, average) in self.averages.items():
+                average.copy_(anchor[name].reshape(-1)[start : start + len(average)])
 
     def update(self, fragments: Iterable[Fragment], rate: float) -> None:
         """average += rate · (student − average), for every fragment."""

@@ -1,31 +1,60 @@
-"""Linear head + loss in chunks of tokens, forward and backward, so that [T, V] is never held whole.
+"""Output head + loss in chunks of tokens, forward and backward, so that [T, V] is never held whole.
 
 The gradient of a chunk is formed while its logits are at hand (the loss is a weighted sum over
-tokens), so backward only scales: the trick of Liger's chunked losses (arXiv 2410.10989), for any
-divergence of objective.py. T tokens, V vocabulary, D width.
+tokens), so backward only scales: the trick of Liger's chunked losses (arXiv 2410.10989), for every
+support and divergence. T tokens, K chosen ids, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from learner.objective import DIVERGENCES, ValueAndGrad, cross_entropy
+from learner.objective import Divergence, ValueAndGrad, forward_kl
+from sdft_dist.logits import LogitTransform, log_softmax_, log_tail
 
 CHUNK_BYTES = 128 << 20  # of one fp32 [chunk, V] buffer
+Kind = Literal["full", "chosen", "policy_gradient", "cross_entropy", "dft"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What is done at each position; the same for a whole run."""
+
+    kind: Kind
+    divergence: Divergence = forward_kl
+    tail: bool = True  # one more category with the mass outside the chosen ids; else renormalise
+    temperature: float = 1.0  # divides both models' logits
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_clip: float = 2.0
+    token_clip: float | None = None  # positions with a larger loss count this much and give no gradient
+    transform: LogitTransform = field(default_factory=LogitTransform)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """What the student is pulled towards: a teacher's states and head, or labels."""
+    """What the student is compared with, by position."""
 
-    labels_T: torch.Tensor | None = None  # int64
-    states_TD: torch.Tensor | None = None
-    head_VD: torch.Tensor | None = None
-    divergence: str = "forward_kl"
+    labels_T: torch.Tensor  # int64, the completion's tokens
+    behaviour_T: torch.Tensor | None = None  # fp32, their log-probs when they were sampled
+    sequence_T: torch.Tensor | None = None  # int64, number of the sequence, for importance="sequence"
+    states_TD: torch.Tensor | None = None  # kind full: the teacher's states ...
+    head_VD: torch.Tensor | None = None  # ... and the head of the same teacher version
+    ids_TK: torch.Tensor | None = None  # kinds chosen, policy_gradient: int64
+    logprobs_TK: torch.Tensor | None = None  # fp32, the teacher's at those ids, over the whole vocabulary
+    tail_T: torch.Tensor | None = None  # fp32, log of the teacher's mass outside them
+
+
+class Losses(NamedTuple):
+    """`total` is differentiable; the others are detached, fp32 [T]."""
+
+    total: torch.Tensor  # Σ weights · importance · loss
+    per_token: torch.Tensor  # before weights, importance and clipping
+    label_logprobs: torch.Tensor  # the student's, of the completion's tokens
+    importance: torch.Tensor  # the truncated importance weights; 1 where off
 
 
 def chunk_size(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -38,19 +67,16 @@ def weighted_loss(
     head_VD: torch.Tensor,
     weights_T: torch.Tensor,
     targets: Targets,
+    objective: Objective,
     *,
     vocab_size: int,
-    temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ_t weights_t · loss_t over the vocabulary's first `vocab_size` ids, and the detached loss_t.
+) -> Losses:
+    """Σ_t weights_t · loss_t over the vocabulary's first `vocab_size` ids.
 
     Rows of the head from `vocab_size` on are padding and take no part. Differentiable in `states_TD`
-    and `head_VD`. Logits are formed in the states' type and reduced in fp32. Both models' logits are
-    divided by `temperature`.
-
-    Returns a scalar fp32 and an fp32 [T].
+    and `head_VD`. Logits are formed in the states' type and reduced in fp32.
     """
-    return _WeightedLoss.apply(states_TD, head_VD, weights_T, targets, vocab_size, temperature)
+    return Losses(*_WeightedLoss.apply(states_TD, head_VD, weights_T, targets, objective, vocab_size))
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -61,44 +87,121 @@ class _WeightedLoss(torch.autograd.Function):
         head_VD: torch.Tensor,
         weights_T: torch.Tensor,
         targets: Targets,
+        objective: Objective,
         vocab_size: int,
-        temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        head = head_VD[:vocab_size]
+    ) -> tuple[torch.Tensor, ...]:
+        head, n = head_VD[:vocab_size], len(states_TD)
         grad_states = torch.zeros_like(states_TD)
         grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
-        losses = torch.zeros(len(states_TD), dtype=torch.float32, device=states_TD.device)
-        for rows in torch.arange(len(states_TD)).split(chunk_size(vocab_size)):
-            span = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0)
-            student = _logits(states_TD[span], head, temperature)
-            losses[span], grad = _value_and_grad(student, targets, span, vocab_size, temperature)
-            grad.mul_((weights_T[span] / temperature).unsqueeze(-1))
+        per_token, label_logprobs, importance = torch.zeros(3, n, device=states_TD.device).unbind()
+        importance.fill_(1.0)
+        if objective.importance == "sequence":
+            importance.copy_(_sequence_importance(states_TD, head, targets, objective))
+        for span in _spans(n, vocab_size):
+            z = _transformed(states_TD[span], head, objective)
+            slope = objective.transform.slope(z)
+            logp = log_softmax_(z, objective.temperature)
+            own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
+            label_logprobs[span] = own
+            if objective.importance == "token":
+                importance[span] = _ratio(own, targets, span, objective)
+            value, grad = _value_and_grad(logp, targets, span, objective, head, own)
+            per_token[span] = value
+            weight = weights_T[span] * importance[span] / objective.temperature
+            if objective.token_clip is not None:
+                weight = weight * (value <= objective.token_clip)
+            grad.mul_(weight.unsqueeze(-1)).mul_(slope)
             grad = grad.to(head.dtype)
             grad_states[span] = grad @ head
             grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float())
         ctx.save_for_backward(grad_states, grad_head.to(head_VD.dtype))
-        ctx.mark_non_differentiable(losses)
-        return (losses * weights_T).sum(), losses
+        ctx.mark_non_differentiable(per_token, label_logprobs, importance)
+        counted = per_token if objective.token_clip is None else per_token.clamp(max=objective.token_clip)
+        return (counted * weights_T * importance).sum(), per_token, label_logprobs, importance
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         grad_states, grad_head = ctx.saved_tensors
         scale = grad_outputs[0]
-        return grad_states * scale, grad_head * scale, None, None, None, None
+        return grad_states * scale, grad_head.mul_(scale), None, None, None, None
 
 
-def _logits(states: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = (states @ head.T).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _spans(n: int, vocab_size: int) -> Iterator[slice]:
+    size = chunk_size(vocab_size)
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _transformed(states: torch.Tensor, head: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """fp32 logits [chunk, V] as the model gives them."""
+    return objective.transform((states @ head.T).float())
 
 
 def _value_and_grad(
-    student: torch.Tensor, targets: Targets, span: slice, vocab_size: int, temperature: float
+    logp: torch.Tensor, targets: Targets, span: slice, objective: Objective, head: torch.Tensor, own: torch.Tensor
 ) -> ValueAndGrad:
-    if targets.labels_T is not None:
-        return cross_entropy(student, targets.labels_T[span])
-    assert targets.states_TD is not None
-    assert targets.head_VD is not None
-    teacher = _logits(targets.states_TD[span], targets.head_VD[:vocab_size], temperature)
-    divergence: Callable[[torch.Tensor, torch.Tensor], ValueAndGrad] = DIVERGENCES[targets.divergence]
-    return divergence(student, teacher)
+    """Loss [chunk] and its gradient by the student's tempered logits [chunk, V]; overwrites `logp`."""
+    if objective.kind == "full":
+        assert targets.states_TD is not None
+        assert targets.head_VD is not None
+        z = _transformed(targets.states_TD[span], targets.head_VD[: len(head)], objective)
+        return objective.divergence(logp, log_softmax_(z, objective.temperature))
+    if objective.kind == "chosen":
+        return _chosen(logp, targets, span, objective)
+    rows = torch.arange(len(own), device=own.device)
+    labels = targets.labels_T[span]
+    if objective.kind == "policy_gradient":
+        # ∇ KL(p ‖ q) = E_y~p [(log p(y) − log q(y)) ∇ log p(y)]: the score-function estimator.
+        assert targets.logprobs_TK is not None
+        factor = targets.logprobs_TK[span, 0] - own
+        value = -factor
+    elif objective.kind == "dft":
+        factor = own.exp()  # arXiv 2508.05629: each token weighted by its own detached probability
+        value = -own * factor
+    else:
+        factor, value = torch.ones_like(own), -own
+    grad = logp.exp_()
+    grad[rows, labels] -= 1.0
+    return value, grad.mul_(factor.unsqueeze(-1))
+
+
+def _chosen(logp: torch.Tensor, targets: Targets, span: slice, objective: Objective) -> ValueAndGrad:
+    """The divergence over K ids and, with `tail`, the rest as one more category."""
+    assert targets.ids_TK is not None
+    assert targets.logprobs_TK is not None
+    ids, logq = targets.ids_TK[span], targets.logprobs_TK[span].clone()
+    chosen = logp.gather(-1, ids)
+    if not objective.tail:
+        for part in (chosen, logq):
+            part.sub_(part.logsumexp(-1, keepdim=True))
+        value, by_category = objective.divergence(chosen, logq)
+        return value, logp.zero_().scatter_(-1, ids, by_category)
+    assert targets.tail_T is not None
+    tail = log_tail(logp, ids)
+    logq = torch.cat([logq, targets.tail_T[span, None]], -1)
+    value, by_category = objective.divergence(torch.cat([chosen, tail[:, None]], -1), logq)
+    # Within the tail the category's gradient falls to each id by its share of the tail's mass.
+    share = logp.sub_(tail.clamp(min=-1e30).unsqueeze(-1)).scatter_(-1, ids, -torch.inf).exp_()
+    return value, share.mul_(by_category[:, -1:]).scatter_(-1, ids, by_category[:, :-1])
+
+
+def _ratio(own: torch.Tensor, targets: Targets, span: slice, objective: Objective) -> torch.Tensor:
+    """Truncated importance weights: p_learner(y) / p_generator(y), at most `importance_clip`."""
+    assert targets.behaviour_T is not None
+    return (own - targets.behaviour_T[span]).exp().clamp(max=objective.importance_clip)
+
+
+def _sequence_importance(
+    states_TD: torch.Tensor, head: torch.Tensor, targets: Targets, objective: Objective
+) -> torch.Tensor:
+    """The mean of a sequence's truncated token weights, at each of its tokens; one more pass of the head."""
+    assert targets.sequence_T is not None
+    ratios = torch.zeros(len(states_TD), device=states_TD.device)
+    for span in _spans(len(states_TD), len(head)):
+        logp = log_softmax_(_transformed(states_TD[span], head, objective), objective.temperature)
+        own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
+        ratios[span] = _ratio(own, targets, span, objective)
+    count = int(targets.sequence_T.max()) + 1 if len(ratios) else 0
+    totals = torch.zeros(2, count, device=ratios.device)
+    totals[0].index_add_(0, targets.sequence_T, ratios)
+    totals[1].index_add_(0, targets.sequence_T, torch.ones_like(ratios))
+    return (totals[0] / totals[1])[targets.sequence_T]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from learner.microbatch import trained_tokens
+from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
 from sdft_dist.remote import wait_all
@@ -23,7 +24,7 @@ class Receivers(Protocol):
     role: str
     actors: list[Any]
 
-    def join_push(self, host: str, port: int) -> list[Any]: ...
+    def join_push(self, host: str, port: int, keep: str | None) -> list[Any]: ...
     def receive(self, manifest: WeightManifest) -> list[Any]: ...
 
 
@@ -38,7 +39,7 @@ class LearnerGroup:
         ((host, port),) = self._wait([self.ranks[0].address.remote()], "learner address")
         self._all("start", host, port)
 
-    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, float]:
+    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step on `items`. Returns the step's metrics, over all ranks."""
         loss, ranks = self.config.loss, len(self.ranks)
         trained = [trained_tokens(item.num_completion_tokens, loss) for item in items]
@@ -51,21 +52,22 @@ class LearnerGroup:
             for rank, mine in zip(self.ranks, plan, strict=True)
         ]
         per_rank = self._wait(refs, f"learner update of step {step}")
-        tokens = sum(m["trained_tokens"] for m in per_rank)
+        tally = sum((m.tally for m in per_rank), Tally())
         return {
-            "loss": sum(m["loss"] for m in per_rank),
-            "divergence_per_token": sum(m["divergence_sum"] for m in per_rank) / max(1.0, tokens),
-            "trained_tokens": tokens,
-            "grad_norm": per_rank[0]["grad_norm"],
-            "learning_rate": per_rank[0]["learning_rate"],
-            "learner_wait_s": max(m["wait_s"] for m in per_rank),
+            **tally.metrics(),
+            "grad_norm": per_rank[0].grad_norm,
+            "learning_rate": per_rank[0].learning_rate,
+            "learner_wait_s": max(m.wait_s for m in per_rank),
         }
 
     def open_push(self, receivers: Receivers) -> None:
         """Build the push group of rank 0 and all receivers."""
         opened = self._all("open_push", receivers.role, len(receivers.actors))
         host, port = next(address for address in opened if address is not None)
-        joining = receivers.join_push(host, port)
+        keep = None
+        if receivers.role == "teachers" and self.config.loss.support != "full":
+            (keep,) = self._wait([self.ranks[0].head_name.remote()], "learner head name")
+        joining = receivers.join_push(host, port, keep)
         connecting = [r.connect_push.remote(receivers.role) for r in self.ranks]
         self._wait([*connecting, *joining], f"connecting to the {receivers.role}")
 

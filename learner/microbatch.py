@@ -11,15 +11,17 @@ import torch
 from learner.fused import Targets
 from learner.model import MicroBatch
 from sdft_dist.config import LossConfig
+from sdft_dist.types import TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSequence:
-    """One sequence to train on; numpy int32, and the teacher's states where there is a teacher."""
+    """One sequence to train on; a demonstration has neither log-probs nor a teacher."""
 
-    prompt_ids: np.ndarray  # [P]
-    completion_ids: np.ndarray  # [C]
-    teacher_states: torch.Tensor | None  # [C, D]
+    prompt_ids: np.ndarray  # int32 [P]
+    completion_ids: np.ndarray  # int32 [C]
+    logprobs: np.ndarray | None = None  # float32 [C], when they were sampled
+    teacher: TeacherTargets | None = None
 
 
 def trained_tokens(num_completion_tokens: int, loss: LossConfig) -> int:
@@ -41,43 +43,61 @@ def token_weight(num_completion_tokens: int, loss: LossConfig, *, total_tokens: 
 def build(
     sequences: Sequence[TrainSequence],
     weights: Sequence[float],
-    loss: LossConfig,
+    skip: int,
     *,
     teacher_head: torch.Tensor | None,
     device: torch.device,
 ) -> MicroBatch:
-    """Pack `sequences`; an empty list gives one token without loss, so that collectives stay aligned."""
-    ids, positions, predicts, labels, token_weights, states = [], [], [], [], [], []
-    offset, skip = 0, loss.skip_first_tokens
-    for s, weight in zip(sequences, weights, strict=True):
-        p, c = len(s.prompt_ids), len(s.completion_ids)
-        ids.append(np.concatenate([s.prompt_ids, s.completion_ids]))
-        positions.append(np.arange(p + c))
-        if c > skip:
-            # The output at position i predicts the token at i + 1.
-            predicts.append(np.arange(offset + p - 1 + skip, offset + p + c - 1))
-            labels.append(s.completion_ids[skip:])
-            token_weights.append(np.full(c - skip, weight, dtype=np.float32))
-            if s.teacher_states is not None:
-                states.append(s.teacher_states[skip:])
-        offset += p + c
-    if teacher_head is None:
-        targets = Targets(labels_T=_long(labels, device))
-    else:
-        width = teacher_head.shape[1]
-        stacked = torch.cat(states) if states else torch.zeros(0, width)
-        targets = Targets(
-            states_TD=stacked.to(device, teacher_head.dtype), head_VD=teacher_head, divergence=loss.divergence
-        )
+    """Pack `sequences`, without loss on the first `skip` tokens of each completion. `teacher_head` is
+    the head for the teacher's states, where it sent states.
+
+    An empty list gives one token without loss, so that the ranks' collectives stay aligned.
+    """
+    trained = [(i, s) for i, s in enumerate(sequences) if len(s.completion_ids) > skip]
+    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
+    offsets = np.cumsum([0, *lengths])
+    ids = [part for s in sequences for part in (s.prompt_ids, s.completion_ids)]
+    # The output at position i predicts the token at i + 1.
+    predicts = [np.arange(offsets[i] + len(s.prompt_ids) - 1 + skip, offsets[i + 1] - 1) for i, s in trained]
+    counts = [len(s.completion_ids) - skip for _, s in trained]
+
+    def long(parts: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(_joined(parts, np.int64)).to(device)
+
+    def floats(parts: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(_joined(parts, np.float32)).to(device)
+
+    teachers = [s.teacher for _, s in trained if s.teacher is not None]
+    chosen = [t for t in teachers if t.ids is not None and t.logprobs is not None and t.tail is not None]
+    targets = Targets(
+        labels_T=long([s.completion_ids[skip:] for _, s in trained]),
+        behaviour_T=floats([s.logprobs[skip:] for _, s in trained if s.logprobs is not None]),
+        sequence_T=long([np.full(n, k) for k, n in enumerate(counts)]),
+        states_TD=None if teacher_head is None else _states(teachers, skip, teacher_head),
+        head_VD=teacher_head,
+        ids_TK=long([t.ids[skip:] for t in chosen if t.ids is not None]),
+        logprobs_TK=floats([t.logprobs[skip:] for t in chosen if t.logprobs is not None]),
+        tail_T=floats([t.tail[skip:] for t in chosen if t.tail is not None]),
+    )
     return MicroBatch(
-        input_ids=_long(ids or [np.zeros(1, np.int64)], device)[None],
-        position_ids=_long(positions or [np.zeros(1, np.int64)], device)[None],
-        predicts=_long(predicts, device),
-        weights=torch.from_numpy(np.concatenate([*token_weights, np.zeros(0, np.float32)])).to(device),
+        input_ids=long(ids or [np.zeros(1)])[None],
+        position_ids=long([np.arange(n) for n in lengths] or [np.zeros(1)])[None],
+        predicts=long(predicts),
+        weights=floats([np.full(n, weights[i]) for (i, _), n in zip(trained, counts, strict=True)]),
         targets=targets,
     )
 
 
-def _long(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
-    joined = np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int64)
-    return torch.from_numpy(joined).to(device)
+def _states(teachers: Sequence[TeacherTargets], skip: int, head: torch.Tensor) -> torch.Tensor:
+    """Teacher states [T, D] in the head's type."""
+    parts = []
+    for t in teachers:
+        assert t.states is not None
+        states = torch.from_numpy(t.states[skip:].copy())  # the object store's memory is read-only
+        parts.append(states.view(torch.bfloat16) if t.dtype == "bfloat16" else states)
+    joined = torch.cat(parts) if parts else torch.zeros(0, head.shape[1])
+    return joined.to(head.device, head.dtype)
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from learner.fused import Targets, weighted_loss
+from learner.fused import Losses, Objective, Targets, weighted_loss
 from sdft_dist.config import ModelConfig
 from sdft_dist.errors import UserError
 
@@ -31,33 +31,29 @@ class MicroBatch:
 class HeadLoss(nn.Module):
     """Output head + loss in chunks; see fused.py."""
 
-    def __init__(self, weight: nn.Parameter, vocab_size: int) -> None:
+    def __init__(self, weight: nn.Parameter, vocab_size: int, objective: Objective) -> None:
         super().__init__()
         self.weight = weight
         self.vocab_size = vocab_size
+        self.objective = objective
 
-    def forward(
-        self, states_CD: torch.Tensor, weights: torch.Tensor, targets: Targets, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return weighted_loss(
-            states_CD, self.weight, weights, targets, vocab_size=self.vocab_size, temperature=temperature
-        )
+    def forward(self, states_CD: torch.Tensor, weights: torch.Tensor, targets: Targets) -> Losses:
+        return weighted_loss(states_CD, self.weight, weights, targets, self.objective, vocab_size=self.vocab_size)
 
 
 class Student(nn.Module):
-    """forward(micro-batch) gives the weighted loss (fp32 scalar) and the loss of each position [C]."""
+    """forward(micro-batch) gives the weighted loss (fp32 scalar) and what it was made of, by position."""
 
-    def __init__(self, lm: Any, vocab_size: int, temperature: float) -> None:
+    def __init__(self, lm: Any, vocab_size: int, objective: Objective) -> None:
         super().__init__()
         self.lm = lm
-        self.head_loss = HeadLoss(lm.get_output_embeddings().weight, vocab_size)
-        self.temperature = temperature
+        self.head_loss = HeadLoss(lm.get_output_embeddings().weight, vocab_size, objective)
 
-    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: MicroBatch) -> Losses:
         backbone = self.lm.get_decoder()
         output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         states_CD = output.last_hidden_state[0, batch.predicts]
-        return self.head_loss(states_CD, batch.weights, batch.targets, self.temperature)
+        return self.head_loss(states_CD, batch.weights, batch.targets)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters under their Hugging Face names, tied ones once, in layer order."""

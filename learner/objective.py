@@ -1,57 +1,70 @@
-"""The divergences between teacher q and student p over the whole vocabulary, with their gradients.
+"""Divergences between teacher q and student p, with their gradients in closed form.
 
-Pure functions: logits in, per-token value and gradient with respect to the student's logits out.
-B sequences, T tokens, V vocabulary. Formulas: arXiv 2601.19897 and the closed forms derived beside.
-Gradients are closed forms because the chunked kernel needs them without an autograd graph; the tests
-hold them against autograd in float64.
+Pure functions of log-probabilities over C categories: the whole vocabulary, or K chosen ids and the
+rest (see fused.py). D(p, q) is differentiated with respect to the student's category logits a, where
+p = softmax(a): ∂D/∂a = p · (g − Σ p g) with g = ∂D/∂p. The teacher is a constant.
+Formulas: arXiv 2601.19897; jsd is the generalised Jensen-Shannon divergence of arXiv 2306.13649.
+T tokens, C categories. Arguments are overwritten, because at full support they are the largest
+buffers of the run. The tests hold every gradient against autograd in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 ValueAndGrad = tuple[torch.Tensor, torch.Tensor]
+Divergence = Callable[[torch.Tensor, torch.Tensor], ValueAndGrad]
+
+FLOOR = -1e30  # stands for log 0: finite, so that 0 · log 0 is 0 and not a NaN
 
 
-def forward_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> ValueAndGrad:
-    """KL(q ‖ p) = Σ_v q (log q − log p); gradient p − q. Both arguments are overwritten.
-
-    Returns value [T] and gradient [T, V] in the arguments' floating type. A token that the teacher
-    rules out (log q = −inf) contributes 0.
-    """
-    logp = student_logits_TV.sub_(student_logits_TV.logsumexp(-1, keepdim=True))
-    logq = teacher_logits_TV.sub_(teacher_logits_TV.logsumexp(-1, keepdim=True))
-    q = logq.exp()
-    value = (q * (logq - logp).masked_fill_(q == 0, 0.0)).sum(-1)
-    return value, logp.exp_().sub_(q)
+def forward_kl(logp_TC: torch.Tensor, logq_TC: torch.Tensor) -> ValueAndGrad:
+    """KL(q ‖ p) = Σ q (log q − log p); gradient p − q. Returns [T] and [T, C]."""
+    logp_TC.clamp_(min=FLOOR)
+    logq_TC.clamp_(min=FLOOR)
+    ratio = logq_TC - logp_TC
+    q = logq_TC.exp_()
+    value = _dot(q, ratio)
+    return value, torch.sub(logp_TC.exp_(), q, out=ratio)
 
 
-def reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> ValueAndGrad:
-    """KL(p ‖ q) = Σ_v p (log p − log q); gradient p (log p − log q − KL). Arguments are overwritten.
-
-    Returns value [T] and gradient [T, V]. A token that the student rules out contributes 0.
-    """
-    logp = student_logits_TV.sub_(student_logits_TV.logsumexp(-1, keepdim=True))
-    logq = teacher_logits_TV.sub_(teacher_logits_TV.logsumexp(-1, keepdim=True))
-    p = logp.exp()
-    ratio = logp.sub_(logq).masked_fill_(p == 0, 0.0)
-    value = (p * ratio).sum(-1)
+def reverse_kl(logp_TC: torch.Tensor, logq_TC: torch.Tensor) -> ValueAndGrad:
+    """KL(p ‖ q) = Σ p (log p − log q); gradient p (log p − log q − KL). Returns [T] and [T, C]."""
+    logp_TC.clamp_(min=FLOOR)
+    logq_TC.clamp_(min=FLOOR)
+    p = logp_TC.exp()
+    ratio = logp_TC.sub_(logq_TC)
+    value = _dot(p, ratio)
     return value, ratio.sub_(value.unsqueeze(-1)).mul_(p)
 
 
-def cross_entropy(student_logits_TV: torch.Tensor, labels_T: torch.Tensor) -> ValueAndGrad:
-    """−log p(label); gradient p − onehot(label). The logits are overwritten. Returns [T], [T, V]."""
-    logp = student_logits_TV.sub_(student_logits_TV.logsumexp(-1, keepdim=True))
-    rows = torch.arange(len(labels_T), device=labels_T.device)
-    value = -logp[rows, labels_T]
-    grad = logp.exp_()
-    grad[rows, labels_T] -= 1.0
-    return value, grad
+def jsd(logp_TC: torch.Tensor, logq_TC: torch.Tensor, *, beta: float) -> ValueAndGrad:
+    """β KL(q ‖ m) + (1−β) KL(p ‖ m) with m = (1−β) p + β q; gradient p (g − Σ p g) with
+    g = (1−β) (log p − log m). Returns [T] and [T, C]."""
+    logp_TC.clamp_(min=FLOOR)
+    logq_TC.clamp_(min=FLOOR)
+    p, q = logp_TC.exp(), logq_TC.exp()
+    logm = torch.lerp(p, q, beta).log_().clamp_(min=FLOOR)
+    from_teacher = _dot(q, logq_TC.sub_(logm))
+    g = logp_TC.sub_(logm)
+    from_student = _dot(p, g)
+    value = beta * from_teacher + (1 - beta) * from_student
+    return value, g.sub_(from_student.unsqueeze(-1)).mul_(p).mul_(1 - beta)
 
 
-DIVERGENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], ValueAndGrad]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-}
+def divergence(name: str, beta: float) -> Divergence:
+    """The divergence that `loss.divergence` names."""
+    named: dict[str, Divergence] = {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jsd": partial(jsd, beta=beta),
+    }
+    return named[name]
+
+
+def _dot(a_TC: torch.Tensor, b_TC: torch.Tensor) -> torch.Tensor:
+    """Σ a b over the categories, without a buffer for the product."""
+    return (a_TC.unsqueeze(-2) @ b_TC.unsqueeze(-1)).view(-1)

@@ -11,17 +11,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from learner import checkpoint
 from learner.ema import Ema
+from learner.fused import Kind, Objective
 from learner.microbatch import TrainSequence, build, token_weight
 from learner.model import Student, load_causal_lm
+from learner.objective import divergence
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source
 from learner.schedule import learning_rate
+from learner.tally import RankMetrics, Tally
 from learner.zero import deepspeed_config, fragments, step_and_norm
 from sdft_dist.config import Config
+from sdft_dist.errors import UserError
+from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.types import Sample, TeacherTargets, TrainItem, WeightManifest
 
 
@@ -58,26 +62,21 @@ class LearnerRank:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
         lm = load_causal_lm(self.config.model, self.config.learner.gradient_checkpointing)
-        self.student = Student(lm, self.vocab_size, self.config.rollout.temperature)
+        self.student = Student(lm, self.vocab_size, objective(self.config, logit_transform(lm.config)))
         named = self.student.named_weights()
         self._shapes = {name: tuple(p.shape) for name, p in named}
-        head = self.student.head_loss.weight.detach().clone().to(self.device)
         self.engine, *_ = deepspeed.initialize(
             model=self.student, model_parameters=self.student.parameters(), config=deepspeed_config(self.config)
         )
         self._named = dict(named)
-        self.ema = Ema(self._fragments()) if self.config.teacher.kind == "ema" else None
-        if self.config.method == "sdft" and self.config.teacher.kind == "base":
-            self._teacher_heads[0] = head
+        anchor = self._anchor_weights()
+        self.ema = Ema(self._fragments(), anchor) if self.config.teacher.kind == "ema" else None
+        self._frozen = anchor if self.config.teacher.kind == "base" else None
 
     def update(
         self, step: int, num_steps: int, micro_batches: list[list[TrainItem]], total_tokens: int, total_sequences: int
-    ) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches; the totals are over all ranks.
-
-        Returns this rank's sums: `loss` (its share of the step's loss), `divergence_sum` and
-        `trained_tokens`, and the global `grad_norm` and `learning_rate`.
-        """
+    ) -> RankMetrics:
+        """One optimizer step over this rank's micro-batches; the totals are over all ranks."""
         import ray
 
         started = time.perf_counter()
@@ -88,8 +87,7 @@ class LearnerRank:
         rate = learning_rate(self.config.optim, step, num_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        loss_sum = divergence_sum = 0.0
-        num_trained = 0
+        tally = Tally()
         for i, micro_batch in enumerate(micro_batches):
             sequences = [self._sequence(item, payloads.get(item.key)) for item in micro_batch]
             weights = [
@@ -98,27 +96,19 @@ class LearnerRank:
                 )
                 for s in sequences
             ]
-            head = self._teacher_head(items) if self.config.method == "sdft" else None
-            batch = build(sequences, weights, self.config.loss, teacher_head=head, device=self.device)
+            head = self._teacher_head(items) if self.student.head_loss.objective.kind == "full" else None
+            skip = self.config.loss.skip_first_tokens
+            batch = build(sequences, weights, skip, teacher_head=head, device=self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss, losses_C = self.engine(batch)
+            losses = self.engine(batch)
             # DeepSpeed averages gradients over ranks; the weights are global, so the sum is wanted.
-            self.engine.backward(loss * self.world_size)
-            loss_sum += loss.item()
-            divergence_sum += losses_C.sum().item()
-            num_trained += len(losses_C)
+            self.engine.backward(losses.total * self.world_size)
+            tally.add(losses, batch, [len(s.completion_ids) for s in sequences], skip)
         grad_norm = step_and_norm(self.engine)
         if self.ema is not None:
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
-        return {
-            "loss": loss_sum,
-            "divergence_sum": divergence_sum,
-            "trained_tokens": float(num_trained),
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-            "wait_s": waited,
-            "step_s": time.perf_counter() - started,
-        }
+        times = {"wait_s": waited, "step_s": time.perf_counter() - started}
+        return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, **times)
 
     def open_push(self, role: str, num_receivers: int) -> tuple[str, int] | None:
         """Rank 0 opens the rendezvous of a push group and returns its address."""
@@ -134,6 +124,10 @@ class LearnerRank:
         """Rank 0 waits for the role's receivers."""
         if not self.rank:
             self._senders[role].connect()
+
+    def head_name(self) -> str:
+        """Name of the output head among the pushed weights."""
+        return self.student.head_name()
 
     def manifest(self, version: int) -> WeightManifest:
         """What `push(role, version)` will send."""
@@ -167,7 +161,20 @@ class LearnerRank:
     def _source(self, role: str) -> WeightSource:
         if role == "teachers" and self.ema is not None:
             return ema_source(self.ema, self._shapes, self.device)
+        if role == "teachers" and self._frozen is not None:
+            frozen = self._frozen
+            return lambda names: {name: frozen[name] for name in names}
         return student_source(self._named)
+
+    def _anchor_weights(self) -> dict[str, torch.Tensor] | None:
+        """Weights where the teacher starts, where those are not the student's."""
+        if self.config.teacher.anchor is None:
+            return None
+        model = self.config.model.model_copy(update={"path": self.config.teacher.anchor, "revision": None})
+        anchor = {name: p.detach() for name, p in load_causal_lm(model).named_parameters()}
+        if {name: tuple(p.shape) for name, p in anchor.items()} != self._shapes:
+            raise UserError(f"teacher.anchor: {self.config.teacher.anchor} has other weights than model.path")
+        return anchor
 
     def _teacher_head(self, items: list[TrainItem]) -> torch.Tensor:
         versions = {item.teacher_version for item in items} or {max(self._teacher_heads)}
@@ -177,20 +184,35 @@ class LearnerRank:
     def _sequence(self, item: TrainItem, payload: tuple[Sample, TeacherTargets] | None) -> TrainSequence:
         problem = self.problems[item.key.problem]
         if payload is None:
-            return TrainSequence(
-                prompt_ids=problem.prompt_ids, completion_ids=problem.demonstration_ids, teacher_states=None
-            )
+            return TrainSequence(prompt_ids=problem.prompt_ids, completion_ids=problem.demonstration_ids)
         sample, targets = payload
         assert sample.key == targets.key == item.key
-        assert len(targets.states) == len(sample.completion_ids)
         return TrainSequence(
-            prompt_ids=problem.prompt_ids, completion_ids=sample.completion_ids, teacher_states=_tensor(targets)
+            prompt_ids=problem.prompt_ids,
+            completion_ids=sample.completion_ids,
+            logprobs=sample.logprobs,
+            teacher=targets,
         )
 
 
-def _tensor(targets: TeacherTargets) -> torch.Tensor:
-    states = torch.from_numpy(np.array(targets.states))  # a copy: the object store's memory is read-only
-    return states.view(torch.bfloat16) if targets.dtype == "bfloat16" else states
+def objective(config: Config, transform: LogitTransform) -> Objective:
+    """What `loss` and `method` ask for at each position."""
+    loss = config.loss
+    if config.method != "sdft":
+        return Objective(kind="dft" if config.method == "dft" else "cross_entropy", transform=transform)
+    kind: Kind = "full" if loss.support == "full" else "chosen"
+    if loss.support == "sampled" and not loss.tail:
+        kind = "policy_gradient"
+    return Objective(
+        kind=kind,
+        divergence=divergence(loss.divergence, loss.beta),
+        tail=loss.tail,
+        temperature=config.rollout.temperature,
+        importance=loss.importance,
+        importance_clip=loss.importance_clip,
+        token_clip=loss.token_clip,
+        transform=transform,
+    )
 
 
 def _free_port() -> int:

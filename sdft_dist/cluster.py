@@ -25,7 +25,7 @@ class Fleet:
     generators: Pool
     teachers: Pool
     learner: LearnerGroup
-    push_base: bool  # whether teachers are pushed to at all
+    teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
 
     def to_generators(self, version: int) -> None:
         """Push the student."""
@@ -33,8 +33,8 @@ class Fleet:
             self.learner.push(self.generators, version)
 
     def to_teachers(self, version: int) -> None:
-        """Push what teaches; a frozen base teacher keeps the weights it started with."""
-        if self.teachers.actors and self.push_base:
+        """Push what teaches; a frozen base is version 0 for good."""
+        if self.teachers.actors and (self.teacher_moves or version == 0):
             self.learner.push(self.teachers, version)
 
 
@@ -109,7 +109,7 @@ def _build(
     )
     teachers = Pool(
         "teachers",
-        [place(Teacher, 1, config, device, table) for _ in range(cluster.teachers if sdft else 0)],
+        [place(Teacher, 1, config, device, vocab_size, table) for _ in range(cluster.teachers if sdft else 0)],
         cluster.timeout_s,
     )
     learner = LearnerGroup(
@@ -118,11 +118,11 @@ def _build(
     learner.start()
     generators.wait_ready()
     teachers.wait_ready()
-    push_base = config.teacher.kind != "base"
-    for pool in (generators, teachers) if push_base else (generators,):
+    for pool in (generators, teachers):
         if pool.actors:
             learner.open_push(pool)
-    return Fleet(generators=generators, teachers=teachers, learner=learner, push_base=push_base)
+    moves = config.teacher.kind != "base"
+    return Fleet(generators=generators, teachers=teachers, learner=learner, teacher_moves=moves)
 
 
 def _resources(device: str, sharing: int) -> dict[str, Any]:

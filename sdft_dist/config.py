@@ -44,6 +44,13 @@ class DataConfig(_Section):
     )
     split: str = Field("train", description="Split, for a hub id or a saved DatasetDict.")
     limit: int | None = Field(None, ge=1, description="Use only the first rows; default all.")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Longest student prompt; default: the context.")
+    max_demonstration_tokens: int | None = Field(None, ge=1, description="Longest demonstration; default: the context.")
+    too_long: Literal["error", "drop", "truncate_demonstration"] = Field(
+        "error",
+        description="What to do with a row over a limit or the context. truncate_demonstration shortens the "
+        "demonstration as the teacher sees it, at its end; a row that still does not fit is an error. All are counted.",
+    )
 
 
 class PromptConfig(_Section):
@@ -58,6 +65,14 @@ class RolloutConfig(_Section):
     completions_per_prompt: int = Field(1, ge=1, description="Student completions sampled for each prompt.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; both models' logits use it too.")
     max_completion_tokens: int = Field(1024, ge=1, description="A completion is cut at this many tokens.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; biases importance weights, refused with them.")
+    top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0 is all. As top_p.")
+    from_teacher: bool = Field(
+        False, description="Sample completions from the teacher's prompt instead: off-policy distillation."
+    )
+    cut_completions: Literal["keep", "drop", "error"] = Field(
+        "keep", description="What to do with a completion cut at max_completion_tokens; dropped ones are counted."
+    )
 
 
 class TeacherConfig(_Section):
@@ -66,11 +81,38 @@ class TeacherConfig(_Section):
     )
     ema_rate: float = Field(0.01, gt=0, le=1, description="Share of the student that enters the EMA at each step.")
     sync_every: int = Field(1, ge=1, description="Optimizer steps between pushes to the teachers.")
+    reanchor: bool = Field(
+        True, description="The teacher starts from model.path. False: from `anchor`, such as the base of earlier tasks."
+    )
+    anchor: str | None = Field(None, description="Model folder where the teacher starts when reanchor is false.")
 
 
 class LossConfig(_Section):
-    divergence: Literal["forward_kl", "reverse_kl"] = Field(
-        "forward_kl", description="forward_kl is KL(teacher ‖ student); reverse_kl is KL(student ‖ teacher)."
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="forward_kl is KL(teacher ‖ student); reverse_kl is KL(student ‖ teacher); see beta."
+    )
+    beta: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="jsd: beta KL(teacher ‖ m) + (1-beta) KL(student ‖ m), m mixes beta of the teacher.",
+    )
+    support: Literal["full", "topk", "sampled"] = Field(
+        "full", description="Where the divergence is taken: the whole vocabulary, top_k ids, or the sampled token."
+    )
+    top_k: int = Field(100, ge=1, description="Ids at each position for support=topk.")
+    topk_from: Literal["teacher", "student"] = Field("teacher", description="Whose likeliest ids support=topk takes.")
+    tail: bool = Field(
+        True,
+        description="One more category with the mass outside the chosen ids. False: topk is renormalised (no KL any "
+        "more); sampled is the score-function estimator of reverse_kl.",
+    )
+    importance: Literal["none", "token", "sequence"] = Field(
+        "none", description="Weight by learner / generator probability of the sampled tokens; sequence: its mean."
+    )
+    importance_clip: float = Field(2.0, gt=0, description="Importance weights are truncated at this value.")
+    token_clip: float | None = Field(
+        None, gt=0, description="Positions with a larger loss count this much and give no gradient; default off."
     )
     skip_first_tokens: int = Field(0, ge=0, description="Completion tokens at the start without loss.")
     normalisation: Literal["sequences", "tokens"] = Field(
@@ -134,8 +176,10 @@ class CheckpointConfig(_Section):
 
 
 class Config(_Section):
-    method: Literal["sdft", "sft"] = Field(
-        "sdft", description="sdft: self-distillation. sft: cross-entropy on the demonstrations."
+    method: Literal["sdft", "sft", "dft"] = Field(
+        "sdft",
+        description="sdft: self-distillation. sft: cross-entropy on the demonstrations. dft: the same, each token "
+        "weighted by the student's own detached probability of it.",
     )
     run_dir: str = Field("runs/sdft", description="Folder for everything that the run writes.")
     seed: int = Field(0, ge=0, description="Decides data order and every sampled token.")
@@ -169,9 +213,33 @@ class Config(_Section):
                 f"learner.tokens_per_microbatch: {self.learner.tokens_per_microbatch} is below "
                 f"model.max_length={self.model.max_length}, so one long row may not fit"
             )
+        self._check_loss()
+        if self.teacher.reanchor == (self.teacher.anchor is not None):
+            raise ValueError("teacher.anchor: is where the teacher starts when teacher.reanchor is false: give both")
         if self.eval.every and not self.eval.sets:
             raise ValueError("eval.every: there is nothing to evaluate: give eval.sets.NAME=FILE")
         return self
+
+    def _check_loss(self) -> None:
+        loss, rollout = self.loss, self.rollout
+        if loss.support == "sampled" and not loss.tail and loss.divergence != "reverse_kl":
+            raise ValueError(
+                f"loss.tail: without it, support=sampled has one category and {loss.divergence} is always 0; only "
+                "reverse_kl has a score-function estimator"
+            )
+        if loss.importance != "none":
+            if self.method != "sdft":
+                raise ValueError(f"loss.importance: method={self.method} samples nothing to weight")
+            if rollout.top_p < 1 or rollout.top_k:
+                raise ValueError(
+                    "loss.importance: rollout.top_p and rollout.top_k bias the weights; switch one side off"
+                )
+            if rollout.from_teacher:
+                raise ValueError("loss.importance: with rollout.from_teacher the samples are not the student's")
+        if rollout.from_teacher and loss.support == "topk" and loss.topk_from == "student":
+            raise ValueError("loss.topk_from: with rollout.from_teacher nobody samples as the student: use teacher")
+        if rollout.from_teacher and loss.support == "sampled" and not loss.tail:
+            raise ValueError("loss.tail: the score-function estimator needs the student's own samples (from_teacher)")
 
     def num_steps(self, num_problems: int) -> int:
         """Optimizer steps of the run."""

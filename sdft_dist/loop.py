@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from sdft_dist import data
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
+from sdft_dist.errors import UserError
 from sdft_dist.runlog import RunLog
 from sdft_dist.types import SampleKey, SampleRef, TrainItem
 
@@ -27,7 +28,7 @@ class Teachers(Protocol):
 class Learner(Protocol):
     """Holds the student, its optimizer and its EMA."""
 
-    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, float]: ...
+    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]: ...
 
 
 class Push(Protocol):
@@ -64,6 +65,7 @@ def train(
             if config.method == "sdft":
                 with log.timer("generate"):
                     samples = generators.generate(keys)  # y ~ p_θ(· | x)
+                samples = uncut(config, samples)
                 with log.timer("score"):
                     items = teachers.score(samples)  # q_φ(· | x, c) at every position of y
             else:
@@ -75,7 +77,7 @@ def train(
                 if step % config.teacher.sync_every == 0:
                     push.to_teachers(step)
                 push.to_generators(step)
-        log.step(step, num_steps, metrics, items)
+        log.step(step, num_steps, {**metrics, "dropped": len(keys) - len(items)}, items)
         after_step(step)
 
 
@@ -92,6 +94,21 @@ def batch_keys(config: Config, problems: ProblemSet, step: int) -> list[SampleKe
             keys.append(SampleKey(step, problem, seen.setdefault(problem, 0)))
             seen[problem] += 1
     return keys
+
+
+def uncut(config: Config, samples: list[SampleRef]) -> list[SampleRef]:
+    """The samples to train on, by `rollout.cut_completions`. Raises UserError where it says so, or where
+    none is left."""
+    policy, limit = config.rollout.cut_completions, config.rollout.max_completion_tokens
+    cut = [s for s in samples if s.finish_reason == "length"]
+    if not cut or policy == "keep":
+        return samples
+    if policy == "error" or len(cut) == len(samples):
+        raise UserError(
+            f"rollout.cut_completions={policy}: {len(cut)} of {len(samples)} completions of step {cut[0].key.step} "
+            f"were cut at rollout.max_completion_tokens={limit}, such as problem {cut[0].key.problem}: raise it"
+        )
+    return [s for s in samples if s.finish_reason != "length"]
 
 
 def demonstrations(problems: ProblemSet, keys: Sequence[SampleKey]) -> list[TrainItem]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,23 +111,76 @@ def check_views(tokenizer: Any, row: Row, template: str) -> None:
         )
 
 
-def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> ProblemSet:
-    """Both views of every row. Raises DataError that names each row which does not fit the context."""
+class Encoded(NamedTuple):
+    """What became of the rows."""
+
+    problems: ProblemSet
+    dropped: list[str]  # a line for each dropped row: where it is and why
+    truncated: list[str]  # the same for each shortened demonstration
+
+
+def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Encoded:
+    """Both views of every row, with `data.too_long` applied to those that do not fit.
+
+    Raises DataError that names each row which does not fit and may not be dropped or shortened, or
+    where no row is left.
+    """
     check_views(tokenizer, rows[0], config.prompt.template)
-    problems, too_long = [], []
+    policy = config.data.too_long
+    problems: list[Problem] = []
+    dropped: list[str] = []
+    truncated: list[str] = []
+    unfit: list[str] = []
     for row in rows:
-        problem = Problem(
-            prompt_ids=_ids(encode_chat(tokenizer, row.messages)),
-            teacher_prompt_ids=_ids(encode_chat(tokenizer, teacher_messages(row, config.prompt.template))),
-            demonstration_ids=_ids(encode_completion(tokenizer, row.demonstration)),
-        )
-        problems.append(problem)
-        if (message := _overlong(config, problem)) is not None:
-            too_long.append(f"{row.where}: {message}")
-    if too_long:
-        shown = [*too_long[:20], *([f"… and {len(too_long) - 20} more"] if len(too_long) > 20 else [])]
-        raise DataError("\n".join([f"{len(too_long)} rows do not fit model.max_length", *shown]))
-    return ProblemSet(problems)
+        problem = _encode(config, tokenizer, row)
+        message = _overlong(config, problem)
+        if message is not None and policy == "truncate_demonstration":
+            problem = _truncated(config, tokenizer, row, problem)
+            if (still := _overlong(config, problem)) is None:
+                truncated.append(f"{row.where}: {message}")
+            message = still
+        if message is None:
+            problems.append(problem)
+        else:
+            (dropped if policy == "drop" else unfit).append(f"{row.where}: {message}")
+    if unfit:
+        raise DataError("\n".join([f"{len(unfit)} rows are too long", *_few(unfit), _ADVICE]))
+    if not problems:
+        raise DataError("\n".join(["data.too_long=drop leaves no row", *_few(dropped)]))
+    return Encoded(ProblemSet(problems), dropped, truncated)
+
+
+_ADVICE = "Raise model.max_length, or see data.too_long for dropping rows or shortening demonstrations."
+
+
+def _few(lines: list[str], most: int = 20) -> list[str]:
+    return [*lines[:most], *([f"… and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
+def _encode(config: Config, tokenizer: Any, row: Row) -> Problem:
+    return Problem(
+        prompt_ids=_ids(encode_chat(tokenizer, row.messages)),
+        teacher_prompt_ids=_ids(encode_chat(tokenizer, teacher_messages(row, config.prompt.template))),
+        demonstration_ids=_ids(encode_completion(tokenizer, row.demonstration)),
+    )
+
+
+def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Problem:
+    """The problem with its demonstration cut at the end by as many tokens as it is over."""
+    length = len(problem.demonstration_ids) - 1
+    if config.method == "sdft":
+        total = len(problem.teacher_prompt_ids) + config.rollout.max_completion_tokens
+    else:
+        total = len(problem.prompt_ids) + length + 1
+    over = max(0, total - config.model.max_length, length - (config.data.max_demonstration_tokens or length))
+    # Tokens may merge at the new border, so cut a little more until it fits; three tries are plenty.
+    for extra in (0, 4, 16):
+        kept = problem.demonstration_ids[: max(0, length - over - extra)]
+        shorter = replace(row, demonstration=tokenizer.decode(kept))
+        found = _encode(config, tokenizer, shorter)
+        if _overlong(config, found) is None:
+            return found
+    return problem
 
 
 def encode_prompts(tokenizer: Any, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -135,15 +189,21 @@ def encode_prompts(tokenizer: Any, rows: Sequence[Row]) -> list[np.ndarray]:
 
 
 def _overlong(config: Config, problem: Problem) -> str | None:
-    limit = config.model.max_length
+    """What is too long about a problem, with the lengths and the limit; None where it fits."""
+    data, limit = config.data, config.model.max_length
+    prompt, demonstration = len(problem.prompt_ids), len(problem.demonstration_ids)
+    if prompt > (data.max_prompt_tokens or prompt):
+        return f"prompt of {prompt} tokens is above data.max_prompt_tokens={data.max_prompt_tokens}"
+    if demonstration - 1 > (data.max_demonstration_tokens or demonstration):
+        most = data.max_demonstration_tokens
+        return f"demonstration of {demonstration - 1} tokens is above data.max_demonstration_tokens={most}"
     if config.method == "sdft":
-        prompt, room = len(problem.teacher_prompt_ids), config.rollout.max_completion_tokens
-        what = f"teacher prompt of {prompt} tokens + rollout.max_completion_tokens={room}"
-        prompt = max(prompt, len(problem.prompt_ids))
+        teacher, room = len(problem.teacher_prompt_ids), config.rollout.max_completion_tokens
+        what, total = f"teacher prompt of {teacher} tokens + rollout.max_completion_tokens={room}", teacher + room
+        total = max(total, prompt + room)
     else:
-        prompt, room = len(problem.prompt_ids), len(problem.demonstration_ids)
-        what = f"prompt of {prompt} tokens + demonstration of {room}"
-    return f"{what} is {prompt + room}, above model.max_length={limit}" if prompt + room > limit else None
+        what, total = f"prompt of {prompt} tokens + demonstration of {demonstration}", prompt + demonstration
+    return f"{what} is {total}, above model.max_length={limit}" if total > limit else None
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from sdft_dist.config import Config, dump_config
@@ -24,6 +25,17 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(dump_config(config))
         return cls(path)
+
+    def note_rows(self, dropped: list[str], truncated: list[str]) -> None:
+        """Write which rows were left out or shortened into `rows.txt`, and say how many."""
+        if dropped or truncated:
+            lines = [f"dropped {line}" for line in dropped] + [f"shortened {line}" for line in truncated]
+            (self.path / "rows.txt").write_text("\n".join(lines) + "\n")
+            print(
+                f"data.too_long: {len(dropped)} rows dropped, {len(truncated)} demonstrations shortened; "
+                f"see {self.path / 'rows.txt'}",
+                file=sys.stderr,
+            )
 
     @classmethod
     def open(cls, path: Path) -> RunDir:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sdft_dist.types import TrainItem
+from sdft_dist.watch import Watch, item_metrics
 
 
 class RunLog:
@@ -26,6 +27,7 @@ class RunLog:
         self._events = SummaryWriter(str(folder / "events"))
         self._started = time.monotonic()
         self._times: dict[str, float] = {}
+        self._watch = Watch()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -58,13 +60,12 @@ class RunLog:
         """What the run is doing now, in the progress bar."""
         self._progress.update(self._task, shown=text)
 
-    def step(self, step: int, num_steps: int, metrics: dict[str, float], items: Sequence[TrainItem]) -> None:
+    def step(self, step: int, num_steps: int, metrics: dict[str, Any], items: Sequence[TrainItem]) -> None:
         """Record one optimizer step."""
-        lengths = [item.num_completion_tokens for item in items]
-        record = {
+        record: dict[str, Any] = {
             **metrics,
+            **item_metrics(items),
             "samples": len(items),
-            "completion_tokens_mean": sum(lengths) / max(1, len(lengths)),
             "samples_per_s": len(items) / max(1e-9, self._times.get("step", 0.0)),
             **{f"time/{name}": seconds for name, seconds in self._times.items()},
         }
@@ -76,6 +77,9 @@ class RunLog:
             f"len {record['completion_tokens_mean']:.0f} {rate:.0f}/s"
         )
         self._progress.update(self._task, completed=step, total=num_steps, shown=shown)
+        for warning in self._watch.step(record):
+            self.write("warning", step, {"text": warning})
+            self._progress.console.print(f"step {step}: warning: {warning}", markup=False, highlight=False)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers among it to TensorBoard."""

@@ -27,7 +27,8 @@ def run(config: Config, *, title: str | None = None, console: Console | None = N
     if device == "cpu" and config.model.dtype == "bfloat16":
         raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
     tokenizer = load_tokenizer(config)
-    problems = encode_problems(config, tokenizer, load_training_rows(config.data, config.method))
+    encoded = encode_problems(config, tokenizer, load_training_rows(config.data, config.method))
+    problems = encoded.problems
     eval_sets = load_eval_sets(config.eval, tokenizer)
     scorer = load_scorer(config.eval.scorer)
     rundir = RunDir.create(config)
@@ -46,6 +47,7 @@ def run(config: Config, *, title: str | None = None, console: Console | None = N
 
         return act
 
+    rundir.note_rows(encoded.dropped, encoded.truncated)
     with RunLog(rundir.path, title=title or config.method, console=console) as log, ray_session(config):
         log.say("starting the engines (20–40 s)")
         with launch(config, problems, len(tokenizer), ends) as fleet:

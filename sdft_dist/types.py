@@ -48,6 +48,7 @@ class Sample:
     logprobs: np.ndarray  # float32 [C], of the sampled tokens at the sampling temperature, nats
     finish_reason: FinishReason
     policy_versions: tuple[VersionSpan, ...]  # cover [0, C) without gaps
+    top_ids: np.ndarray | None = None  # int32 [C, K], the student's likeliest, where the loss is taken there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +65,16 @@ class SampleRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherTargets:
-    """What the teacher believes at each completion position of one sample."""
+    """What the teacher believes at each completion position of one sample: its states, or
+    log-probabilities at chosen ids with the mass of all others."""
 
     key: SampleKey
     teacher_version: int
-    states: np.ndarray  # [C, D] final hidden states after the final norm; bf16 travels as uint16
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16"]  # of `states`
+    states: np.ndarray | None = None  # [C, D] final hidden states after the final norm; bf16 travels as uint16
+    ids: np.ndarray | None = None  # int32 [C, K]
+    logprobs: np.ndarray | None = None  # float32 [C, K], over the whole vocabulary, nats
+    tail: np.ndarray | None = None  # float32 [C], log of the mass outside `ids`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +89,7 @@ class TrainItem:
     num_prompt_tokens: int
     num_completion_tokens: int
     teacher_version: int  # -1 for a demonstration
+    finish_reason: FinishReason = "stop"
     sample: Any = None  # ObjectRef of the Sample
     targets: Any = None  # ObjectRef of the TeacherTargets
 

@@ -34,13 +34,14 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
     [
         ("optim.learning_rat=1", "optim.learning_rat: no such field; did you mean optim.learning_rate?"),
         ("lern=1", "lern: no such field"),
-        ("loss.divergence=kl", "loss.divergence: got 'kl': Input should be 'forward_kl' or 'reverse_kl'"),
+        ("loss.divergence=kl", "loss.divergence: got 'kl': Input should be 'forward_kl', 'reverse_kl' or 'jsd'"),
         ("optim.learning_rate=-1", "optim.learning_rate: got -1: Input should be greater than 0"),
         ("rollout.max_completion_tokens=5000", "leaves no room for a prompt in model.max_length=4096"),
         ("prompt.template=hello", "prompt.template: does not contain {prompt}"),
         ("steps", "an override reads section.field=value"),
         ("model.path.x=1", "path is a value, not a section"),
         ("eval.every=5", "eval.every: there is nothing to evaluate"),
+        ("teacher.reanchor=false", "teacher.anchor: is where the teacher starts when teacher.reanchor is false"),
     ],
 )
 def test_mistakes(recipe, override, message):
@@ -76,3 +77,20 @@ def test_every_field_is_described():
 
     undescribed = [name for name, description in fields(Config) if not description]
     assert not undescribed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.support=sampled", "loss.tail=false"], "support=sampled has one category and forward_kl is always 0"),
+        (["loss.importance=token", "rollout.top_p=0.9"], "rollout.top_p and rollout.top_k bias the weights"),
+        (["loss.importance=token", "rollout.top_k=5"], "rollout.top_p and rollout.top_k bias the weights"),
+        (["loss.importance=token", "method=sft"], "method=sft samples nothing to weight"),
+        (["loss.importance=token", "rollout.from_teacher=true"], "the samples are not the student's"),
+        (["loss.support=topk", "loss.topk_from=student", "rollout.from_teacher=true"], "use teacher"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused_with_the_reason(recipe, overrides, message):
+    with pytest.raises(ConfigError) as e:
+        load_config(recipe, overrides)
+    assert message in str(e.value)

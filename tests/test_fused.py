@@ -1,65 +1,273 @@
-"""The chunked head + loss against one plain computation in float64, and its padding and chunks."""
+"""The chunked head + loss against float64 references written from the formulas, and other libraries."""
+
+import itertools
 
 import pytest
 import torch
 from helpers import assert_relative
 
 from learner import fused
-from learner.fused import Targets, weighted_loss
+from learner.fused import LogitTransform, Objective, Targets, weighted_loss
+from learner.objective import divergence
 
-T, V, D, PADDED = 13, 29, 8, 32
+T, V, D, PADDED, K = 13, 29, 8, 32, 5
+BETA = 0.3
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch):
+    monkeypatch.setattr(fused, "chunk_size", lambda vocab_size: 4)
 
 
 @pytest.fixture
 def inputs():
     torch.manual_seed(1)
-    states, head = torch.randn(T, D), torch.randn(PADDED, D)
-    teacher_states, teacher_head = torch.randn(T, D), torch.randn(PADDED, D)
-    return states, head, torch.rand(T), teacher_states, teacher_head
+    return {
+        "states": torch.randn(T, D),
+        "head": torch.randn(PADDED, D),
+        "weights": torch.rand(T),
+        "teacher_states": torch.randn(T, D),
+        "teacher_head": torch.randn(PADDED, D),
+        "labels": torch.randint(0, V, (T,)),
+        "behaviour": -3 + torch.randn(T),
+        "sequence": torch.tensor([0] * 6 + [1] * 7),
+    }
 
 
-def plain(divergence, states, head, weights, teacher_states, teacher_head, temperature):
-    logp = (states @ head[:V].T / temperature).log_softmax(-1)
-    logq = (teacher_states @ teacher_head[:V].T / temperature).log_softmax(-1)
-    a, b = (logq, logp) if divergence == "forward_kl" else (logp, logq)
-    return ((a.exp() * (a - b)).sum(-1) * weights).sum()
+def log_probs(states, head, objective):
+    z = states @ head[:V].T * objective.transform.scale
+    if objective.transform.softcap:
+        z = objective.transform.softcap * torch.tanh(z / objective.transform.softcap)
+    return (z / objective.temperature).log_softmax(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_agrees_with_plain_float64_in_many_chunks(inputs, divergence, temperature, monkeypatch):
-    monkeypatch.setattr(fused, "chunk_size", lambda vocab_size: 4)
-    exact = [x.double() for x in inputs]
-    exact[0].requires_grad_(), exact[1].requires_grad_()
-    expected = plain(divergence, *exact, temperature)
-    expected.backward()
-    states, head = inputs[0].requires_grad_(), inputs[1].requires_grad_()
-    targets = Targets(states_TD=inputs[3], head_VD=inputs[4], divergence=divergence)
-    loss, losses = weighted_loss(states, head, inputs[2], targets, vocab_size=V, temperature=temperature)
+def by_formula(name, p, q):
+    """Divergence [T] of distributions p (student) and q (teacher), [T, C], as the paper writes it."""
+    if name == "forward_kl":
+        return (q * (q / p).log()).sum(-1)
+    if name == "reverse_kl":
+        return (p * (p / q).log()).sum(-1)
+    m = (1 - BETA) * p + BETA * q
+    return BETA * (q * (q / m).log()).sum(-1) + (1 - BETA) * (p * (p / m).log()).sum(-1)
+
+
+def categories(probs, ids, tail):
+    """Probabilities of the chosen ids, and of the rest or renormalised."""
+    chosen = probs.gather(-1, ids)
+    if tail:
+        return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)
+    return chosen / chosen.sum(-1, keepdim=True)
+
+
+def targets_for(x, objective, ids):
+    """What a teacher would ship, computed in float64."""
+    logq = log_probs(x["teacher_states"].double(), x["teacher_head"].double(), objective)
+    chosen = logq.gather(-1, ids)
+    rest = logq.exp().scatter(-1, ids, 0).sum(-1).log()
+    return Targets(
+        labels_T=x["labels"], behaviour_T=x["behaviour"], sequence_T=x["sequence"],
+        states_TD=x["teacher_states"], head_VD=x["teacher_head"],
+        ids_TK=ids, logprobs_TK=chosen.float(), tail_T=rest.float(),
+    )  # fmt: skip
+
+
+def reference(x, objective, name, ids):
+    """Loss and gradients in float64 by autograd through the formula."""
+    states, head = (x[name].double().detach().clone().requires_grad_() for name in ("states", "head"))
+    logp = log_probs(states, head, objective)
+    logq = log_probs(x["teacher_states"].double(), x["teacher_head"].double(), objective)
+    own = logp.gather(-1, x["labels"][:, None])[:, 0]
+    if objective.kind == "full":
+        per_token = by_formula(name, logp.exp(), logq.exp())
+    elif objective.kind == "chosen":
+        p, q = (categories(d.exp(), ids, objective.tail) for d in (logp, logq))
+        per_token = by_formula(name, p, q)
+    elif objective.kind == "dft":
+        per_token = -own * own.detach().exp()
+    else:
+        per_token = -own
+    ratio = (own.detach() - x["behaviour"].double()).exp().clamp(max=objective.importance_clip)
+    if objective.importance == "sequence":
+        means = torch.stack([ratio[x["sequence"] == s].mean() for s in (0, 1)])
+        ratio = means[x["sequence"]]
+    if objective.importance == "none":
+        ratio = torch.ones_like(ratio)
+    if objective.token_clip is not None:
+        per_token = per_token.clamp(max=objective.token_clip)
+    loss = (per_token * ratio * x["weights"]).sum()
     loss.backward()
-    assert_relative(loss, expected.detach())
-    torch.testing.assert_close((losses * inputs[2]).sum(), loss.detach())
-    assert_relative(states.grad, exact[0].grad)
-    assert_relative(head.grad, exact[1].grad)
+    return loss.detach(), states.grad, head.grad
+
+
+def agree(x, objective, name=None, ids=None):
+    ids = torch.stack([torch.randperm(V)[:K] for _ in range(T)]) if ids is None else ids
+    loss, grad_states, grad_head = reference(x, objective, name, ids)
+    states, head = x["states"].clone().requires_grad_(), x["head"].clone().requires_grad_()
+    got = weighted_loss(states, head, x["weights"], targets_for(x, objective, ids), objective, vocab_size=V)
+    got.total.backward()
+    assert_relative(got.total, loss)
+    assert_relative(states.grad, grad_states)
+    assert_relative(head.grad, grad_head)
+    return got
+
+
+NAMES = ("forward_kl", "reverse_kl", "jsd")
+
+
+@pytest.mark.parametrize("importance", ["none", "token", "sequence"])
+@pytest.mark.parametrize(("kind", "tail"), [("full", True), ("chosen", True), ("chosen", False)])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_support_and_divergence(inputs, name, kind, tail, importance):
+    for temperature, transform in itertools.product(
+        (1.0, 0.7), (LogitTransform(), LogitTransform(scale=0.5), LogitTransform(scale=2.0, softcap=3.0))
+    ):
+        agree(
+            inputs,
+            Objective(
+                kind=kind, divergence=divergence(name, BETA), tail=tail, temperature=temperature,
+                importance=importance, transform=transform,
+            ),
+            name,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sampled_token_is_one_chosen_id_with_a_tail(inputs, name):
+    objective = Objective(kind="chosen", divergence=divergence(name, BETA))
+    agree(inputs, objective, name, ids=inputs["labels"][:, None])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_ids_chosen_is_full_support(inputs, name):
+    everything = torch.arange(V).expand(T, V)
+    found = [agree(inputs, Objective(kind=kind, divergence=divergence(name, BETA)), name) for kind in ("full",)]
+    objective = Objective(kind="chosen", divergence=divergence(name, BETA))
+    states = inputs["states"].clone().requires_grad_()
+    targets = targets_for(inputs, objective, everything)
+    got = weighted_loss(states, inputs["head"], inputs["weights"], targets, objective, vocab_size=V)
+    got.total.backward()
+    assert targets.tail_T.isneginf().all()
+    assert_relative(got.total, found[0].total.detach())
+    assert states.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "dft"])
+def test_imitation(inputs, kind):
+    got = agree(inputs, Objective(kind=kind))
+    if kind == "cross_entropy":
+        logits = inputs["states"] @ inputs["head"][:V].T
+        expected = torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")
+        torch.testing.assert_close(got.per_token, expected)
+
+
+def test_token_clip_bounds_the_loss_and_its_gradient(inputs):
+    objective = Objective(kind="full", token_clip=2.0)
+    got = agree(inputs, objective, "forward_kl")
+    assert (got.per_token > 2).any()
+    assert (got.per_token < 2).any()
+
+
+def test_a_small_case_by_finite_differences(inputs):
+    """Central differences of the float64 value against our float64 gradient."""
+    x = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    for name in NAMES:
+        objective = Objective(kind="full", divergence=divergence(name, BETA))
+        reference_loss, grad, _ = reference(x, objective, name, None)
+        moved = []
+        for sign in (1, -1):
+            y = dict(x, states=x["states"].clone())
+            y["states"][2, 3] += sign * 1e-5
+            moved.append(reference(y, objective, name, None)[0])
+        assert (moved[0] - moved[1]) / 2e-5 == pytest.approx(grad[2, 3].item(), rel=1e-5)
+        assert reference_loss > 0
 
 
 def test_padded_vocabulary_rows_take_no_part(inputs):
-    states, head, weights, teacher_states, teacher_head = inputs
-    head.requires_grad_()
-    for poisoned in (head.data, teacher_head):
-        poisoned[V:] = 1e4
-    targets = Targets(states_TD=teacher_states, head_VD=teacher_head)
-    loss, _ = weighted_loss(states, head, weights, targets, vocab_size=V)
-    loss.backward()
-    assert loss < 1e3
-    assert head.grad[V:].abs().max() == 0
+    for kind in ("full", "chosen", "cross_entropy"):
+        x = {k: v.clone() for k, v in inputs.items()}
+        x["head"][V:] = x["teacher_head"][V:] = 1e4
+        got = agree(x, Objective(kind=kind), "forward_kl")
+        assert got.total < 1e3
+
+
+def test_same_view_gives_no_loss_and_no_gradient(inputs):
+    x = dict(inputs, teacher_states=inputs["states"], teacher_head=inputs["head"])
+    for name, kind in itertools.product(NAMES, ("full", "chosen")):
+        objective = Objective(kind=kind, divergence=divergence(name, BETA))
+        states = x["states"].clone().requires_grad_()
+        ids = torch.stack([torch.randperm(V)[:K] for _ in range(T)])
+        got = weighted_loss(states, x["head"], x["weights"], targets_for(x, objective, ids), objective, vocab_size=V)
+        got.total.backward()
+        assert got.total.abs() < 1e-5
+        assert states.grad.abs().max() < 1e-5
 
 
 def test_no_tokens_give_zero_loss_and_zero_gradients():
     states, head = torch.zeros(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    targets = Targets(labels_T=torch.zeros(0, dtype=torch.int64))
-    loss, losses = weighted_loss(states, head, torch.zeros(0), targets, vocab_size=V)
-    loss.backward()
-    assert loss.item() == 0
-    assert len(losses) == 0
-    assert head.grad.abs().max() == 0
+    targets = Targets(labels_T=torch.zeros(0, dtype=torch.int64), sequence_T=torch.zeros(0, dtype=torch.int64))
+    for importance in ("none", "sequence"):
+        objective = Objective(kind="cross_entropy", importance=importance)
+        got = weighted_loss(states, head, torch.zeros(0), targets, objective, vocab_size=V)
+        got.total.backward()
+        assert got.total.item() == 0
+        assert head.grad.abs().max() == 0
+
+
+def test_trl_computes_the_same(inputs):
+    """TRL's loss functions as an oracle: full, top-k with and without tail, sampled token."""
+    oracle = pytest.importorskip("trl.experimental.sdft.loss_utils")
+    x = inputs
+    for name, alpha in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", BETA)):
+        for kind, tail in (("full", True), ("chosen", True), ("chosen", False)):
+            states = x["states"].clone().requires_grad_()
+            student, teacher = states @ x["head"][:V].T, x["teacher_states"] @ x["teacher_head"][:V].T
+            if kind == "full":
+                expected = oracle.compute_full_logit_self_distillation_loss(
+                    student[None], teacher[None], distillation_alpha=alpha
+                )[0]
+            else:
+                expected = oracle.compute_topk_self_distillation_loss(
+                    student[None], teacher[None], distillation_topk=K, distillation_alpha=alpha,
+                    distillation_add_tail=tail,
+                )[0]  # fmt: skip
+            (expected * x["weights"]).sum().backward()
+            objective = Objective(kind=kind, divergence=divergence(name, BETA), tail=tail)
+            ours = x["states"].clone().requires_grad_()
+            targets = targets_for(x, objective, student.detach().topk(K).indices)
+            got = weighted_loss(ours, x["head"], x["weights"], targets, objective, vocab_size=V)
+            got.total.backward()
+            assert_relative(got.per_token, expected.detach(), 2e-5)
+            assert_relative(ours.grad, states.grad, 2e-5)
+
+
+def test_trls_sampled_token_loss_has_the_score_function_gradient(inputs):
+    oracle = pytest.importorskip("trl.experimental.sdft.loss_utils")
+    x, states = inputs, inputs["states"].clone().requires_grad_()
+    student, teacher = states @ x["head"][:V].T, x["teacher_states"] @ x["teacher_head"][:V].T
+    expected = oracle.compute_sampled_token_self_distillation_loss(
+        student[None], teacher[None], x["labels"][None], distillation_alpha=1.0
+    )[0]
+    (expected * x["weights"]).sum().backward()
+    objective, ours = Objective(kind="policy_gradient"), x["states"].clone().requires_grad_()
+    targets = targets_for(x, objective, x["labels"][:, None])
+    got = weighted_loss(ours, x["head"], x["weights"], targets, objective, vocab_size=V)
+    got.total.backward()
+    assert_relative(ours.grad, states.grad)
+
+
+@pytest.mark.parametrize("beta", [0.5, BETA])
+def test_liger_computes_the_same_jsd(inputs, beta):
+    liger = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss")
+    x, states = inputs, inputs["states"].clone().requires_grad_()
+    loss = liger.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False, chunk_size=4
+    )
+    expected = loss(states, x["head"][:V], x["teacher_states"], x["teacher_head"][:V], x["labels"])
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    expected.backward()
+    objective, ours = Objective(kind="full", divergence=divergence("jsd", beta)), x["states"].clone().requires_grad_()
+    targets = targets_for(x, objective, x["labels"][:, None])
+    got = weighted_loss(ours, x["head"], torch.full((T,), 1 / T), targets, objective, vocab_size=V)
+    got.total.backward()
+    assert_relative(got.total, expected.detach())
+    assert_relative(ours.grad, states.grad)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote"}
+PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "logits", "watch"}
 MAY_IMPORT_ACTORS_AND_LEARNER = {"cluster"}
 HEAVY = {"vllm", "deepspeed"}
 

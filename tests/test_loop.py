@@ -5,9 +5,10 @@ import pytest
 
 from sdft_dist.config import parse_config
 from sdft_dist.data import ProblemSet
-from sdft_dist.loop import batch_keys, train
+from sdft_dist.errors import UserError
+from sdft_dist.loop import batch_keys, train, uncut
 from sdft_dist.runlog import RunLog, read_metrics
-from sdft_dist.types import Problem, SampleRef, TrainItem
+from sdft_dist.types import Problem, SampleKey, SampleRef, TrainItem
 
 
 class Fakes:
@@ -91,3 +92,20 @@ def test_teachers_are_pushed_every_sync_every_steps(problems, tmp_path):
 def test_keys_are_unique_also_when_a_small_data_set_repeats(problems):
     keys = batch_keys(config(rollout={"prompts_per_step": 12, "completions_per_prompt": 2}), problems, 0)
     assert len(keys) == len(set(keys)) == 24
+
+
+def test_cut_completions_are_kept_dropped_or_refused():
+    def ref(reason):
+        return SampleRef(
+            key=SampleKey(3, 7, 0), num_prompt_tokens=1, num_completion_tokens=2, finish_reason=reason,
+            policy_versions=(), ref=None,
+        )  # fmt: skip
+
+    samples = [ref("stop"), ref("length"), ref("stop")]
+    policies = {p: config(rollout={"cut_completions": p}) for p in ("keep", "drop", "error")}
+    assert len(uncut(policies["keep"], samples)) == 3
+    assert len(uncut(policies["drop"], samples)) == 2
+    with pytest.raises(UserError, match="1 of 3 completions of step 3 were cut"):
+        uncut(policies["error"], samples)
+    with pytest.raises(UserError, match="2 of 2 completions"):
+        uncut(policies["drop"], [ref("length")] * 2)

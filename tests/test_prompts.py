@@ -45,7 +45,7 @@ def row(prompt="rev a0 a1", demonstration="thus a1 a0 end"):
 
 
 def test_views(model, tokenizer):
-    (problem,) = encode_problems(config_for(model), tokenizer, [row()])
+    (problem,) = encode_problems(config_for(model), tokenizer, [row()]).problems
     assert tokenizer.decode(problem.prompt_ids) == "<|user|> rev a0 a1 <|end|> <|assistant|>"
     shown = "<|user|> rev a0 a1 example thus a1 a0 end now you <|end|> <|assistant|>"
     assert tokenizer.decode(problem.teacher_prompt_ids) == shown
@@ -74,6 +74,40 @@ def test_too_long_names_every_row_and_both_lengths(model, tokenizer, tmp_path):
         encode_problems(config_for(model), tokenizer, load_rows(str(path)))
     assert f"{path}:2: teacher prompt of 68 tokens + rollout.max_completion_tokens=16 is 84" in str(e.value)
     assert f"{path}:3:" in str(e.value)
+
+
+LONG = "thus " + "a0 " * 50 + "end"
+
+
+def test_rows_that_do_not_fit_are_dropped_and_counted_when_asked(model, tokenizer):
+    config = config_for(model, data={"too_long": "drop"})
+    encoded = encode_problems(config, tokenizer, [row(), row(demonstration=LONG)])
+    assert len(encoded.problems) == 1
+    assert len(encoded.dropped) == 1
+    assert "teacher prompt of" in encoded.dropped[0]
+    with pytest.raises(DataError, match="leaves no row"):
+        encode_problems(config, tokenizer, [row(demonstration=LONG)])
+
+
+def test_demonstrations_are_shortened_at_their_end_when_asked(model, tokenizer):
+    config = config_for(model, data={"too_long": "truncate_demonstration"})
+    encoded = encode_problems(config, tokenizer, [row(), row(demonstration=LONG)])
+    assert [len(encoded.problems), len(encoded.truncated)] == [2, 1]
+    shortened = encoded.problems[1]
+    assert len(shortened.teacher_prompt_ids) + 16 == 64
+    assert tokenizer.decode(shortened.teacher_prompt_ids).endswith("a0 a0 now you <|end|> <|assistant|>")
+    assert shortened.prompt_ids.tolist() == encoded.problems[0].prompt_ids.tolist()
+    with pytest.raises(DataError, match="1 rows are too long"):
+        encode_problems(config, tokenizer, [row(prompt="rev " + "a0 " * 60)])
+
+
+def test_limits_below_the_context(model, tokenizer):
+    rows = [row(), row(demonstration="thus a0 a1 a2 a3 end"), row(prompt="rev a0 a1 a2 a3")]
+    for limit, message in (("max_demonstration_tokens", "demonstration of 6"), ("max_prompt_tokens", "prompt of 8")):
+        number = {"max_demonstration_tokens": 5, "max_prompt_tokens": 6}[limit]
+        encoded = encode_problems(config_for(model, data={"too_long": "drop", limit: number}), tokenizer, rows)
+        (line,) = encoded.dropped
+        assert f"{message} tokens is above data.{limit}={number}" in line
 
 
 def test_views_must_end_alike(tokenizer):

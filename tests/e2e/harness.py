@@ -56,6 +56,20 @@ class ReusableTeacher(Teacher):
     def read(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         return self.engine.states(sequences, starts)
 
+    def configure(self, config: Config) -> None:
+        """Serve another loss with the same engine."""
+        self.config = config
+
+
+class ReusableGenerator(Generator):
+    """A generator whose loss can be changed, and that can be left as after an interrupted push."""
+
+    def taint(self) -> None:
+        self.engine.version = None
+
+    def configure(self, config: Config) -> None:
+        self.config = config
+
 
 def config_for(model: Path, **sections: Any) -> Config:
     """A small run on `model`; sections are merged over the defaults."""
@@ -127,8 +141,8 @@ def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] =
     """One generator and one teacher, ready."""
     table = ray.put(problems)
     make = lambda cls, *args: ray.remote(cls).options(**_resources("cpu", 1)).remote(config, "cpu", *args)  # noqa: E731
-    generators = Pool("generators", [make(Generator, list(stop_ids), table)], config.cluster.timeout_s)
-    teachers = Pool("teachers", [make(ReusableTeacher, table)], config.cluster.timeout_s)
+    generators = Pool("generators", [make(ReusableGenerator, list(stop_ids), table)], config.cluster.timeout_s)
+    teachers = Pool("teachers", [make(ReusableTeacher, 102, table)], config.cluster.timeout_s)
     generators.wait_ready()
     teachers.wait_ready()
     return generators, teachers

@@ -3,19 +3,10 @@
 import numpy as np
 import pytest
 import ray
-from harness import Ranks, config_for, demonstration_items, random_problems
+from harness import config_for, demonstration_items
 from helpers import assert_relative, tiny_model
 
 from learner.checkpoint import read_full
-
-PROBLEMS = random_problems(8)
-
-
-@pytest.fixture(scope="module")
-def ranks(ray_cluster):
-    ranks = Ranks()
-    yield ranks
-    ranks.stop()
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +15,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("stage", "num_ranks"), [(2, 2), (3, 2), (0, 1)])
-def test_the_average_is_a_float64_reference_after_50_steps(ranks, model, tmp_path, stage, num_ranks):
+def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, model, tmp_path, stage, num_ranks):
     rate = 0.01
     config = config_for(
         model,
@@ -33,7 +24,7 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, model, tmp_pat
         teacher={"kind": "ema", "ema_rate": rate},
         optim={"learning_rate": 1e-3},
     )
-    group = ranks.group(config, PROBLEMS)
+    group = ranks.group(config, problems)
     shapes = {
         name: s
         for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
@@ -47,7 +38,7 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, model, tmp_pat
     reference = read("master")
     start = {name: t.clone() for name, t in reference.items()}
     for step in range(50):
-        group.update(step, 50, demonstration_items(PROBLEMS, step))
+        group.update(step, 50, demonstration_items(problems, step))
         for name, student in read("master").items():
             reference[name] += rate * (student - reference[name])
     averages = read("ema")
@@ -57,7 +48,7 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, model, tmp_pat
     assert max((averages[n] - start[n]).abs().max() for n in start) > 1e-3, "it must have moved"
 
 
-def gradients(ranks, model, num_ranks, stage, budget):
+def gradients(ranks, problems, model, num_ranks, stage, budget):
     config = config_for(
         model,
         method="sft",
@@ -65,27 +56,29 @@ def gradients(ranks, model, num_ranks, stage, budget):
         loss={"skip_first_tokens": 2},
         optim={"learning_rate": 1.0, "grad_clip": 1e9},
     )
-    group = ranks.group(config, PROBLEMS)
+    group = ranks.group(config, problems)
     for rank in group.ranks:
         rank.keep_gradients.remote()
-    metrics = group.update(0, 1, demonstration_items(PROBLEMS))
+    metrics = group.update(0, 1, demonstration_items(problems))
     found = ray.get([rank.kept_gradients.remote() for rank in group.ranks])[0]
     group.stop()
     return metrics, found
 
 
 @pytest.fixture(scope="module")
-def alone(ranks, model):
+def alone(ranks, problems, model):
     """One rank, one micro-batch, no ZeRO."""
-    return gradients(ranks, model, 1, 0, 4096)
+    return gradients(ranks, problems, model, 1, 0, 4096)
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "stage", "budget"),
     [(1, 0, 64), (1, 1, 64), (1, 2, 64), (1, 3, 64), (2, 0, 64), (2, 1, 64), (2, 2, 64), (2, 3, 64), (2, 2, 4096)],
 )
-def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(ranks, model, alone, num_ranks, stage, budget):
-    metrics, found = gradients(ranks, model, num_ranks, stage, budget)
+def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(
+    ranks, problems, model, alone, num_ranks, stage, budget
+):
+    metrics, found = gradients(ranks, problems, model, num_ranks, stage, budget)
     assert metrics["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
     scale = max(np.abs(g).max() for g in alone[1].values())
@@ -94,18 +87,18 @@ def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(ranks, model, al
         assert np.abs(gradient - alone[1][name]).max() <= 1e-5 * scale, name
 
 
-def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, model, tmp_path):
+def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_path):
     """Master weights after one step, put together from shards, are the same for 1 and 2 ranks."""
     full = []
     for num_ranks, stage in ((1, 0), (2, 3)):
         config = config_for(model, method="sft", learner={"zero_stage": stage, "ranks": num_ranks})
-        group = ranks.group(config, PROBLEMS)
+        group = ranks.group(config, problems)
         shapes = {
             name: s
             for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
             for name, s in zip(bucket.names, bucket.shapes, strict=True)
         }
-        group.update(0, 1, demonstration_items(PROBLEMS))
+        group.update(0, 1, demonstration_items(problems))
         folder = tmp_path / str(num_ranks)
         group.save(folder, 1)
         group.stop()

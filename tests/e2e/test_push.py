@@ -4,29 +4,9 @@ import numpy as np
 import pytest
 import ray
 import torch
-from harness import Ranks, config_for, demonstration_items, engine_pools, exported, random_problems
-from helpers import tiny_model
+from harness import config_for, demonstration_items, exported
 
 from sdft_dist.types import SampleKey
-
-PROBLEMS = random_problems(8)
-
-
-@pytest.fixture(scope="module")
-def ranks(ray_cluster):
-    ranks = Ranks()
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def served(request, ray_cluster, tmp_path_factory):
-    """A model folder, and a generator and a teacher that have loaded it."""
-    model = tiny_model(tmp_path_factory.mktemp("model"), tied=request.param)
-    generators, teachers = engine_pools(config_for(model), PROBLEMS)
-    yield model, generators, teachers
-    for actor in [*generators.actors, *teachers.actors]:
-        ray.kill(actor)
 
 
 def greedy(lm, prompt, count):
@@ -37,16 +17,19 @@ def greedy(lm, prompt, count):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, stage, num_ranks, tmp_path):
-    model, generators, teachers = served
+def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, problems, stage, num_ranks, tmp_path):
+    generators, teachers = served.generators, served.teachers
     config = config_for(
-        model, method="sft", learner={"zero_stage": stage, "ranks": num_ranks}, teacher={"kind": "ema", "ema_rate": 0.3}
+        served.model,
+        method="sft",
+        learner={"zero_stage": stage, "ranks": num_ranks},
+        teacher={"kind": "ema", "ema_rate": 0.3},
     )
-    group = ranks.group(config, PROBLEMS)
+    group = ranks.group(config, problems)
     for pool in (generators, teachers):
         group.open_push(pool)
     for step in range(2):
-        group.update(step, 2, demonstration_items(PROBLEMS))
+        group.update(step, 2, demonstration_items(problems))
     group.push(generators, 2)
     group.push(teachers, 2)
     student, ema = exported(tmp_path / "s", group, config), exported(tmp_path / "e", group, config, "ema")
@@ -54,11 +37,11 @@ def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, stage
 
     moved = (student.model.embed_tokens.weight - ema.model.embed_tokens.weight).abs().max()
     assert moved > 1e-3, "the student must differ from its average, or the test could not fail"
-    prompts = [p.prompt_ids for p in PROBLEMS]
+    prompts = [p.prompt_ids for p in problems]
     sampled = generators.complete(prompts, 12)
     assert [s.tolist() for s in sampled] == [greedy(student, p, 12) for p in prompts]
-    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in PROBLEMS]
-    starts = [len(p.teacher_prompt_ids) for p in PROBLEMS]
+    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in problems]
+    starts = [len(p.teacher_prompt_ids) for p in problems]
     read = ray.get(teachers.actors[0].read.remote(sequences, starts))
     for tokens, start, states in zip(sequences, starts, read, strict=True):
         with torch.no_grad():
@@ -67,31 +50,37 @@ def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, stage
         assert np.abs(states - expected.numpy()).max() < 1e-5
 
 
-def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, tmp_path):
+def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, problems, tmp_path):
     """At temperature 0.7 the generator's log-probs are log-softmax(logits / 0.7) of the learner."""
-    model, generators, _ = served
-    config = config_for(model, method="sft")
-    group = ranks.group(config, PROBLEMS)
+    generators = served.generators
+    config = config_for(served.model, method="sft", rollout={"temperature": 0.7, "max_completion_tokens": 12})
+    served.configure(config)
+    group = ranks.group(config, problems)
     group.open_push(generators)
     group.push(generators, 5)
     student = exported(tmp_path, group, config)
     group.stop()
-    keys = [SampleKey(0, i, 0) for i in range(len(PROBLEMS))]
+    keys = [SampleKey(0, i, 0) for i in range(len(problems))]
     refs = ray.get(generators.actors[0].generate.remote(keys))
     for ref in refs:
         sample = ray.get(ref.ref)
         assert [(s.version, s.start) for s in sample.policy_versions] == [(5, 0)]
-        prompt = PROBLEMS[sample.key.problem].prompt_ids
+        prompt = problems[sample.key.problem].prompt_ids
         ids = torch.tensor([np.concatenate([prompt, sample.completion_ids]).tolist()])
         with torch.no_grad():
-            logp = student(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logp = (student(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
         expected = logp[range(len(sample.completion_ids)), sample.completion_ids.tolist()]
         assert np.abs(sample.logprobs - expected.numpy()).max() < 1e-5
 
 
-def test_an_engine_without_a_whole_push_serves_nothing(ray_cluster, tmp_path):
-    generators, teachers = engine_pools(config_for(tiny_model(tmp_path)), PROBLEMS)
+def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
+    """As after an interrupted push; the next whole one puts it back to work."""
+    generators = served.generators
+    ray.get(generators.actors[0].taint.remote())
     with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
-        generators.complete([PROBLEMS[0].prompt_ids], 4)
-    for actor in [*generators.actors, *teachers.actors]:
-        ray.kill(actor)
+        generators.complete([problems[0].prompt_ids], 4)
+    group = ranks.group(config_for(served.model, method="sft"), problems)
+    group.open_push(generators)
+    group.push(generators, 1)
+    group.stop()
+    assert len(generators.complete([problems[0].prompt_ids], 4)) == 1

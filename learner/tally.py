@@ -1,0 +1,83 @@
+"""What the micro-batches of a step add up to, on one rank and over all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from learner.fused import Losses
+from learner.model import MicroBatch
+from sdft_dist.watch import NUM_DECILES, NUM_FIRST, position_bin
+
+NUM_BINS = NUM_FIRST + NUM_DECILES
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """Sums over trained tokens; two tallies add up to that of both."""
+
+    loss: float = 0.0  # this rank's share of the step's loss
+    tokens: int = 0
+    divergence: float = 0.0  # Σ loss before weights
+    by_position: np.ndarray = field(default_factory=lambda: np.zeros((2, NUM_BINS)))  # Σ loss, tokens
+    difference: float = 0.0  # Σ |learner's − generator's log-prob|, nats
+    difference_max: float = 0.0
+    importance: float = 0.0  # Σ w
+    importance_squares: float = 0.0  # Σ w²
+
+    def add(self, losses: Losses, batch: MicroBatch, lengths: Sequence[int], skip: int) -> None:
+        """Count one micro-batch of completions of `lengths` tokens, the first `skip` of each untrained."""
+        per_token = losses.per_token.double().cpu().numpy()
+        self.loss += losses.total.item()
+        self.tokens += len(per_token)
+        self.divergence += float(per_token.sum())
+        bins = [position_bin(i, n) for n in lengths for i in range(skip, n)]
+        self.by_position[0] += np.bincount(bins, weights=per_token, minlength=NUM_BINS)
+        self.by_position[1] += np.bincount(bins, minlength=NUM_BINS)
+        behaviour = batch.targets.behaviour_T
+        if behaviour is not None and len(behaviour):
+            difference = (losses.label_logprobs - behaviour).abs()
+            self.difference += difference.sum().item()
+            self.difference_max = max(self.difference_max, difference.max().item())
+        self.importance += losses.importance.sum().item()
+        self.importance_squares += losses.importance.square().sum().item()
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            loss=self.loss + other.loss,
+            tokens=self.tokens + other.tokens,
+            divergence=self.divergence + other.divergence,
+            by_position=self.by_position + other.by_position,
+            difference=self.difference + other.difference,
+            difference_max=max(self.difference_max, other.difference_max),
+            importance=self.importance + other.importance,
+            importance_squares=self.importance_squares + other.importance_squares,
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """Means over the trained tokens. `divergence_by_position` has None where there was no token."""
+        n, (sums, counts) = max(1, self.tokens), self.by_position
+        used = int(np.max(np.nonzero(counts)[0], initial=-1)) + 1
+        return {
+            "loss": self.loss,
+            "divergence_per_token": self.divergence / n,
+            "trained_tokens": self.tokens,
+            "divergence_by_position": [s / c if c else None for s, c in zip(sums[:used], counts[:used], strict=True)],
+            "logprob_difference_mean": self.difference / n,
+            "logprob_difference_max": self.difference_max,
+            "effective_sample_share": self.importance**2 / max(1e-30, n * self.importance_squares),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMetrics:
+    """One rank's account of one optimizer step; times in seconds."""
+
+    tally: Tally
+    grad_norm: float  # global, before clipping
+    learning_rate: float
+    wait_s: float  # fetching samples and targets
+    step_s: float

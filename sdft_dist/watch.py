@@ -1,0 +1,95 @@
+"""Signs of trouble in a run's metrics, each with its likely cause and the setting to change. Pure.
+
+Every sign is told once. Shares are 0 to 1, lengths in tokens, log-probs in nats.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from sdft_dist.types import TrainItem
+
+WINDOW = 20  # steps that a length drift is judged over
+NUM_FIRST, NUM_DECILES = 32, 10  # bins of the divergence by position
+
+
+def position_bin(position: int, length: int) -> int:
+    """Bin of a completion position: itself for the first 32 tokens, then the decile of the rest."""
+    if position < NUM_FIRST:
+        return position
+    return NUM_FIRST + min(NUM_DECILES - 1, NUM_DECILES * (position - NUM_FIRST) // max(1, length - NUM_FIRST))
+
+
+def item_metrics(items: Sequence[TrainItem]) -> dict[str, float]:
+    """What the completions' metadata shows."""
+    lengths = [item.num_completion_tokens for item in items]
+    return {
+        "completion_tokens_mean": mean(lengths) if lengths else 0.0,
+        "cut_share": mean(item.finish_reason == "length" for item in items) if items else 0.0,
+        "empty_share": mean(n <= 1 for n in lengths) if items else 0.0,
+    }
+
+
+class Watch:
+    """Feed it each step's metrics; it gives the warnings that are new."""
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._told: set[str] = set()
+
+    def step(self, metrics: dict[str, Any]) -> list[str]:
+        """Warnings that this step gives rise to for the first time."""
+        length = metrics["completion_tokens_mean"]
+        if len(self._first) < WINDOW:
+            self._first.append(length)
+        self._last.append(length)
+        signs = {**_signs(metrics), **self._drift()}
+        fresh = [text for name, text in signs.items() if name not in self._told]
+        self._told |= signs.keys()
+        return fresh
+
+    def _drift(self) -> dict[str, str]:
+        if len(self._first) < WINDOW:
+            return {}
+        before, now = max(1.0, mean(self._first)), max(1.0, mean(self._last))
+        if 0.5 <= now / before <= 2:
+            return {}
+        return {
+            "drift": f"completions went from {before:.0f} to {now:.0f} tokens on average: the student drifts; "
+            "look at the samples, lower optim.learning_rate, or use loss.divergence=forward_kl"
+        }
+
+
+def _signs(m: dict[str, Any]) -> dict[str, str]:
+    signs = {}
+    if m.get("logprob_difference_mean", 0.0) > 0.1:
+        signs["mismatch"] = (
+            f"generator and learner differ by {m['logprob_difference_mean']:.2f} nats a token: stale or different "
+            "weights, or numerics; check model.dtype, or weight samples with loss.importance=token"
+        )
+    if m["cut_share"] > 0.25:
+        signs["cut"] = (
+            f"{100 * m['cut_share']:.0f}% of the completions are cut: raise rollout.max_completion_tokens, or leave "
+            "them out with rollout.cut_completions=drop"
+        )
+    if m["empty_share"] > 0.1:
+        signs["empty"] = (
+            f"{100 * m['empty_share']:.0f}% of the completions are empty: the student ends at once; check the chat "
+            "template and the demonstrations"
+        )
+    if m.get("effective_sample_share", 1.0) < 0.5:
+        signs["ess"] = (
+            f"importance weights leave {100 * m['effective_sample_share']:.0f}% of the tokens effective: samples are "
+            "too stale or too far off; lower loss.importance_clip or the learning rate"
+        )
+    bins = [value for value in m.get("divergence_by_position", [])[:NUM_FIRST] if value is not None]
+    if len(bins) > 8 and mean(bins[:3]) > 10 * mean(bins[3:]) > 0:
+        signs["first tokens"] = (
+            "the divergence sits in the first three tokens: the teacher opens as the demonstration does; consider "
+            "loss.skip_first_tokens=3"
+        )
+    return signs

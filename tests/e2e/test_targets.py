@@ -1,0 +1,124 @@
+"""Targets that travelled from a remote teacher give the loss of a local two-model computation."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+from harness import config_for, exported
+
+from sdft_dist.types import SampleKey
+
+RATE = 0.3
+
+
+def config(model, **sections):
+    base = {"teacher": {"kind": "ema", "ema_rate": RATE}, "rollout": {"temperature": 0.8, "max_completion_tokens": 12}}
+    return config_for(model, **(base | sections))
+
+
+def local_log_probs(lm, prompt, completion):
+    """[C, V] at temperature 0.8, float64."""
+    ids = torch.tensor([np.concatenate([prompt, completion]).tolist()])
+    with torch.no_grad():
+        logits = lm(ids).logits[0, len(prompt) - 1 : -1].double()
+    return (logits / 0.8).log_softmax(-1)
+
+
+def expected_loss(problems, student, teacher, samples, per_token):
+    """Mean over each sequence's tokens, then over sequences."""
+    means = []
+    for s in samples:
+        problem = problems[s.key.problem]
+        logp = local_log_probs(student, problem.prompt_ids, s.completion_ids)
+        logq = local_log_probs(teacher, problem.teacher_prompt_ids, s.completion_ids)
+        means.append(per_token(logp, logq, torch.tensor(s.completion_ids.tolist())).mean())
+    return float(torch.stack(means).mean())
+
+
+def forward_kl(logp, logq, labels):
+    return (logq.exp() * (logq - logp)).sum(-1)
+
+
+def rollouts(problems, served, step):
+    refs = served.generators.generate([SampleKey(step, i, 0) for i in range(len(problems))])
+    items = served.teachers.score(refs)
+    return items, ray.get([r.ref for r in refs])
+
+
+def test_full_support_after_0_1_and_10_updates_of_the_average(served, ranks, problems, tmp_path):
+    generators, teachers = served.generators, served.teachers
+    c = config(served.model, learner={"zero_stage": 3, "ranks": 2})
+    served.configure(c)
+    group = ranks.group(c, problems)
+    for pool in (generators, teachers):
+        group.open_push(pool)
+    done = 0
+    for until in (0, 1, 10):
+        while done < until - 1:
+            group.push(generators, done)
+            group.push(teachers, done)
+            items, _ = rollouts(problems, served, done)
+            group.update(done, 20, items)
+            done += 1
+        group.push(generators, done)
+        group.push(teachers, done)
+        items, samples = rollouts(problems, served, done)
+        student = exported(tmp_path / f"s{until}", group, c)
+        teacher = exported(tmp_path / f"t{until}", group, c, "ema")
+        assert {item.teacher_version for item in items} == {done}
+        metrics = group.update(done, 20, items)
+        done += 1
+        assert metrics["loss"] == pytest.approx(
+            expected_loss(problems, student, teacher, samples, forward_kl), rel=1e-5
+        )
+    group.stop()
+
+
+def tail_kl(ids_of):
+    """Forward KL over chosen ids and the rest."""
+
+    def per_token(logp, logq, labels):
+        ids = ids_of(logp, logq, labels)
+        p, q = (
+            torch.cat([d.exp().gather(-1, ids), 1 - d.exp().gather(-1, ids).sum(-1, keepdim=True)], -1)
+            for d in (logp, logq)
+        )
+        return (q * (q / p).log()).sum(-1)
+
+    return per_token
+
+
+CASES = {
+    "topk of the teacher": ({"support": "topk", "top_k": 5}, tail_kl(lambda p, q, y: q.topk(5).indices)),
+    "topk of the student": (
+        {"support": "topk", "top_k": 5, "topk_from": "student"},
+        tail_kl(lambda p, q, y: p.topk(5).indices),
+    ),
+    "sampled": ({"support": "sampled"}, tail_kl(lambda p, q, y: y[:, None])),
+    "score function": (
+        {"support": "sampled", "tail": False, "divergence": "reverse_kl"},
+        lambda p, q, y: (p - q).gather(-1, y[:, None])[:, 0],
+    ),
+    "importance": ({"importance": "token"}, forward_kl),  # on-policy: all weights are 1
+}
+
+
+def test_chosen_ids_are_scored_remotely(served, ranks, problems, tmp_path):
+    generators, teachers = served.generators, served.teachers
+    for name, (loss, per_token) in CASES.items():
+        c = config(served.model, loss=loss)
+        served.configure(c)
+        group = ranks.group(c, problems)
+        for pool in (generators, teachers):
+            group.open_push(pool)
+        for version in range(2):
+            group.push(generators, version)
+            group.push(teachers, version)
+            items, samples = rollouts(problems, served, version)
+            student = exported(tmp_path / f"{name}-s{version}", group, c)
+            teacher = exported(tmp_path / f"{name}-t{version}", group, c, "ema")
+            found = group.update(version, 2, items)["loss"]
+            assert found == pytest.approx(
+                expected_loss(problems, student, teacher, samples, per_token), rel=2e-5, abs=1e-7
+            ), name
+        group.stop()

@@ -1,0 +1,51 @@
+"""Each sign of trouble is told once, with the setting to change."""
+
+import pytest
+
+from sdft_dist.types import SampleKey, TrainItem
+from sdft_dist.watch import NUM_DECILES, NUM_FIRST, Watch, item_metrics, position_bin
+
+FINE = {"completion_tokens_mean": 100.0, "cut_share": 0.0, "empty_share": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "setting"),
+    [
+        ({"cut_share": 0.5}, "rollout.max_completion_tokens"),
+        ({"empty_share": 0.5}, "chat template"),
+        ({"logprob_difference_mean": 0.5}, "loss.importance=token"),
+        ({"effective_sample_share": 0.2}, "loss.importance_clip"),
+        ({"divergence_by_position": [5.0, 5.0, 5.0] + [0.1] * 29}, "loss.skip_first_tokens=3"),
+    ],
+)
+def test_signs(trouble, setting):
+    watch = Watch()
+    assert watch.step(FINE) == []
+    (told,) = watch.step(FINE | trouble)
+    assert setting in told
+    assert watch.step(FINE | trouble) == []
+
+
+def test_length_drift():
+    watch = Watch()
+    for _ in range(20):
+        assert watch.step(FINE) == []
+    told = [text for _ in range(20) for text in watch.step(FINE | {"completion_tokens_mean": 250.0})]
+    assert len(told) == 1
+    assert "drifts" in told[0]
+
+
+def test_positions():
+    assert [position_bin(i, 132) for i in (0, 31, 32, 41, 42, 131)] == [0, 31, 32, 32, 33, 41]
+    assert position_bin(40, 41) < NUM_FIRST + NUM_DECILES
+
+
+def test_item_metrics_by_hand():
+    def item(length, reason):
+        return TrainItem(
+            key=SampleKey(0, 0, 0), num_prompt_tokens=1, num_completion_tokens=length, teacher_version=0,
+            finish_reason=reason,
+        )  # fmt: skip
+
+    found = item_metrics([item(1, "stop"), item(9, "length"), item(5, "stop"), item(5, "stop")])
+    assert found == {"completion_tokens_mean": 5, "cut_share": 0.25, "empty_share": 0.25}
