@@ -47,6 +47,7 @@ class Engine:
 
         if device == "cpu":
             _keep_plain_weights()
+        if "gloo" not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine("gloo", "actors.weight_engine", "GlooWeightTransferEngine")
         options: dict[str, Any] = {
             "model": config.model.path,
@@ -57,7 +58,7 @@ class Engine:
             "max_num_seqs": config.cluster.max_sequences,
             "seed": config.seed,
             "disable_log_stats": True,
-            "weight_transfer_config": WeightTransferConfig(backend="gloo" if device == "cpu" else "nccl"),
+            "weight_transfer_config": WeightTransferConfig(backend="gloo"),
         }
         if device == "cpu":
             options["enforce_eager"] = True

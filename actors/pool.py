@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sdft_dist.remote import wait_all
-from sdft_dist.types import SampleKey, SampleRef, TrainItem, WeightManifest
+from sdft_dist.types import Sample, SampleKey, SampleRef, TrainItem, WeightManifest
 
 
 class Pool:
@@ -27,6 +27,10 @@ class Pool:
     def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]:
         """One completion per key, in the keys' order. Generators only."""
         return self._spread(keys, lambda actor, part: actor.generate.remote(part), "generate")
+
+    def sample(self, problems: Sequence[int]) -> list[Sample]:
+        """One completion for each problem index, as the records themselves; for checks. Generators only."""
+        return self._spread(problems, lambda actor, part: actor.sample.remote(part), "sample")
 
     def score(self, samples: Sequence[SampleRef]) -> list[TrainItem]:
         """Teacher targets for each sample, in order. Teachers only."""

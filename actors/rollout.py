@@ -71,6 +71,12 @@ class Generator:
             )
         return refs
 
+    def sample(self, problems: Sequence[int]) -> list[Sample]:
+        """One completion for each problem index, as the records themselves; for checks, not for training."""
+        import ray
+
+        return list(ray.get([r.ref for r in self.generate([SampleKey(0, i, 0) for i in problems])]))
+
     def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
         """Greedy completions (int32 [C] each) of `prompts`, for evaluation."""
         return [done.token_ids for done in self.engine.generate(prompts, [0] * len(prompts), Sampling(max_tokens, 0.0))]

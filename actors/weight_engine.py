@@ -1,4 +1,4 @@
-"""vLLM weight-transfer engine over gloo, for machines without NCCL.
+"""vLLM weight-transfer engine over gloo: on CPU the only one, on GPU the one that works everywhere.
 
 The sender is rank 0 of a group of its own; every engine worker is another rank. A push is a fixed
 sequence of broadcasts, one per bucket: the bucket's bytes, then 8 bytes of checksum. Nothing is

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from learner.microbatch import trained_tokens
 from learner.tally import Tally
 from sdft_dist.batching import pack
@@ -59,6 +61,19 @@ class LearnerGroup:
             "learning_rate": per_rank[0].learning_rate,
             "learner_wait_s": max(m.wait_s for m in per_rank),
         }
+
+    def logprobs(
+        self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float
+    ) -> list[np.ndarray]:
+        """The student's log-probs, float32 [C] each, of completions after prompts; nothing is trained."""
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        (plan,) = pack(lengths, num_ranks=1, budget=self.config.learner.tokens_per_microbatch)
+        out: list[np.ndarray] = [np.zeros(0)] * len(lengths)
+        for micro_batch in plan:
+            pairs = [(prompts[i], completions[i]) for i in micro_batch]
+            for i, found in zip(micro_batch, self._all("logprobs", pairs, temperature)[0], strict=True):
+                out[i] = found
+        return out
 
     def open_push(self, receivers: Receivers) -> None:
         """Build the push group of rank 0 and all receivers."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from learner import checkpoint
@@ -109,6 +111,20 @@ class LearnerRank:
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
         times = {"wait_s": waited, "step_s": time.perf_counter() - started}
         return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, **times)
+
+    def logprobs(self, pairs: list[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
+        """Log-probs, float32 [C], of each (prompt, completion), in one forward pass without gradients."""
+        sequences = [TrainSequence(prompt_ids=p, completion_ids=c) for p, c in pairs]
+        batch = build(sequences, [0.0] * len(pairs), 0, teacher_head=None, device=self.device)
+        head_loss = self.student.head_loss
+        trained = head_loss.objective
+        head_loss.objective = replace(trained, kind="cross_entropy", importance="none", temperature=temperature)
+        try:
+            with torch.no_grad():
+                found = self.engine(batch).label_logprobs.cpu().numpy()
+        finally:
+            head_loss.objective = trained
+        return np.split(found, np.cumsum([len(c) for _, c in pairs])[:-1])
 
     def open_push(self, role: str, num_receivers: int) -> tuple[str, int] | None:
         """Rank 0 opens the rendezvous of a push group and returns its address."""

@@ -1,6 +1,6 @@
 """The `sdft` command. Heavy imports happen after parsing, so that --help is instant.
 
-Exit codes: 0 done, 2 configuration or data error, 4 workers exhausted, 5 diverged, 130 interrupted.
+Exit codes: 0 done, 2 configuration or data error, 5 diverged, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from sdft_dist import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn the errors that a user can mend into one message."""
     args = _parser().parse_args(argv)
-    from sdft_dist.errors import Diverged, UserError, WorkersExhausted
+    from sdft_dist.errors import Diverged, UserError
 
     try:
         args.command(args)
     except UserError as e:
         return _fail(getattr(e, "cause", e), 2)
-    except WorkersExhausted as e:
-        return _fail(e, 4)
     except Diverged as e:
         return _fail(e, 5)
     except KeyboardInterrupt:
@@ -49,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
         sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
         sub.set_defaults(command=_train, method="sft" if name == "sft" else None)
+
+    check = commands.add_parser("preflight", help="check data and model before any training")
+    check.add_argument("recipe", help="YAML file; see deploy/recipes/")
+    check.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    check.add_argument("--rows", type=_positive, default=64, help="rows to measure on (default: %(default)s)")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    check.set_defaults(command=_preflight)
 
     demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
@@ -98,6 +103,23 @@ def _train(args: argparse.Namespace) -> None:
 
     rundir = run(config)
     print(f"Trained model: {rundir.path / 'model'}\nMetrics: {rundir.path / 'metrics.jsonl'}")
+
+
+def _preflight(args: argparse.Namespace) -> None:
+    from sdft_dist.config import load_config
+
+    config = load_config(args.recipe, args.overrides)
+    import json
+
+    from rich.console import Console
+
+    from sdft_dist.preflight import as_json, preflight, show
+
+    found = preflight(config, args.rows)
+    if args.json:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        show(found, Console())
 
 
 def _demo(args: argparse.Namespace) -> None:

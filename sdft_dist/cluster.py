@@ -69,14 +69,17 @@ def resolve_device(config: Config) -> str:
 
 
 @contextmanager
-def launch(config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list[int]) -> Iterator[Fleet]:
+def launch(
+    config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list[int], *, with_teachers: bool = True
+) -> Iterator[Fleet]:
     """All actors of a run, ready and connected; they end with the block."""
     import ray
 
     device = resolve_device(config)
     actors: list[Any] = []
     try:
-        fleet = _build(config, problems, vocab_size, stop_ids, device, actors)
+        num_teachers = config.cluster.teachers if config.method == "sdft" and with_teachers else 0
+        fleet = _build(config, problems, vocab_size, stop_ids, device, num_teachers, actors)
         yield fleet
         fleet.learner.stop()
     finally:
@@ -85,7 +88,13 @@ def launch(config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list
 
 
 def _build(
-    config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list[int], device: str, actors: list[Any]
+    config: Config,
+    problems: ProblemSet,
+    vocab_size: int,
+    stop_ids: list[int],
+    device: str,
+    num_teachers: int,
+    actors: list[Any],
 ) -> Fleet:
     import ray
 
@@ -109,7 +118,7 @@ def _build(
     )
     teachers = Pool(
         "teachers",
-        [place(Teacher, 1, config, device, vocab_size, table) for _ in range(cluster.teachers if sdft else 0)],
+        [place(Teacher, 1, config, device, vocab_size, table) for _ in range(num_teachers)],
         cluster.timeout_s,
     )
     learner = LearnerGroup(

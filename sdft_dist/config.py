@@ -227,9 +227,7 @@ class Config(_Section):
                 f"loss.tail: without it, support=sampled has one category and {loss.divergence} is always 0; only "
                 "reverse_kl has a score-function estimator"
             )
-        if loss.importance != "none":
-            if self.method != "sdft":
-                raise ValueError(f"loss.importance: method={self.method} samples nothing to weight")
+        if loss.importance != "none" and self.method == "sdft":
             if rollout.top_p < 1 or rollout.top_k:
                 raise ValueError(
                     "loss.importance: rollout.top_p and rollout.top_k bias the weights; switch one side off"

@@ -16,9 +16,5 @@ class DataError(UserError):
     """Rows are wrong; the message has a line `file:line: field: problem` for each."""
 
 
-class WorkersExhausted(RuntimeError):
-    """No worker of a role is left to do the work. Exit code 4."""
-
-
 class Diverged(RuntimeError):
     """The loss is not a number any more. Exit code 5."""

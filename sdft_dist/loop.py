@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from sdft_dist import data
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
-from sdft_dist.errors import UserError
+from sdft_dist.errors import Diverged, UserError
 from sdft_dist.runlog import RunLog
 from sdft_dist.types import SampleKey, SampleRef, TrainItem
 
@@ -72,6 +73,7 @@ def train(
                 items = demonstrations(problems, keys)
             with log.timer("learn"):
                 metrics = learner.update(step, num_steps, items)  # θ ← θ − ∇ D(q ‖ p_θ); φ ← EMA(θ)
+            refuse_divergence(step, metrics)
             step += 1
             with log.timer("push"):
                 if step % config.teacher.sync_every == 0:
@@ -109,6 +111,15 @@ def uncut(config: Config, samples: list[SampleRef]) -> list[SampleRef]:
             f"were cut at rollout.max_completion_tokens={limit}, such as problem {cut[0].key.problem}: raise it"
         )
     return [s for s in samples if s.finish_reason != "length"]
+
+
+def refuse_divergence(step: int, metrics: dict[str, Any]) -> None:
+    """Raises Diverged where the loss or the gradient is not a finite number."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise Diverged(
+                f"step {step}: {name} is {metrics[name]}: lower optim.learning_rate, or look at the rows of this step"
+            )
 
 
 def demonstrations(problems: ProblemSet, keys: Sequence[SampleKey]) -> list[TrainItem]:

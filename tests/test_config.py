@@ -85,7 +85,6 @@ def test_every_field_is_described():
         (["loss.support=sampled", "loss.tail=false"], "support=sampled has one category and forward_kl is always 0"),
         (["loss.importance=token", "rollout.top_p=0.9"], "rollout.top_p and rollout.top_k bias the weights"),
         (["loss.importance=token", "rollout.top_k=5"], "rollout.top_p and rollout.top_k bias the weights"),
-        (["loss.importance=token", "method=sft"], "method=sft samples nothing to weight"),
         (["loss.importance=token", "rollout.from_teacher=true"], "the samples are not the student's"),
         (["loss.support=topk", "loss.topk_from=student", "rollout.from_teacher=true"], "use teacher"),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from sdft_dist.config import parse_config
 from sdft_dist.data import ProblemSet
-from sdft_dist.errors import UserError
+from sdft_dist.errors import Diverged, UserError
 from sdft_dist.loop import batch_keys, train, uncut
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.types import Problem, SampleKey, SampleRef, TrainItem
@@ -14,8 +14,8 @@ from sdft_dist.types import Problem, SampleKey, SampleRef, TrainItem
 class Fakes:
     """All four boundaries; writes down what is asked of it."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, loss=1.0):
+        self.calls, self.loss = [], loss
 
     def generate(self, keys):
         self.calls.append(("generate", len(keys)))
@@ -32,7 +32,7 @@ class Fakes:
 
     def update(self, step, num_steps, items):
         self.calls.append(("update", step, [i.num_completion_tokens for i in items]))
-        return {"loss": 1.0, "divergence_per_token": 1.0}
+        return {"loss": self.loss, "grad_norm": 1.0, "divergence_per_token": 1.0}
 
     def to_generators(self, version):
         self.calls.append(("push generators", version))
@@ -109,3 +109,10 @@ def test_cut_completions_are_kept_dropped_or_refused():
         uncut(policies["error"], samples)
     with pytest.raises(UserError, match="2 of 2 completions"):
         uncut(policies["drop"], [ref("length")] * 2)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_pushed(problems, tmp_path):
+    fakes = Fakes(loss=float("nan"))
+    with RunLog(tmp_path, title="test") as log, pytest.raises(Diverged, match="step 0: loss is nan"):
+        train(config(), problems, fakes, fakes, fakes, fakes, log, after_step=lambda step: None)
+    assert fakes.calls[-1][0] == "update"

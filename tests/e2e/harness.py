@@ -60,6 +60,11 @@ class ReusableTeacher(Teacher):
         """Serve another loss with the same engine."""
         self.config = config
 
+    def load(self, config: Config, problems: Any) -> None:
+        """Serve another model in the same process."""
+        del self.engine
+        Teacher.__init__(self, config, "cpu", 102, problems)
+
 
 class ReusableGenerator(Generator):
     """A generator whose loss can be changed, and that can be left as after an interrupted push."""
@@ -69,6 +74,11 @@ class ReusableGenerator(Generator):
 
     def configure(self, config: Config) -> None:
         self.config = config
+
+    def load(self, config: Config, problems: Any) -> None:
+        """Serve another model in the same process."""
+        del self.engine
+        Generator.__init__(self, config, "cpu", [98], problems)
 
 
 def config_for(model: Path, **sections: Any) -> Config:

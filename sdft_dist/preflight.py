@@ -1,0 +1,196 @@
+"""`sdft preflight`: what can be known before any training.
+
+Lengths against the context; whether both views align; whether generator and learner agree on
+log-probs for the same weights; and the in-context gain: how much better the model does when it is
+shown the demonstration. SDFT can only teach what the teacher's view knows better than the student's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sdft_dist.cluster import Fleet, launch, ray_session
+from sdft_dist.config import Config, parse_config
+from sdft_dist.data import ProblemSet, Row, load_training_rows
+from sdft_dist.evaluate import load_scorer
+from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A mean with its 95% interval, by the normal approximation over rows."""
+
+    mean: float
+    low: float
+    high: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One measure in both views, and the paired difference teacher − student."""
+
+    student: Interval
+    teacher: Interval
+    gain: Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """Everything that was found; the command prints it as a table or as JSON."""
+
+    rows: int
+    lengths: dict[str, dict[str, int]]  # tokens: median, p95 and max of each part
+    max_length: int
+    dropped: list[str]
+    truncated: list[str]
+    generation_prompt_aligned: bool  # both views end alike, or the command would have refused
+    logprob_difference_mean: float  # nats a token, generator against learner
+    logprob_difference_max: float
+    likelihood: Comparison  # nats a demonstration token
+    accuracy: Comparison | None  # greedy, where rows have an answer
+    verdict: str
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean of one value a row, and its 95% interval."""
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    half = 1.96 * spread / math.sqrt(len(values))
+    return Interval(mean=mean, low=mean - half, high=mean + half, rows=len(values))
+
+
+def compare(student: Sequence[float], teacher: Sequence[float]) -> Comparison:
+    """Both views over the same rows."""
+    gains = [t - s for s, t in zip(student, teacher, strict=True)]
+    return Comparison(student=interval(student), teacher=interval(teacher), gain=interval(gains))
+
+
+def verdict(likelihood: Comparison, accuracy: Comparison | None) -> str:
+    """Whether SDFT is likely to help. Accuracy decides where it is known: likelihood also rises when a
+    model copies the demonstration without understanding it."""
+    decisive, name = (accuracy, "accuracy") if accuracy else (likelihood, "demonstration log-likelihood")
+    gain = decisive.gain
+    shown = f"{name} gain {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over {gain.rows} rows"
+    if gain.low > 0:
+        return f"SDFT is likely to help: the demonstration makes the model better ({shown})."
+    if gain.high < 0:
+        return f"SDFT is likely to hurt: the model does worse when shown the demonstration ({shown}). Try SFT."
+    return f"No gain from the demonstration is seen ({shown}): SDFT is unlikely to help; try a larger model, or SFT."
+
+
+def preflight(config: Config, num_rows: int = 64) -> Preflight:
+    """Run all checks on the first `num_rows` rows. Raises UserError as a run would."""
+    config = parse_config({**config.model_dump(), "method": "sdft"})
+    tokenizer = load_tokenizer(config)
+    rows = load_training_rows(config.data, config.method)
+    encoded = encode_problems(config, tokenizer, rows)
+    left_out = {line.split(": ")[0] for line in encoded.dropped}
+    kept = [row for row in rows if row.where not in left_out][:num_rows]
+    problems = ProblemSet(encoded.problems[i] for i in range(len(kept)))
+    ends = stop_ids(tokenizer, config.model.path, config.model.revision)
+    with ray_session(config), launch(config, problems, len(tokenizer), ends, with_teachers=False) as fleet:
+        fleet.to_generators(0)
+        difference = _agreement(fleet, problems, config)
+        likelihood = _likelihood(fleet, problems)
+        accuracy = _accuracy(fleet, problems, kept, tokenizer, config)
+    return Preflight(
+        rows=len(rows),
+        lengths=_lengths(encoded.problems),
+        max_length=config.model.max_length,
+        dropped=encoded.dropped,
+        truncated=encoded.truncated,
+        generation_prompt_aligned=True,
+        logprob_difference_mean=float(difference.mean()),
+        logprob_difference_max=float(difference.max()),
+        likelihood=likelihood,
+        accuracy=accuracy,
+        verdict=verdict(likelihood, accuracy),
+    )
+
+
+def _agreement(fleet: Fleet, problems: ProblemSet, config: Config) -> np.ndarray:
+    """|generator's − learner's log-prob| of every sampled token, at the sampling temperature."""
+    samples = fleet.generators.sample(range(len(problems)))
+    prompts = [
+        problems[s.key.problem].teacher_prompt_ids
+        if config.rollout.from_teacher
+        else problems[s.key.problem].prompt_ids
+        for s in samples
+    ]
+    ours = fleet.learner.logprobs(prompts, [s.completion_ids for s in samples], config.rollout.temperature)
+    return np.concatenate([np.abs(o - s.logprobs) for o, s in zip(ours, samples, strict=True)])
+
+
+def _likelihood(fleet: Fleet, problems: ProblemSet) -> Comparison:
+    """Mean log-prob of the demonstration's tokens in both views."""
+    targets = [p.demonstration_ids for p in problems]
+    views = [[p.prompt_ids for p in problems], [p.teacher_prompt_ids for p in problems]]
+    student, teacher = ([float(x.mean()) for x in fleet.learner.logprobs(v, targets, 1.0)] for v in views)
+    return compare(student, teacher)
+
+
+def _accuracy(
+    fleet: Fleet, problems: ProblemSet, rows: Sequence[Row], tokenizer: Any, config: Config
+) -> Comparison | None:
+    """Greedy accuracy in both views, of the rows with an answer."""
+    known = [i for i, row in enumerate(rows) if row.answer is not None]
+    if not known:
+        return None
+    scorer, limit = load_scorer(config.eval.scorer), config.rollout.max_completion_tokens
+    found = []
+    for view in ("prompt_ids", "teacher_prompt_ids"):
+        completions = fleet.generators.complete([getattr(problems[i], view) for i in known], limit)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        found.append([float(scorer(t, rows[i].answer or "")) for i, t in zip(known, texts, strict=True)])
+    return compare(*found)
+
+
+def _lengths(problems: ProblemSet) -> dict[str, dict[str, int]]:
+    parts: dict[str, list[int]] = {"prompt": [], "teacher prompt": [], "demonstration": []}
+    for p in problems:
+        for name, ids in zip(parts, (p.prompt_ids, p.teacher_prompt_ids, p.demonstration_ids), strict=True):
+            parts[name].append(len(ids))
+    return {
+        name: {"median": int(np.median(n)), "p95": int(np.percentile(n, 95)), "max": max(n)}
+        for name, n in parts.items()
+    }
+
+
+def as_json(found: Preflight) -> dict[str, Any]:
+    """Plain data of all findings."""
+    return asdict(found)
+
+
+def show(found: Preflight, console: Console) -> None:
+    """A table of all findings, and the verdict."""
+    table = Table(title=f"Preflight of {found.rows} rows", show_header=False)
+    for name, n in found.lengths.items():
+        table.add_row(f"{name}, tokens", f"median {n['median']}, 95% {n['p95']}, longest {n['max']}")
+    table.add_row(
+        "context",
+        f"{found.max_length} tokens: {len(found.dropped)} rows dropped, "
+        f"{len(found.truncated)} demonstrations shortened",
+    )
+    table.add_row("both views end alike", "yes" if found.generation_prompt_aligned else "no")
+    table.add_row(
+        "generator − learner, nats a token",
+        f"mean {found.logprob_difference_mean:.2e}, max {found.logprob_difference_max:.2e}",
+    )
+    for name, c in (("log-likelihood a token", found.likelihood), ("accuracy", found.accuracy)):
+        if c is not None:
+            table.add_row(
+                name,
+                f"student {c.student.mean:.3f}, shown the demonstration {c.teacher.mean:.3f}, "
+                f"gain {c.gain.mean:+.3f} [{c.gain.low:+.3f}, {c.gain.high:+.3f}]",
+            )
+    console.print(table)
+    console.print(found.verdict, highlight=False)

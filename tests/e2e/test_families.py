@@ -1,0 +1,76 @@
+"""One step end to end for model families beyond Qwen, on tiny random models."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+import transformers
+from harness import config_for, engine_pools, exported
+
+from sdft_dist.lab.tokenizer import build_tokenizer
+from sdft_dist.types import SampleKey
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1, "bos_token_id": None,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Gemma2": {"head_dim": 32, "final_logit_softcapping": 5.0, "sliding_window": 64},
+    "Olmo2": {},
+    "Phi3": {},
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(ray_cluster, problems, tmp_path_factory):
+    """A generator process and a teacher process that load one model after another."""
+    pools = engine_pools(config_for(save("Llama", tmp_path_factory.mktemp("first"))), problems)
+    yield pools
+    for pool in pools:
+        ray.kill(pool.actors[0])
+
+
+def save(family, folder):
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    ends = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = getattr(transformers, f"{family}Config")(**(SIZES | ends | FAMILIES[family]))
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_one_step(hosts, ranks, problems, tmp_path, family):
+    generators, teachers = hosts
+    config = config_for(save(family, tmp_path / "model"), learner={"zero_stage": 2, "ranks": 2})
+    ray.get([pool.actors[0].load.remote(config, ray.put(problems)) for pool in hosts])
+    group = ranks.group(config, problems)
+    for pool in hosts:
+        group.open_push(pool)
+        group.push(pool, 0)
+    items = teachers.score(generators.generate([SampleKey(0, i, 0) for i in range(len(problems))]))
+    student = exported(tmp_path / "before", group, config)
+    first = group.update(0, 2, items)
+    assert first["logprob_difference_max"] < 1e-4, "generator and learner agree"
+    assert first["grad_norm"] > 0
+
+    expected = []
+    for item in items:
+        sample, problem = ray.get(item.sample), problems[item.key.problem]
+        views = [
+            torch.tensor([np.concatenate([p, sample.completion_ids]).tolist()])
+            for p in (problem.prompt_ids, problem.teacher_prompt_ids)
+        ]
+        with torch.no_grad():
+            rows = [student(v).logits[0, -len(sample.completion_ids) - 1 : -1].double().log_softmax(-1) for v in views]
+        expected.append((rows[1].exp() * (rows[1] - rows[0])).sum(-1).mean())
+    assert first["loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    assert group.update(1, 2, items)["loss"] < first["loss"]
+    group.stop()
