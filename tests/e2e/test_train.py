@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import tiny_model, write_jsonl
+from processes import nothing_left, start
 
 from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
@@ -41,30 +42,25 @@ def lab_config(folder, **sections):
     return parse_config(tree)
 
 
-def losses(config):
-    return [m["loss"] for m in read_metrics(Path(config.run_dir), "train")]
+def losses(folder):
+    return [m["loss"] for m in read_metrics(folder, "train")]
 
 
 def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, tmp_path):
-    configs = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        configs.append(
-            lab_config(
-                tmp_path / name,
-                eval={
-                    "every": 2,
-                    "sets": {
-                        "new": str(write_jsonl(tmp_path / "eval.jsonl", [world.rows("t35", "a", 8, -1)[0]._asdict()]))
-                    },
-                    "scorer": "sdft_dist.lab.world:score",
-                },
-            )
-        )
-        rundir = run(configs[-1])
-    first, second = map(losses, configs)
+    """One run here and one by the command line in a process of its own."""
+    row = world.rows("t35", "a", 8, -1)[0]._asdict()
+    sets = {"new": str(write_jsonl(tmp_path / "eval.jsonl", [row]))}
+    evaluation = {"every": 2, "sets": sets, "scorer": "sdft_dist.lab.world:score"}
+    config = lab_config(tmp_path, eval=evaluation)
+    rundir = run(config)
+    process, mark = start(config.model_copy(update={"run_dir": str(tmp_path / "other")}), tmp_path)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "Trained model:" in output
+    first, second = (losses(tmp_path / name) for name in ("run", "other"))
     assert first == second
     assert len(set(first)) == 4
+    assert nothing_left(mark)
     assert [m["step"] for m in read_metrics(rundir.path, "eval")] == [0, 2, 4]
     assert yaml.safe_load((rundir.path / "config.yaml").read_text())["steps"] == 4
     assert list((rundir.path / "events").iterdir())
@@ -77,7 +73,7 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     ema = AutoModelForCausalLM.from_pretrained(export(rundir, tmp_path / "ema", weights="ema"))
     assert (lm.model.norm.weight - ema.model.norm.weight).abs().max() > 0
     with pytest.raises(UserError, match="already in use"):
-        run(configs[0])
+        run(config)
     with pytest.raises(UserError, match="already in use"):
         export(rundir, tmp_path / "ema")
 
@@ -117,7 +113,7 @@ def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, nam
             "steps": 20,
             "model": {"path": str(real_model), "max_length": 3072},
             "data": {"train": f"{REAL}/{name}.jsonl"},
-            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 32},
+            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 16},
             "teacher": {"kind": "base"},
             "optim": {"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 0},
             "learner": {"ranks": 2, "zero_stage": stage, "tokens_per_microbatch": 3072},
@@ -125,7 +121,7 @@ def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, nam
         }
     )
     run(config)
-    found = losses(config)
+    found = losses(tmp_path / "run")
     print(json.dumps({"rows": name, "zero_stage": stage, "losses": [round(x, 4) for x in found]}))
     assert len(found) == 20
     assert sum(found[-5:]) < 0.9 * sum(found[:5])
