@@ -79,6 +79,9 @@ def load_causal_lm(config: ModelConfig, gradient_checkpointing: bool = False) ->
         raise UserError(f"model.path: {config.path}: no causal language model could be loaded: {e}") from e
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"model.path: {config.path}: an output head with a bias is not supported")
+    if getattr(lm.config, "attn_logit_softcapping", None) and config.attention == "sdpa":
+        # sdpa leaves the cap out without a word, and the learner would train another model than vLLM serves.
+        raise UserError("model.attention: this model caps attention logits, which sdpa cannot: use eager")
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return lm.train()

@@ -23,6 +23,8 @@ from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet
 from sdft_dist.types import Problem, SampleKey, TrainItem
 
+_retired: list[Any] = []  # engines replaced in a process: the end of one would end vLLM's groups for all
+
 
 class ReusableRank(LearnerRank):
     """A learner process whose rank, configuration and data can be set anew."""
@@ -62,7 +64,7 @@ class ReusableTeacher(Teacher):
 
     def load(self, config: Config, problems: Any) -> None:
         """Serve another model in the same process."""
-        del self.engine
+        _retired.append(self.engine)
         Teacher.__init__(self, config, "cpu", 102, problems)
 
 
@@ -77,14 +79,14 @@ class ReusableGenerator(Generator):
 
     def load(self, config: Config, problems: Any) -> None:
         """Serve another model in the same process."""
-        del self.engine
+        _retired.append(self.engine)
         Generator.__init__(self, config, "cpu", [98], problems)
 
 
-def config_for(model: Path, **sections: Any) -> Config:
-    """A small run on `model`; sections are merged over the defaults."""
+def config_for(folder: Path, /, **sections: Any) -> Config:
+    """A small run on the model in `folder`; sections are merged over the defaults."""
     tree: dict[str, Any] = {
-        "model": {"path": str(model), "max_length": 64},
+        "model": {"path": str(folder), "max_length": 64},
         "data": {"train": "unused"},
         "rollout": {"max_completion_tokens": 12, "prompts_per_step": 8},
         "optim": {"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0},
@@ -166,7 +168,7 @@ def exported(folder: Path, group: LearnerGroup, config: Config, kind: str = "mas
     from learner.checkpoint import read_full
 
     group.save(folder, 0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path))
+    lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path), attn_implementation="eager")
     named = dict(lm.named_parameters())
     full = read_full(folder, kind, {name: tuple(p.shape) for name, p in named.items()})
     with torch.no_grad():

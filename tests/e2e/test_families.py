@@ -7,11 +7,13 @@ import torch
 import transformers
 from harness import config_for, engine_pools, exported
 
+from learner.model import load_causal_lm
+from sdft_dist.errors import UserError
 from sdft_dist.lab.tokenizer import build_tokenizer
 from sdft_dist.types import SampleKey
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1, "bos_token_id": None,
 }  # fmt: skip
 FAMILIES = {
@@ -46,10 +48,22 @@ def save(family, folder):
     return folder
 
 
+def test_an_attention_that_leaves_out_the_models_cap_is_refused(tmp_path):
+    config = config_for(save("Gemma2", tmp_path))
+    with pytest.raises(UserError, match="caps attention logits, which sdpa cannot: use eager"):
+        load_causal_lm(config.model)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_one_step(hosts, ranks, problems, tmp_path, family):
     generators, teachers = hosts
-    config = config_for(save(family, tmp_path / "model"), learner={"zero_stage": 2, "ranks": 2})
+    attention = "eager" if family == "Gemma2" else "sdpa"
+    folder = save(family, tmp_path / "model")
+    config = config_for(
+        folder,
+        model={"path": str(folder), "max_length": 64, "attention": attention},
+        learner={"zero_stage": 2, "ranks": 2},
+    )
     ray.get([pool.actors[0].load.remote(config, ray.put(problems)) for pool in hosts])
     group = ranks.group(config, problems)
     for pool in hosts:

@@ -31,7 +31,9 @@ def test_the_lab_is_found_fit_for_sdft(ray_cluster, tmp_path):
     assert found.accuracy is not None
     assert found.accuracy.student.mean < 0.1
     assert found.accuracy.teacher.mean > 0.9
-    assert found.likelihood.gain.low > 0
+    # The base answers in its own style, so that the demonstration's wording becomes less likely: the case
+    # in which likelihood misleads and accuracy decides.
+    assert found.likelihood.gain.high < 0
     assert found.verdict.startswith("SDFT is likely to help")
     assert json.loads(json.dumps(as_json(found)))["accuracy"]["gain"]["rows"] == 32
 
