@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_preflight)
 
     demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    demo.add_argument("--out", type=Path, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
     demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run")
     demo.add_argument("--rebuild-base", action="store_true", help="train the base anew instead of the shipped one")

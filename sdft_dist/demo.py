@@ -6,6 +6,7 @@ Shows what each learned and what each kept. Everything here goes through the sam
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -43,9 +44,17 @@ class Outcome:
         return statistics.mean(point[skill] for skill in world.OLD_SKILLS)
 
 
-def demo(out: Path, *, num_seeds: int = 1, steps: int | None = None, rebuild_base: bool = False) -> list[Outcome]:
+def unused_folder() -> Path:
+    """runs/demo, or the first of runs/demo-2, runs/demo-3, … that is not there yet."""
+    numbered = (Path(f"runs/demo-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([Path("runs/demo")], numbered) if not p.exists())
+
+
+def demo(
+    out: Path | None, *, num_seeds: int = 1, steps: int | None = None, rebuild_base: bool = False
+) -> list[Outcome]:
     """Run all and print the table; writes `curves.png` and the runs into `out`, which must be unused."""
-    console = Console()
+    console, out = Console(), out or unused_folder()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} is already in use: give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
