@@ -110,7 +110,11 @@ class _WeightedLoss(torch.autograd.Function):
             weight = weights_T[span] * importance[span] / objective.temperature
             if objective.token_clip is not None:
                 weight = weight * (value <= objective.token_clip)
-            grad.mul_(weight.unsqueeze(-1)).mul_(slope)
+            if isinstance(slope, torch.Tensor):
+                grad.mul_(slope)
+            else:
+                weight = weight * slope
+            grad.mul_(weight.unsqueeze(-1))
             grad = grad.to(head.dtype)
             grad_states[span] = grad @ head
             grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float())
