@@ -1,14 +1,16 @@
-"""Learner processes and engine processes for the whole session: most of their cost is imports."""
+"""Learner processes and engines for the whole session: most of their cost is imports."""
+
+from types import SimpleNamespace
 
 import pytest
 import ray
-from harness import Hosts, Ranks, random_problems
+from harness import Ranks, config_for, engine_pools, random_problems
 from helpers import tiny_model
 
 
 @pytest.fixture(scope="session")
 def problems():
-    """The problems that the shared processes hold."""
+    """The problems that the shared engines hold."""
     return random_problems(8)
 
 
@@ -20,22 +22,14 @@ def ranks(ray_cluster):
 
 
 @pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
-def small_model(request, tmp_path_factory):
-    """A model folder; of session scope, so that tests on the same model run one after another."""
-    return tiny_model(tmp_path_factory.mktemp("model"), tied=request.param)
+def served(request, ray_cluster, problems, tmp_path_factory):
+    """A model folder, and a generator and a teacher on it that keep a pushed head and report up to 50 ids."""
+    model = tiny_model(tmp_path_factory.mktemp("model"), tied=request.param)
+    generators, teachers = engine_pools(config_for(model, loss={"top_k": 50}), problems)
 
+    def configure(config):
+        ray.get([a.configure.remote(config) for a in [*generators.actors, *teachers.actors]])
 
-@pytest.fixture(scope="session")
-def hosts(ray_cluster, problems, tmp_path_factory):
-    """A generator process and a teacher process that can serve one model after another."""
-    hosts = Hosts(tiny_model(tmp_path_factory.mktemp("first")), problems)
-    yield hosts
-    for actor in [*hosts.generators.actors, *hosts.teachers.actors]:
+    yield SimpleNamespace(model=model, generators=generators, teachers=teachers, configure=configure)
+    for actor in [*generators.actors, *teachers.actors]:
         ray.kill(actor)
-
-
-@pytest.fixture
-def served(hosts, small_model):
-    """The hosts, serving `small_model`."""
-    hosts.serve(small_model)
-    return hosts

@@ -160,31 +160,6 @@ def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] =
     return generators, teachers
 
 
-class Hosts:
-    """A generator process and a teacher process that serve one model after another."""
-
-    def __init__(self, model: Path, problems: ProblemSet) -> None:
-        self.model, self._problems = model, ray.put(problems)
-        self.generators, self.teachers = engine_pools(self._config(model), problems)
-
-    def serve(self, model: Path) -> None:
-        """Load `model` in both processes, unless they have it."""
-        if model != self.model:
-            config = self._config(model)
-            ray.get([actor.load.remote(config, self._problems) for actor in self._actors()])
-            self.model = model
-
-    def configure(self, config: Config) -> None:
-        """Serve another loss with the same engines."""
-        ray.get([actor.configure.remote(config) for actor in self._actors()])
-
-    def _config(self, model: Path) -> Config:
-        return config_for(model, loss={"top_k": 50})  # the most ids that a test asks the generator for
-
-    def _actors(self) -> list[Any]:
-        return [*self.generators.actors, *self.teachers.actors]
-
-
 def exported(folder: Path, group: LearnerGroup, config: Config, kind: str = "master") -> Any:
     """The Hugging Face model in eval mode with the weights that the learner's checkpoint holds."""
     import torch

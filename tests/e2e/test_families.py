@@ -5,7 +5,7 @@ import pytest
 import ray
 import torch
 import transformers
-from harness import config_for, exported
+from harness import config_for, engine_pools, exported
 
 from learner.model import load_causal_lm
 from sdft_dist.errors import UserError
@@ -23,6 +23,15 @@ FAMILIES = {
     "Olmo2": {},
     "Phi3": {},
 }
+
+
+@pytest.fixture(scope="module")
+def hosts(ray_cluster, problems, tmp_path_factory):
+    """A generator process and a teacher process that load one model after another."""
+    pools = engine_pools(config_for(save("Llama", tmp_path_factory.mktemp("first"))), problems)
+    yield pools
+    for pool in pools:
+        ray.kill(pool.actors[0])
 
 
 def save(family, folder):
@@ -47,7 +56,7 @@ def test_an_attention_that_leaves_out_the_models_cap_is_refused(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_one_step(hosts, ranks, problems, tmp_path, family):
-    generators, teachers = hosts.generators, hosts.teachers
+    generators, teachers = hosts
     attention = "eager" if family == "Gemma2" else "sdpa"
     folder = save(family, tmp_path / "model")
     config = config_for(
@@ -55,10 +64,9 @@ def test_one_step(hosts, ranks, problems, tmp_path, family):
         model={"path": str(folder), "max_length": 64, "attention": attention},
         learner={"zero_stage": 2, "ranks": 2},
     )
-    hosts.serve(folder)
-    hosts.configure(config)
+    ray.get([pool.actors[0].load.remote(config, ray.put(problems)) for pool in hosts])
     group = ranks.group(config, problems)
-    for pool in (generators, teachers):
+    for pool in hosts:
         group.open_push(pool)
         group.push(pool, 0)
     items = teachers.score(generators.generate([SampleKey(0, i, 0) for i in range(len(problems))]))
