@@ -7,13 +7,14 @@ weights, and serves nothing between a failed push and the next whole one.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sdft_dist.config import Config
-from sdft_dist.types import VersionSpan, WeightManifest
+from sdft_dist.types import PushTimes, Span, VersionSpan, WeightManifest
 
 
 class Sampling(NamedTuple):
@@ -27,7 +28,7 @@ class Sampling(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What `generate` returns for one request."""
+    """What one request comes to."""
 
     token_ids: np.ndarray  # int32 [C], with the end-of-turn token if it was reached
     logprobs: np.ndarray  # float32 [C]
@@ -78,17 +79,18 @@ class Engine:
         self._llm = LLM(**options)
         self._stop_ids = list(stop_ids)
         self._next_id = 0
+        self._num_top: dict[str, int] = {}  # of each unfinished request
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
         self.version: int | None = None
 
-    def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], how: Sampling) -> list[Completion]:
-        """One completion per prompt (int32 [P]), in order. Needs runner="generate" and a current push."""
+    def add(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], how: Sampling) -> list[str]:
+        """Take on one request per prompt (int32 [P]); returns their names. Needs runner="generate" and a
+        current push."""
         from vllm import SamplingParams
 
         version = self._serving_version()
-        engine, outputs = self._llm.llm_engine, {}
-        ids = [self._new_id() for _ in prompts]
-        for request_id, prompt_ids, seed in zip(ids, prompts, seeds, strict=True):
+        names = [self._new_id() for _ in prompts]
+        for name, prompt_ids, seed in zip(names, prompts, seeds, strict=True):
             params = SamplingParams(
                 max_tokens=how.max_tokens,
                 temperature=how.temperature,
@@ -102,10 +104,20 @@ class Engine:
             )
             # The salt keeps prefixes computed under other weights out of the cache's answers.
             prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(version)}
-            engine.add_request(request_id, prompt, params)
-        while engine.has_unfinished_requests():
-            outputs.update({o.request_id: o.outputs[0] for o in engine.step() if o.finished})
-        return [_completion(outputs[i], how.num_top) for i in ids]
+            self._llm.llm_engine.add_request(name, prompt, params)
+            self._num_top[name] = how.num_top
+        return names
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are taken on and not done."""
+        return len(self._num_top)
+
+    def advance(self) -> dict[str, Completion]:
+        """One decoding step of all requests; what it finished, by name. Needs a current push."""
+        self._serving_version()
+        finished = [o for o in self._llm.llm_engine.step() if o.finished]
+        return {o.request_id: _completion(o.outputs[0], self._num_top.pop(o.request_id)) for o in finished}
 
     def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
@@ -130,14 +142,17 @@ class Engine:
         """Join the push group as a receiver."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
-    def receive(self, manifest: WeightManifest) -> None:
-        """Take in one whole push. If it fails, nothing is served until one succeeds: vLLM does not
-        roll back."""
+    def receive(self, manifest: WeightManifest) -> PushTimes:
+        """Take in one whole push, between two decoding steps: requests under way go on with the new
+        weights. If it fails, nothing is served until one succeeds: vLLM does not roll back."""
+        started = time.time()
         self.version = None
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"buckets": list(manifest.buckets)}})
         self._llm.finish_weight_update(str(manifest.version))
         self.version = manifest.version
+        ((wire_s, load_s),) = self._llm.collective_rpc(_push_times)
+        return PushTimes(wire_s=wire_s, load_s=load_s, span=Span("load weights", started, time.time()))
 
     def pushed_head(self) -> Any:
         """The output head [V, D] of the last push, where `join_push` was told to keep it."""
@@ -172,6 +187,10 @@ def _keep_plain_weights() -> None:
     import vllm._custom_ops as ops
 
     ops._supports_onednn = False
+
+
+def _push_times(worker: Any) -> tuple[float, float]:
+    return worker.weight_transfer_engine.times
 
 
 def _kept_head(worker: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Fan-out over the actors of one role: spreads work, keeps order, pushes to all.
+"""Fan-out over the actors of one role: spreads work, keeps order, pushes to all. Rollouts go their own
+way; see stream.py.
 
 The driver's side: it holds actor handles and object references, never a tensor.
 """
@@ -10,31 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from sdft_dist.remote import wait_all
-from sdft_dist.types import Sample, SampleKey, SampleRef, TrainItem, WeightManifest
+from sdft_dist.remote import Events
+from sdft_dist.types import Sample, WeightManifest
 
 
 class Pool:
     """Actors of one role ("generators" or "teachers")."""
 
-    def __init__(self, role: str, actors: Sequence[Any], timeout_s: float) -> None:
-        self.role, self.actors, self._timeout_s = role, list(actors), timeout_s
+    def __init__(self, role: str, actors: Sequence[Any], timeout_s: float, events: Events) -> None:
+        self.role, self.actors, self._timeout_s, self._events = role, list(actors), timeout_s, events
 
     def wait_ready(self) -> None:
         """Returns when every engine stands; raises the first failure."""
         self._wait([a.ready.remote() for a in self.actors], "start")
 
-    def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]:
-        """One completion per key, in the keys' order. Generators only."""
-        return self._spread(keys, lambda actor, part: actor.generate.remote(part), "generate")
-
     def sample(self, problems: Sequence[int]) -> list[Sample]:
         """One completion for each problem index, as the records themselves; for checks. Generators only."""
         return self._spread(problems, lambda actor, part: actor.sample.remote(part), "sample")
-
-    def score(self, samples: Sequence[SampleRef]) -> list[TrainItem]:
-        """Teacher targets for each sample, in order. Teachers only."""
-        return self._spread(samples, lambda actor, part: actor.score.remote(part), "score")
 
     def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
         """Greedy completions, int32 [C] each, in the prompts' order. Generators only."""
@@ -72,4 +65,4 @@ class Pool:
         return out
 
     def _wait(self, refs: list[Any], what: str) -> list[Any]:
-        return wait_all(refs, timeout_s=self._timeout_s, what=f"{self.role} {what}")
+        return self._events.wait_all(refs, timeout_s=self._timeout_s, what=f"{self.role} {what}")

@@ -7,14 +7,17 @@ references and metadata only.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from actors.engine import Engine, Sampling
+from actors import pieces
+from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
-from sdft_dist.types import Sample, SampleKey, SampleRef, WeightManifest
+from sdft_dist.remote import fetch
+from sdft_dist.types import PushTimes, Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
 
 
 def sample_seed(run_seed: int, key: SampleKey) -> int:
@@ -29,15 +32,18 @@ class Generator:
     def __init__(self, config: Config, device: str, stop_ids: Sequence[int], problems: Any):
         self.config, self.problems = config, problems
         self.engine = Engine(config, "generate", device, stop_ids)
+        self._keys: dict[str, SampleKey] = {}  # of the engine's requests that are samples
+        self._finished: dict[str, Completion] = {}
 
     def ready(self) -> bool:
         """Returns when the engine stands."""
         return True
 
-    def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]:
-        """Sample a completion for each key."""
-        import ray
-
+    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None) -> Rollout:
+        """Take on `keys`, decode for `slice_s` seconds but at least one step (None: until everything is
+        finished), and return what is finished. Between two calls the engine may be given new weights."""
+        started = time.time()
+        problems = [self.problems[key.problem] for key in keys]
         rollout, loss = self.config.rollout, self.config.loss
         how = Sampling(
             rollout.max_completion_tokens,
@@ -46,45 +52,56 @@ class Generator:
             rollout.top_k,
             loss.top_k if loss.support == "topk" and loss.topk_from == "student" else 0,
         )
-        problems = [self.problems[key.problem] for key in keys]
         prompts = [p.teacher_prompt_ids if rollout.from_teacher else p.prompt_ids for p in problems]
-        completions = self.engine.generate(prompts, [sample_seed(self.config.seed, key) for key in keys], how)
-        refs = []
-        for key, problem, done in zip(keys, problems, completions, strict=True):
-            sample = Sample(
-                key=key,
-                completion_ids=done.token_ids,
-                logprobs=done.logprobs,
-                finish_reason=done.finish_reason,
-                policy_versions=done.versions,
-                top_ids=done.top_ids,
-            )
-            refs.append(
-                SampleRef(
-                    key=key,
-                    num_prompt_tokens=len(problem.prompt_ids),
-                    num_completion_tokens=len(done.token_ids),
-                    finish_reason=done.finish_reason,
-                    policy_versions=done.versions,
-                    ref=ray.put(sample),
-                )
-            )
-        return refs
+        names = self.engine.add(prompts, [sample_seed(self.config.seed, key) for key in keys], how)
+        self._keys |= zip(names, keys, strict=True)
+        while self.engine.unfinished:
+            self._finished |= self.engine.advance()
+            if slice_s is not None and time.time() >= started + slice_s:
+                break
+        done = [(self._keys.pop(name), self._finished.pop(name)) for name in [*self._keys] if name in self._finished]
+        return Rollout(samples=self._refs(done), span=Span("decode", started, time.time()))
 
     def sample(self, problems: Sequence[int]) -> list[Sample]:
         """One completion for each problem index, as the records themselves; for checks, not for training."""
-        import ray
-
-        return list(ray.get([r.ref for r in self.generate([SampleKey(0, i, 0) for i in problems])]))
+        done = self.rollout([SampleKey(0, i, 0) for i in problems], None)
+        return fetch([ref.sample for ref in done.samples])
 
     def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
-        """Greedy completions (int32 [C] each) of `prompts`, for evaluation."""
-        return [done.token_ids for done in self.engine.generate(prompts, [0] * len(prompts), Sampling(max_tokens, 0.0))]
+        """Greedy completions (int32 [C] each) of `prompts`, for evaluation; rollouts go on meanwhile."""
+        names = self.engine.add(prompts, [0] * len(prompts), Sampling(max_tokens, 0.0))
+        while not all(name in self._finished for name in names):
+            self._finished |= self.engine.advance()
+        return [self._finished.pop(name).token_ids for name in names]
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""
         self.engine.join_push(init_info)
 
-    def receive(self, manifest: WeightManifest) -> None:
+    def receive(self, manifest: WeightManifest) -> PushTimes:
         """Take in one whole push."""
-        self.engine.receive(manifest)
+        return self.engine.receive(manifest)
+
+    def _refs(self, done: Sequence[tuple[SampleKey, Completion]]) -> list[SampleRef]:
+        samples = [
+            Sample(
+                key=key,
+                completion_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                policy_versions=completion.versions,
+                top_ids=completion.top_ids,
+            )
+            for key, completion in done
+        ]
+        return [
+            SampleRef(
+                key=sample.key,
+                num_prompt_tokens=len(self.problems[sample.key.problem].prompt_ids),
+                num_completion_tokens=len(sample.completion_ids),
+                finish_reason=sample.finish_reason,
+                policy_versions=sample.policy_versions,
+                sample=piece,
+            )
+            for sample, piece in zip(samples, pieces.put(samples), strict=True)
+        ]

@@ -6,16 +6,19 @@ Consumes references to Samples; produces TeacherTargets, put into the object sto
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from actors import pieces
 from actors.choose import choose
 from actors.engine import Engine
 from sdft_dist.config import Config
 from sdft_dist.logits import LogitTransform, logit_transform
-from sdft_dist.types import Sample, SampleRef, TeacherTargets, TrainItem, WeightManifest
+from sdft_dist.remote import fetch
+from sdft_dist.types import PushTimes, Sample, SampleRef, Scored, Span, TeacherTargets, TrainItem, WeightManifest
 
 
 class Teacher:
@@ -31,33 +34,34 @@ class Teacher:
         """Returns when the engine stands."""
         return True
 
-    def score(self, refs: Sequence[SampleRef]) -> list[TrainItem]:
-        """Read each sample under the teacher's prompt; the item refers to the targets."""
-        import ray
-
-        samples: list[Sample] = ray.get([r.ref for r in refs])
+    def score(self, refs: Sequence[SampleRef]) -> Scored:
+        """Read each sample under the teacher's prompt; the items refer to the targets."""
+        started = time.time()
+        samples: list[Sample] = fetch([r.sample for r in refs])
         prompts = [self.problems[s.key.problem].teacher_prompt_ids for s in samples]
         sequences = [np.concatenate([p, s.completion_ids]) for p, s in zip(prompts, samples, strict=True)]
         states = self.engine.states(sequences, [len(p) for p in prompts])
         version = self.engine.version
         assert version is not None
-        items = []
-        for r, sample, rows in zip(refs, samples, states, strict=True):
-            targets = TeacherTargets(
-                key=r.key, teacher_version=version, dtype=self.config.model.dtype, **self._beliefs(sample, rows)
+        dtype = self.config.model.dtype
+        targets = [
+            TeacherTargets(key=s.key, teacher_version=version, dtype=dtype, **self._beliefs(s, rows))
+            for s, rows in zip(samples, states, strict=True)
+        ]
+        items = [
+            TrainItem(
+                key=r.key,
+                num_prompt_tokens=r.num_prompt_tokens,
+                num_completion_tokens=r.num_completion_tokens,
+                teacher_version=version,
+                finish_reason=r.finish_reason,
+                policy_version=min(span.version for span in r.policy_versions),
+                sample=r.sample,
+                targets=piece,
             )
-            items.append(
-                TrainItem(
-                    key=r.key,
-                    num_prompt_tokens=r.num_prompt_tokens,
-                    num_completion_tokens=r.num_completion_tokens,
-                    teacher_version=version,
-                    finish_reason=r.finish_reason,
-                    sample=r.ref,
-                    targets=ray.put(targets),
-                )
-            )
-        return items
+            for r, piece in zip(refs, pieces.put(targets), strict=True)
+        ]
+        return Scored(items=items, span=Span("score", started, time.time()))
 
     def _beliefs(self, sample: Sample, states: np.ndarray) -> dict[str, np.ndarray]:
         """The fields of TeacherTargets that `loss.support` asks for, from the states [C, D]."""
@@ -81,6 +85,6 @@ class Teacher:
         """Join the push group."""
         self.engine.join_push(init_info)
 
-    def receive(self, manifest: WeightManifest) -> None:
+    def receive(self, manifest: WeightManifest) -> PushTimes:
         """Take in one whole push."""
-        self.engine.receive(manifest)
+        return self.engine.receive(manifest)

@@ -49,7 +49,7 @@ def _measure(tokens: int, vocab: int, width: int, repeats: int) -> dict[str, flo
     head = (torch.randn(vocab, width) / width**0.5).requires_grad_()
     teacher_states, teacher_head = torch.randn(tokens, width), torch.randn(vocab, width) / width**0.5
     weights, labels = torch.full((tokens,), 1 / tokens), torch.randint(0, vocab, (tokens,))
-    targets = Targets(labels_T=labels, states_TD=teacher_states, head_VD=teacher_head)
+    targets = Targets(labels_T=labels, states_TD=teacher_states, heads=((tokens, teacher_head),))
     held = _resident_bytes() + 4 * (states.numel() + head.numel())  # and the two gradients, the outputs
 
     def loss() -> None:

@@ -42,7 +42,8 @@ class Targets:
     behaviour_T: torch.Tensor | None = None  # fp32, their log-probs when they were sampled
     sequence_T: torch.Tensor | None = None  # int64, number of the sequence, for importance="sequence"
     states_TD: torch.Tensor | None = None  # kind full: the teacher's states ...
-    head_VD: torch.Tensor | None = None  # ... and the head of the same teacher version
+    # ... and the heads [V, D] of the versions that they come from: the first `end` states belong to the first one.
+    heads: tuple[tuple[int, torch.Tensor], ...] = ()
     ids_TK: torch.Tensor | None = None  # kinds chosen, policy_gradient: int64
     logprobs_TK: torch.Tensor | None = None  # fp32, the teacher's at those ids, over the whole vocabulary
     tail_T: torch.Tensor | None = None  # fp32, log of the teacher's mass outside them
@@ -114,10 +115,10 @@ class _WeightedLoss(torch.autograd.Function):
                 grad.mul_(slope)
             else:
                 weight = weight * slope
-            grad.mul_(weight.unsqueeze(-1))
-            grad = grad.to(head.dtype)
-            grad_states[span] = grad @ head
-            grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float())
+            # The weights go on the side of [chunk, D], which is smaller than [chunk, V].
+            grad, weight = grad.to(head.dtype), weight.unsqueeze(-1)
+            grad_states[span] = (grad @ head) * weight
+            grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float() * weight)
         ctx.save_for_backward(grad_states, grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(per_token, label_logprobs, importance)
         counted = per_token if objective.token_clip is None else per_token.clamp(max=objective.token_clip)
@@ -140,14 +141,24 @@ def _transformed(states: torch.Tensor, head: torch.Tensor, objective: Objective)
     return objective.transform((states @ head.T).float())
 
 
+def _teacher_logits(targets: Targets, span: slice, objective: Objective, vocab_size: int) -> torch.Tensor:
+    """fp32 [chunk, V]; each state goes through the head of its own teacher version."""
+    assert targets.states_TD is not None
+    parts, start = [], span.start
+    for end, head in targets.heads:
+        if start < min(end, span.stop):
+            states = targets.states_TD[start : min(end, span.stop)]
+            parts.append(_transformed(states, head[:vocab_size], objective))
+            start = end
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _value_and_grad(
     logp: torch.Tensor, targets: Targets, span: slice, objective: Objective, head: torch.Tensor, own: torch.Tensor
 ) -> ValueAndGrad:
     """Loss [chunk] and its gradient by the student's tempered logits [chunk, V]; overwrites `logp`."""
     if objective.kind == "full":
-        assert targets.states_TD is not None
-        assert targets.head_VD is not None
-        z = _transformed(targets.states_TD[span], targets.head_VD[: len(head)], objective)
+        z = _teacher_logits(targets, span, objective, len(head))
         return objective.divergence(logp, log_softmax_(z, objective.temperature))
     if objective.kind == "chosen":
         return _chosen(logp, targets, span, objective)

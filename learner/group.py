@@ -7,6 +7,8 @@ the receiving pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +18,8 @@ from learner.microbatch import trained_tokens
 from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
-from sdft_dist.remote import wait_all
-from sdft_dist.types import TrainItem, WeightManifest
+from sdft_dist.remote import Events
+from sdft_dist.types import OnSpan, PushTimes, TrainItem, WeightManifest
 
 
 class Receivers(Protocol):
@@ -33,8 +35,9 @@ class Receivers(Protocol):
 class LearnerGroup:
     """All ranks; one method call here is one collective."""
 
-    def __init__(self, config: Config, ranks: Sequence[Any]) -> None:
-        self.config, self.ranks = config, list(ranks)
+    def __init__(self, config: Config, ranks: Sequence[Any], events: Events, on_span: OnSpan) -> None:
+        self.config, self.ranks, self._events, self._on_span = config, list(ranks), events, on_span
+        self._manifest: WeightManifest | None = None
 
     def start(self) -> None:
         """Build the process group, the model and the optimizer on all ranks."""
@@ -54,12 +57,14 @@ class LearnerGroup:
             for rank, mine in zip(self.ranks, plan, strict=True)
         ]
         per_rank = self._wait(refs, f"learner update of step {step}")
+        for rank, found in enumerate(per_rank):
+            for span in found.spans:
+                self._on_span("learner", rank, span)
         tally = sum((m.tally for m in per_rank), Tally())
         return {
             **tally.metrics(),
             "grad_norm": per_rank[0].grad_norm,
             "learning_rate": per_rank[0].learning_rate,
-            "learner_wait_s": max(m.wait_s for m in per_rank),
         }
 
     def logprobs(
@@ -86,13 +91,27 @@ class LearnerGroup:
         connecting = [r.connect_push.remote(receivers.role) for r in self.ranks]
         self._wait([*connecting, *joining], f"connecting to the {receivers.role}")
 
-    def push(self, receivers: Receivers, version: int) -> None:
-        """Send the weights that `receivers` serve; returns when all have loaded them whole."""
-        (manifest,) = self._wait([self.ranks[0].manifest.remote(version)], "learner manifest")
-        receiving = receivers.receive(manifest)
-        sending = [r.push.remote(receivers.role, version) for r in self.ranks]
-        # When a receiver fails its error says why, while the sender's broadcast only times out later.
-        self._wait([*receiving, *sending], f"push of version {version} to the {receivers.role}")
+    def push(self, receivers: Receivers, version: int, oldest_in_flight: int, *, wait: bool = False) -> None:
+        """Send the weights that `receivers` serve. Returns when the ranks have handed them over, or with
+        `wait` when all receivers have loaded them whole; work sent to a receiver afterwards finds them.
+
+        Targets of teachers older than `oldest_in_flight` must not come any more. A receiver's failure is
+        raised by whoever waits for events next.
+        """
+        if self._manifest is None:
+            (self._manifest,) = self._wait([self.ranks[0].manifest.remote(version)], "learner manifest")
+        receiving = receivers.receive(replace(self._manifest, version=version))
+        sending = [r.push.remote(receivers.role, version, oldest_in_flight) for r in self.ranks]
+        for i, ref in enumerate(receiving):
+            self._events.on(ref, partial(self._received, receivers.role, i))
+        what = f"push of version {version} to the {receivers.role}"
+        for rank, span in enumerate(self._wait(sending, what)):
+            self._on_span("learner", rank, span)
+        if wait:
+            self._wait(receiving, what)
+
+    def _received(self, role: str, index: int, times: PushTimes) -> None:
+        self._on_span(role.removesuffix("s"), index, times.span)
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint's shards into `folder`."""
@@ -106,4 +125,4 @@ class LearnerGroup:
         return self._wait([getattr(rank, method).remote(*args) for rank in self.ranks], f"learner {method}")
 
     def _wait(self, refs: list[Any], what: str) -> list[Any]:
-        return wait_all(refs, timeout_s=self.config.cluster.timeout_s, what=what)
+        return self._events.wait_all(refs, timeout_s=self.config.cluster.timeout_s, what=what)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -45,11 +46,12 @@ def build(
     weights: Sequence[float],
     skip: int,
     *,
-    teacher_head: torch.Tensor | None,
+    teacher_heads: Mapping[int, torch.Tensor] | None,
     device: torch.device,
 ) -> MicroBatch:
-    """Pack `sequences`, without loss on the first `skip` tokens of each completion. `teacher_head` is
-    the head for the teacher's states, where it sent states.
+    """Pack `sequences`, without loss on the first `skip` tokens of each completion. `teacher_heads` are
+    the heads for the teacher's states by version, where it sent states; sequences of one version must
+    follow one another.
 
     An empty list gives one token without loss, so that the ranks' collectives stay aligned.
     """
@@ -73,8 +75,8 @@ def build(
         labels_T=long([s.completion_ids[skip:] for _, s in trained]),
         behaviour_T=floats([s.logprobs[skip:] for _, s in trained if s.logprobs is not None]),
         sequence_T=long([np.full(n, k) for k, n in enumerate(counts)]),
-        states_TD=None if teacher_head is None else _states(teachers, skip, teacher_head),
-        head_VD=teacher_head,
+        states_TD=None if teacher_heads is None else _states(teachers, skip, next(iter(teacher_heads.values()))),
+        heads=() if teacher_heads is None else _heads(teachers, skip, teacher_heads),
         ids_TK=long([t.ids[skip:] for t in chosen if t.ids is not None]),
         logprobs_TK=floats([t.logprobs[skip:] for t in chosen if t.logprobs is not None]),
         tail_T=floats([t.tail[skip:] for t in chosen if t.tail is not None]),
@@ -86,6 +88,17 @@ def build(
         weights=floats([np.full(n, weights[i]) for (i, _), n in zip(trained, counts, strict=True)]),
         targets=targets,
     )
+
+
+def _heads(
+    teachers: Sequence[TeacherTargets], skip: int, heads: Mapping[int, torch.Tensor]
+) -> tuple[tuple[int, torch.Tensor], ...]:
+    """Where the states of each version end, and its head."""
+    out, end = [], 0
+    for version, group in groupby(teachers, key=lambda t: t.teacher_version):
+        end += sum(len(t.states[skip:]) for t in group if t.states is not None)
+        out.append((end, heads[version]))
+    return tuple(out)
 
 
 def _states(teachers: Sequence[TeacherTargets], skip: int, head: torch.Tensor) -> torch.Tensor:

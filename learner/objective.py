@@ -23,36 +23,40 @@ FLOOR = -1e30  # stands for log 0: finite, so that 0 · log 0 is 0 and not a NaN
 
 def forward_kl(logp_TC: torch.Tensor, logq_TC: torch.Tensor) -> ValueAndGrad:
     """KL(q ‖ p) = Σ q (log q − log p); gradient p − q. Returns [T] and [T, C]."""
-    logp_TC.clamp_(min=FLOOR)
-    logq_TC.clamp_(min=FLOOR)
-    ratio = logq_TC - logp_TC
-    q = logq_TC.exp_()
-    value = _dot(q, ratio)
-    return value, torch.sub(logp_TC.exp_(), q, out=ratio)
+    logp, logq = _floored(logp_TC), _floored(logq_TC)
+    terms = logq - logp
+    q = logq.exp_()
+    value = terms.mul_(q).sum(-1)
+    return value, torch.sub(logp.exp_(), q, out=terms)
 
 
 def reverse_kl(logp_TC: torch.Tensor, logq_TC: torch.Tensor) -> ValueAndGrad:
     """KL(p ‖ q) = Σ p (log p − log q); gradient p (log p − log q − KL). Returns [T] and [T, C]."""
-    logp_TC.clamp_(min=FLOOR)
-    logq_TC.clamp_(min=FLOOR)
-    p = logp_TC.exp()
-    ratio = logp_TC.sub_(logq_TC)
-    value = _dot(p, ratio)
-    return value, ratio.sub_(value.unsqueeze(-1)).mul_(p)
+    logp, logq = _floored(logp_TC), _floored(logq_TC)
+    terms = torch.sub(logp, logq, out=logq)
+    p = logp.exp_()
+    value = terms.mul_(p).sum(-1)
+    return value, torch.addcmul(terms, p, value.unsqueeze(-1), value=-1, out=terms)
 
 
 def jsd(logp_TC: torch.Tensor, logq_TC: torch.Tensor, *, beta: float) -> ValueAndGrad:
     """β KL(q ‖ m) + (1−β) KL(p ‖ m) with m = (1−β) p + β q; gradient p (g − Σ p g) with
     g = (1−β) (log p − log m). Returns [T] and [T, C]."""
-    logp_TC.clamp_(min=FLOOR)
-    logq_TC.clamp_(min=FLOOR)
-    p, q = logp_TC.exp(), logq_TC.exp()
+    logp, logq = _floored(logp_TC), _floored(logq_TC)
+    p, q = logp.exp(), logq.exp()
     logm = torch.lerp(p, q, beta).log_().clamp_(min=FLOOR)
-    from_teacher = _dot(q, logq_TC.sub_(logm))
-    g = logp_TC.sub_(logm)
-    from_student = _dot(p, g)
+    from_teacher = logq.sub_(logm).mul_(q).sum(-1)
+    terms = logp.sub_(logm).mul_(p)
+    from_student = terms.sum(-1)
     value = beta * from_teacher + (1 - beta) * from_student
-    return value, g.sub_(from_student.unsqueeze(-1)).mul_(p).mul_(1 - beta)
+    return value, torch.addcmul(terms, p, from_student.unsqueeze(-1), value=-1, out=terms).mul_(1 - beta)
+
+
+def _floored(logp: torch.Tensor) -> torch.Tensor:
+    """In place. On CPU it looks first: reading costs less than writing."""
+    if logp.device.type == "cpu" and logp.sum() > -torch.inf:
+        return logp
+    return logp.clamp_(min=FLOOR)
 
 
 def divergence(name: str, beta: float) -> Divergence:
@@ -63,8 +67,3 @@ def divergence(name: str, beta: float) -> Divergence:
         "jsd": partial(jsd, beta=beta),
     }
     return named[name]
-
-
-def _dot(a_TC: torch.Tensor, b_TC: torch.Tensor) -> torch.Tensor:
-    """Σ a b over the categories, without a buffer for the product."""
-    return (a_TC.unsqueeze(-2) @ b_TC.unsqueeze(-1)).view(-1)

@@ -1,4 +1,4 @@
-"""Sends weights to vLLM engines: gathers one bucket at a time, casts, broadcasts, stamps a version.
+"""Sends weights to vLLM engines: gathers and casts one bucket at a time, broadcasts, stamps a version.
 
 All learner ranks take part in the gathering; rank 0 sends. What is gathered is either the student or
 its EMA; see `WeightSource`.
@@ -7,6 +7,7 @@ its EMA; see `WeightSource`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -53,21 +54,38 @@ def ema_source(ema: Ema, shapes: dict[str, tuple[int, ...]], device: torch.devic
 
 
 class Sender:
-    """Rank 0's end of one push group: itself and every engine worker of a role."""
+    """Rank 0's end of one push group: itself and every engine worker of a role.
+
+    Messages leave in a thread of their own, so that the learner goes on while engines take them in.
+    """
 
     def __init__(self, host: str, num_receivers: int, timeout_s: float) -> None:
         self._host, self._size, self._timeout = host, num_receivers + 1, timedelta(seconds=timeout_s)
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self.port = self._store.port
         self._group: Any = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="push")
+        self._sending: list[Future[None]] = []
 
     def connect(self) -> None:
         """Waits until all receivers have joined."""
         self._group = dist.ProcessGroupGloo(self._store, 0, self._size, self._timeout)
 
     def send(self, bucket: Bucket, tensors: dict[str, torch.Tensor]) -> None:
-        """Broadcast one bucket; returns when it has left."""
-        self._group.broadcast(pack(bucket, tensors), 0).wait()
+        """Copy one bucket and queue its broadcast."""
+        message = pack(bucket, tensors)
+        self._sending.append(self._thread.submit(lambda: self._group.broadcast(message, 0).wait()))
+
+    def flush(self) -> None:
+        """Waits until everything has left, so that no more than one push is held in memory. Raises what
+        a broadcast raised."""
+        sending, self._sending = self._sending, []
+        for sent in sending:
+            sent.result()
+
+    def close(self) -> None:
+        """Ends the thread; what has not left is dropped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def manifest(
@@ -78,9 +96,18 @@ def manifest(
     return WeightManifest(version=version, buckets=tuple(plan_buckets(weights, bucket_bytes)))
 
 
-def push(plan: WeightManifest, source: WeightSource, sender: Sender | None) -> None:
-    """Gather and send every bucket; `sender` is None on ranks other than 0."""
+def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep: str) -> torch.Tensor:
+    """Gather and send every bucket; `sender` is None on ranks other than 0. Returns a copy of the
+    weight named `keep`, in the type on the wire."""
+    if sender is not None:
+        sender.flush()
+    kept: torch.Tensor | None = None
     for bucket in plan.buckets:
         tensors = source(list(bucket.names))
         if sender is not None:
             sender.send(bucket, tensors)
+        if keep in tensors:
+            dtype = getattr(torch, bucket.dtypes[bucket.names.index(keep)])
+            kept = tensors[keep].detach().to(dtype, copy=True)
+    assert kept is not None
+    return kept

@@ -10,6 +10,7 @@ import numpy as np
 
 from learner.fused import Losses
 from learner.model import MicroBatch
+from sdft_dist.types import Span
 from sdft_dist.watch import NUM_DECILES, NUM_FIRST, position_bin
 
 NUM_BINS = NUM_FIRST + NUM_DECILES
@@ -74,10 +75,9 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMetrics:
-    """One rank's account of one optimizer step; times in seconds."""
+    """One rank's account of one optimizer step."""
 
     tally: Tally
     grad_norm: float  # global, before clipping
     learning_rate: float
-    wait_s: float  # fetching samples and targets
-    step_s: float
+    spans: tuple[Span, ...]

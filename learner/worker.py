@@ -28,7 +28,8 @@ from learner.zero import deepspeed_config, fragments, step_and_norm
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
-from sdft_dist.types import Sample, TeacherTargets, TrainItem, WeightManifest
+from sdft_dist.remote import fetch
+from sdft_dist.types import Sample, Span, TeacherTargets, TrainItem, WeightManifest
 
 
 class LearnerRank:
@@ -79,18 +80,17 @@ class LearnerRank:
         self, step: int, num_steps: int, micro_batches: list[list[TrainItem]], total_tokens: int, total_sequences: int
     ) -> RankMetrics:
         """One optimizer step over this rank's micro-batches; the totals are over all ranks."""
-        import ray
-
-        started = time.perf_counter()
+        started = time.time()
         items = [item for micro_batch in micro_batches for item in micro_batch]
-        fetched = iter(ray.get([ref for item in items for ref in (item.sample, item.targets) if ref is not None]))
+        fetched = iter(fetch([piece for item in items for piece in (item.sample, item.targets) if piece is not None]))
         payloads = {item.key: (next(fetched), next(fetched)) for item in items if item.sample is not None}
-        waited = time.perf_counter() - started
+        waited = time.time()
         rate = learning_rate(self.config.optim, step, num_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         tally = Tally()
         for i, micro_batch in enumerate(micro_batches):
+            micro_batch = sorted(micro_batch, key=lambda item: item.teacher_version)
             sequences = [self._sequence(item, payloads.get(item.key)) for item in micro_batch]
             weights = [
                 token_weight(
@@ -98,9 +98,9 @@ class LearnerRank:
                 )
                 for s in sequences
             ]
-            head = self._teacher_head(items) if self.student.head_loss.objective.kind == "full" else None
+            heads = self._teacher_heads if self.student.head_loss.objective.kind == "full" else None
             skip = self.config.loss.skip_first_tokens
-            batch = build(sequences, weights, skip, teacher_head=head, device=self.device)
+            batch = build(sequences, weights, skip, teacher_heads=heads, device=self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             losses = self.engine(batch)
             # DeepSpeed averages gradients over ranks; the weights are global, so the sum is wanted.
@@ -109,13 +109,13 @@ class LearnerRank:
         grad_norm = step_and_norm(self.engine)
         if self.ema is not None:
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
-        times = {"wait_s": waited, "step_s": time.perf_counter() - started}
-        return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, **times)
+        spans = (Span("fetch", started, waited), Span("train", waited, time.time()))
+        return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, spans=spans)
 
     def logprobs(self, pairs: list[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
         """Log-probs, float32 [C], of each (prompt, completion), in one forward pass without gradients."""
         sequences = [TrainSequence(prompt_ids=p, completion_ids=c) for p, c in pairs]
-        batch = build(sequences, [0.0] * len(pairs), 0, teacher_head=None, device=self.device)
+        batch = build(sequences, [0.0] * len(pairs), 0, teacher_heads=None, device=self.device)
         head_loss = self.student.head_loss
         trained = head_loss.objective
         head_loss.objective = replace(trained, kind="cross_entropy", importance="none", temperature=temperature)
@@ -150,15 +150,19 @@ class LearnerRank:
         wire = getattr(torch, self.config.model.dtype)
         return manifest(version, self._shapes, wire, self.config.cluster.push_bucket_mib << 20)
 
-    def push(self, role: str, version: int) -> None:
-        """Send the weights of `role` ("generators": the student; "teachers": what teaches) as `version`."""
-        source = self._source(role)
-        push(self.manifest(version), source, self._senders.get(role))
+    def push(self, role: str, version: int, oldest_in_flight: int) -> Span:
+        """Send the weights of `role` ("generators": the student; "teachers": what teaches) as `version`.
+
+        Returns when they are copied; they leave while this rank goes on. The head of a teacher is kept
+        until no targets older than `oldest_in_flight` can come.
+        """
+        started = time.time()
+        head = push(self.manifest(version), self._source(role), self._senders.get(role), self.student.head_name())
         if role == "teachers":
-            name = self.student.head_name()
-            self._teacher_heads[version] = source([name])[name].to(getattr(torch, self.config.model.dtype)).clone()
-            for old in sorted(self._teacher_heads)[:-2]:
+            self._teacher_heads[version] = head
+            for old in [v for v in self._teacher_heads if v < oldest_in_flight]:
                 del self._teacher_heads[old]
+        return Span("gather weights", started, time.time())
 
     def save(self, folder: str, step: int) -> None:
         """Write this rank's shard of a checkpoint; see checkpoint.py."""
@@ -168,6 +172,8 @@ class LearnerRank:
         """Shut the engine and the process group down; ZeRO-3 aborts at exit otherwise."""
         import deepspeed
 
+        for sender in self._senders.values():
+            sender.close()
         self.engine.destroy()
         deepspeed.comm.destroy_process_group()  # with DeepSpeed's own records of its groups
 
@@ -191,11 +197,6 @@ class LearnerRank:
         if {name: tuple(p.shape) for name, p in anchor.items()} != self._shapes:
             raise UserError(f"teacher.anchor: {self.config.teacher.anchor} has other weights than model.path")
         return anchor
-
-    def _teacher_head(self, items: list[TrainItem]) -> torch.Tensor:
-        versions = {item.teacher_version for item in items} or {max(self._teacher_heads)}
-        assert len(versions) == 1, f"one step's targets come from teacher versions {sorted(versions)}"
-        return self._teacher_heads[versions.pop()]
 
     def _sequence(self, item: TrainItem, payload: tuple[Sample, TeacherTargets] | None) -> TrainSequence:
         problem = self.problems[item.key.problem]

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.pool import Pool
+from actors.stream import Stream
 from learner.group import LearnerGroup
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
+from sdft_dist.remote import Events
+from sdft_dist.types import OnSpan
+
+SLICE_S = 0.05  # of decoding, after which finished samples go on and new weights may come in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,17 +30,20 @@ class Fleet:
     generators: Pool
     teachers: Pool
     learner: LearnerGroup
+    rollouts: Stream
     teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
 
     def to_generators(self, version: int) -> None:
-        """Push the student."""
+        """Push the student. The first push is waited for, so that a broken one fails before any work is lost."""
         if self.generators.actors:
-            self.learner.push(self.generators, version)
+            self.learner.push(self.generators, version, version, wait=version == 0)
 
     def to_teachers(self, version: int) -> None:
         """Push what teaches; a frozen base is version 0 for good."""
         if self.teachers.actors and (self.teacher_moves or version == 0):
-            self.learner.push(self.teachers, version)
+            oldest = self.rollouts.oldest_teacher_version()
+            self.learner.push(self.teachers, version, oldest, wait=version == 0)
+            self.rollouts.teacher_version = version
 
 
 @contextmanager
@@ -70,16 +78,22 @@ def resolve_device(config: Config) -> str:
 
 @contextmanager
 def launch(
-    config: Config, problems: ProblemSet, vocab_size: int, stop_ids: list[int], *, with_teachers: bool = True
+    config: Config,
+    problems: ProblemSet,
+    vocab_size: int,
+    stop_ids: list[int],
+    *,
+    with_teachers: bool = True,
+    on_span: OnSpan = lambda role, index, span: None,
 ) -> Iterator[Fleet]:
-    """All actors of a run, ready and connected; they end with the block."""
+    """All actors of a run, ready and connected; they end with the block. `on_span` hears what they do."""
     import ray
 
     device = resolve_device(config)
     actors: list[Any] = []
     try:
         num_teachers = config.cluster.teachers if config.method == "sdft" and with_teachers else 0
-        fleet = _build(config, problems, vocab_size, stop_ids, device, num_teachers, actors)
+        fleet = _build(config, problems, vocab_size, stop_ids, device, num_teachers, on_span, actors)
         yield fleet
         fleet.learner.stop()
     finally:
@@ -94,6 +108,7 @@ def _build(
     stop_ids: list[int],
     device: str,
     num_teachers: int,
+    on_span: OnSpan,
     actors: list[Any],
 ) -> Fleet:
     import ray
@@ -102,7 +117,7 @@ def _build(
     from actors.teacher import Teacher
     from learner.worker import LearnerRank
 
-    table = ray.put(problems)
+    table, events = ray.put(problems), Events()
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
 
     def place(cls: type, sharing: int, *args: Any) -> Any:
@@ -115,14 +130,19 @@ def _build(
         "generators",
         [place(Generator, 1, config, device, stop_ids, table) for _ in range(num_generators)],
         cluster.timeout_s,
+        events,
     )
     teachers = Pool(
         "teachers",
         [place(Teacher, 1, config, device, vocab_size, table) for _ in range(num_teachers)],
         cluster.timeout_s,
+        events,
     )
     learner = LearnerGroup(
-        config, [place(LearnerRank, ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)]
+        config,
+        [place(LearnerRank, ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)],
+        events,
+        on_span,
     )
     learner.start()
     generators.wait_ready()
@@ -130,8 +150,38 @@ def _build(
     for pool in (generators, teachers):
         if pool.actors:
             learner.open_push(pool)
-    moves = config.teacher.kind != "base"
-    return Fleet(generators=generators, teachers=teachers, learner=learner, teacher_moves=moves)
+    return Fleet(
+        generators=generators,
+        teachers=teachers,
+        learner=learner,
+        rollouts=stream(config, generators, teachers, events, on_span),
+        teacher_moves=config.teacher.kind != "base",
+    )
+
+
+def stream(config: Config, generators: Pool, teachers: Pool, events: Events, on_span: OnSpan) -> Stream:
+    """The path of samples between these actors, as `config.rollout` asks for it."""
+    return Stream(
+        generators.actors,
+        teachers.actors,
+        events,
+        slice_s=SLICE_S if config.rollout.max_staleness else None,
+        max_call_tokens=max(8192, config.model.max_length),
+        target_bytes=_target_bytes(config),
+        max_bytes=config.rollout.max_held_mib << 20,
+        timeout_s=config.cluster.timeout_s,
+        on_span=on_span,
+    )
+
+
+def _target_bytes(config: Config) -> int:
+    """Bytes of one completion token's targets in the object store."""
+    if config.loss.support != "full":
+        return 4 + 8 * (config.loss.top_k if config.loss.support == "topk" else 1)
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
+    return settings.get_text_config().hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
 
 
 def _resources(device: str, sharing: int) -> dict[str, Any]:

@@ -67,6 +67,15 @@ class RolloutConfig(_Section):
     max_completion_tokens: int = Field(1024, ge=1, description="A completion is cut at this many tokens.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; biases importance weights, refused with them.")
     top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0 is all. As top_p.")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps that a sample may lag behind: rollouts of this many later steps are in flight. "
+        "0 is strictly on-policy and repeats bit by bit with one generator.",
+    )
+    max_held_mib: int = Field(
+        512, ge=1, description="Teacher targets of later steps that may wait for the learner, MiB of the object store."
+    )
     from_teacher: bool = Field(
         False, description="Sample completions from the teacher's prompt instead: off-policy distillation."
     )
@@ -182,6 +191,9 @@ class Config(_Section):
         "weighted by the student's own detached probability of it.",
     )
     run_dir: str = Field("runs/sdft", description="Folder for everything that the run writes.")
+    trace: bool = Field(
+        False, description="Write trace.json, a timeline of all roles for Perfetto or chrome://tracing."
+    )
     seed: int = Field(0, ge=0, description="Decides data order and every sampled token.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; default: `epochs` over the data.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data, where `steps` is not given.")

@@ -40,10 +40,12 @@ def logit_transform(settings: Any) -> LogitTransform:
 
 
 def log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) over the last axis, in place."""
+    """log softmax(logits / temperature) over the last axis; may overwrite its argument."""
     if temperature != 1.0:
         logits.div_(temperature)
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+    if logits.device.type == "cpu":  # whose kernel has read a row when it writes it
+        return torch.log_softmax(logits, -1, out=logits)
+    return logits.log_softmax(-1)
 
 
 def log_tail(logp_TV: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:

@@ -11,19 +11,15 @@ from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
 from sdft_dist.errors import Diverged, UserError
 from sdft_dist.runlog import RunLog
-from sdft_dist.types import SampleKey, SampleRef, TrainItem
+from sdft_dist.types import SampleKey, TrainItem
 
 
-class Generators(Protocol):
-    """Hold the student; sample completions from the plain prompt."""
+class Rollouts(Protocol):
+    """Generators, which hold the student and sample completions from the plain prompt, and teachers, which
+    read each completion under the prompt with the demonstration."""
 
-    def generate(self, keys: Sequence[SampleKey]) -> list[SampleRef]: ...
-
-
-class Teachers(Protocol):
-    """Hold the teacher; read each completion under the prompt with the demonstration."""
-
-    def score(self, samples: Sequence[SampleRef]) -> list[TrainItem]: ...
+    def submit(self, keys: Sequence[SampleKey]) -> None: ...
+    def take(self, keys: Sequence[SampleKey]) -> list[TrainItem]: ...
 
 
 class Learner(Protocol):
@@ -42,33 +38,35 @@ class Push(Protocol):
 def train(
     config: Config,
     problems: ProblemSet,
-    generators: Generators,
-    teachers: Teachers,
+    rollouts: Rollouts,
     learner: Learner,
     push: Push,
     log: RunLog,
     *,
     after_step: Callable[[int], None],
 ) -> None:
-    """Algorithm 1 of arXiv 2601.19897, synchronous and on-policy.
+    """Algorithm 1 of arXiv 2601.19897.
 
+    Rollouts of `rollout.max_staleness` later steps are kept in flight; with 0 it is strictly on-policy.
     `after_step(n)` is called with the number of optimizer steps done, from 0 on, when all engines hold
-    that version: evaluation and checkpoints. With method "sft" the same learner imitates the
-    demonstrations, and there is nothing to sample or to score.
+    that version or will before they serve again: evaluation and checkpoints. With method "sft" the same
+    learner imitates the demonstrations, and there is nothing to sample or to score.
     """
     step, num_steps = 0, config.num_steps(len(problems))
     push.to_teachers(step)
     push.to_generators(step)  # a broken push fails here, before any work is lost
     after_step(step)
+    submitted = 0  # rollouts of all earlier steps are under way
     while step < num_steps:
         with log.timer("step"):
             keys = batch_keys(config, problems, step)
             if config.method == "sdft":
-                with log.timer("generate"):
-                    samples = generators.generate(keys)  # y ~ p_θ(· | x)
-                samples = uncut(config, samples)
-                with log.timer("score"):
-                    items = teachers.score(samples)  # q_φ(· | x, c) at every position of y
+                while submitted < min(num_steps, step + 1 + config.rollout.max_staleness):
+                    rollouts.submit(batch_keys(config, problems, submitted))  # y ~ p_θ(· | x)
+                    submitted += 1
+                with log.timer("await_samples"):
+                    items = rollouts.take(keys)  # q_φ(· | x, c) at every position of y
+                items = fresh(config, step, uncut(config, items))
             else:
                 items = demonstrations(problems, keys)
             with log.timer("learn"):
@@ -98,19 +96,32 @@ def batch_keys(config: Config, problems: ProblemSet, step: int) -> list[SampleKe
     return keys
 
 
-def uncut(config: Config, samples: list[SampleRef]) -> list[SampleRef]:
+def uncut(config: Config, items: list[TrainItem]) -> list[TrainItem]:
     """The samples to train on, by `rollout.cut_completions`. Raises UserError where it says so, or where
     none is left."""
     policy, limit = config.rollout.cut_completions, config.rollout.max_completion_tokens
-    cut = [s for s in samples if s.finish_reason == "length"]
+    cut = [item for item in items if item.finish_reason == "length"]
     if not cut or policy == "keep":
-        return samples
-    if policy == "error" or len(cut) == len(samples):
+        return items
+    if policy == "error" or len(cut) == len(items):
         raise UserError(
-            f"rollout.cut_completions={policy}: {len(cut)} of {len(samples)} completions of step {cut[0].key.step} "
+            f"rollout.cut_completions={policy}: {len(cut)} of {len(items)} completions of step {cut[0].key.step} "
             f"were cut at rollout.max_completion_tokens={limit}, such as problem {cut[0].key.problem}: raise it"
         )
-    return [s for s in samples if s.finish_reason != "length"]
+    return [item for item in items if item.finish_reason != "length"]
+
+
+def fresh(config: Config, step: int, items: list[TrainItem]) -> list[TrainItem]:
+    """The samples of which no token is older than `rollout.max_staleness` steps. Raises RuntimeError where
+    none is left: then pushes do not reach the generators."""
+    left = [item for item in items if step - item.policy_version <= config.rollout.max_staleness]
+    if items and not left:
+        oldest = min(item.policy_version for item in items)
+        raise RuntimeError(
+            f"step {step}: all {len(items)} samples are older than rollout.max_staleness="
+            f"{config.rollout.max_staleness} allows; the oldest is of version {oldest}"
+        )
+    return left
 
 
 def refuse_divergence(step: int, metrics: dict[str, Any]) -> None:

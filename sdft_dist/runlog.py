@@ -13,20 +13,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sdft_dist.types import TrainItem
+from sdft_dist.trace import Trace
+from sdft_dist.types import Span, TrainItem
 from sdft_dist.watch import Watch, item_metrics
 
 
 class RunLog:
     """Writes `metrics.jsonl` and `events/` below `folder`. Use as a context manager."""
 
-    def __init__(self, folder: Path, *, title: str, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, *, title: str, console: Console | None = None, trace: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(folder / "events"))
         self._started = time.monotonic()
         self._times: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
+        self._trace = Trace(folder / "trace.json") if trace else None
         self._watch = Watch()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -48,6 +51,8 @@ class RunLog:
         self._progress.stop()
         self._metrics.close()
         self._events.close()
+        if self._trace is not None:
+            self._trace.close()
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -55,6 +60,12 @@ class RunLog:
         started = time.perf_counter()
         yield
         self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - started
+
+    def span(self, role: str, index: int, span: Span) -> None:
+        """What an actor has done: adds to the current step's `busy/WHAT`, in seconds over all actors."""
+        self._busy[span.what] = self._busy.get(span.what, 0.0) + span.end - span.start
+        if self._trace is not None:
+            self._trace.add(role, index, span)
 
     def say(self, text: str) -> None:
         """What the run is doing now, in the progress bar."""
@@ -64,12 +75,13 @@ class RunLog:
         """Record one optimizer step."""
         record: dict[str, Any] = {
             **metrics,
-            **item_metrics(items),
+            **item_metrics(step - 1, items),
             "samples": len(items),
             "samples_per_s": len(items) / max(1e-9, self._times.get("step", 0.0)),
             **{f"time/{name}": seconds for name, seconds in self._times.items()},
+            **{f"busy/{name}": seconds for name, seconds in self._busy.items()},
         }
-        self._times = {}
+        self._times, self._busy = {}, {}
         self.write("train", step, record)
         rate = record["samples_per_s"]
         shown = (

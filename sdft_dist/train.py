@@ -48,14 +48,14 @@ def run(config: Config, *, title: str | None = None, console: Console | None = N
         return act
 
     rundir.note_rows(encoded.dropped, encoded.truncated)
-    with RunLog(rundir.path, title=title or config.method, console=console) as log, ray_session(config):
+    runlog = RunLog(rundir.path, title=title or config.method, console=console, trace=config.trace)
+    with runlog as log, ray_session(config):
         log.say("starting the engines (20–40 s)")
-        with launch(config, problems, len(tokenizer), ends) as fleet:
+        with launch(config, problems, len(tokenizer), ends, on_span=log.span) as fleet:
             train(
                 config,
                 problems,
-                fleet.generators,
-                fleet.teachers,
+                fleet.rollouts,
                 fleet.learner,
                 fleet,
                 log,

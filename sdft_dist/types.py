@@ -6,6 +6,7 @@ metadata and an object reference: they are all that the driver ever touches of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,24 @@ class VersionSpan(NamedTuple):
     version: int
     start: int
     end: int
+
+
+class Piece(NamedTuple):
+    """One record among those that share an object of Ray's store: small records travel together."""
+
+    ref: Any  # ObjectRef of a list of records
+    row: int
+
+
+class Span(NamedTuple):
+    """Something that an actor did, for the account of who works and who waits."""
+
+    what: str
+    start: float  # seconds since the epoch
+    end: float
+
+
+OnSpan = Callable[[str, int, Span], None]  # role, index of the actor, what it did
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +79,7 @@ class SampleRef:
     num_completion_tokens: int
     finish_reason: FinishReason
     policy_versions: tuple[VersionSpan, ...]
-    ref: Any  # ObjectRef of the Sample
+    sample: Piece  # the Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +100,7 @@ class TeacherTargets:
 class TrainItem:
     """One sequence that the learner trains on, as the driver sees it.
 
-    `sample` and `targets` are object references for on-policy items, and None for a demonstration,
-    which the learner reads from the ProblemSet.
+    `sample` and `targets` are None for a demonstration, which the learner reads from the ProblemSet.
     """
 
     key: SampleKey
@@ -90,13 +108,39 @@ class TrainItem:
     num_completion_tokens: int
     teacher_version: int  # -1 for a demonstration
     finish_reason: FinishReason = "stop"
-    sample: Any = None  # ObjectRef of the Sample
-    targets: Any = None  # ObjectRef of the TeacherTargets
+    policy_version: int = -1  # the oldest that sampled a token of it; -1 for a demonstration
+    sample: Piece | None = None  # the Sample
+    targets: Piece | None = None  # the TeacherTargets
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the learner processes for this item."""
         return self.num_prompt_tokens + self.num_completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """What a generator has finished since it was last asked."""
+
+    samples: list[SampleRef]
+    span: Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A teacher's answer."""
+
+    items: list[TrainItem]
+    span: Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushTimes:
+    """How long one engine took to take in a push, seconds."""
+
+    wire_s: float  # waiting for messages
+    load_s: float  # unpacking, checking, loading
+    span: Span  # in which it did not serve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,13 +23,15 @@ def position_bin(position: int, length: int) -> int:
     return NUM_FIRST + min(NUM_DECILES - 1, NUM_DECILES * (position - NUM_FIRST) // max(1, length - NUM_FIRST))
 
 
-def item_metrics(items: Sequence[TrainItem]) -> dict[str, float]:
-    """What the completions' metadata shows."""
+def item_metrics(step: int, items: Sequence[TrainItem]) -> dict[str, float]:
+    """What the completions' metadata shows; `step` is the number of optimizer steps done before."""
     lengths = [item.num_completion_tokens for item in items]
+    lags = [step - item.policy_version for item in items if item.policy_version >= 0]
     return {
         "completion_tokens_mean": mean(lengths) if lengths else 0.0,
         "cut_share": mean(item.finish_reason == "length" for item in items) if items else 0.0,
         "empty_share": mean(n <= 1 for n in lengths) if items else 0.0,
+        **({"staleness_mean": mean(lags), "staleness_max": max(lags)} if lags else {}),
     }
 
 

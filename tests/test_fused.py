@@ -66,7 +66,7 @@ def targets_for(x, objective, ids):
     rest = logq.exp().scatter(-1, ids, 0).sum(-1).log()
     return Targets(
         labels_T=x["labels"], behaviour_T=x["behaviour"], sequence_T=x["sequence"],
-        states_TD=x["teacher_states"], head_VD=x["teacher_head"],
+        states_TD=x["teacher_states"], heads=((T, x["teacher_head"]),),
         ids_TK=ids, logprobs_TK=chosen.float(), tail_T=rest.float(),
     )  # fmt: skip
 

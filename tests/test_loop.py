@@ -1,4 +1,4 @@
-"""The loop with fakes at its four boundaries."""
+"""The loop with fakes at its boundaries."""
 
 import numpy as np
 import pytest
@@ -6,29 +6,30 @@ import pytest
 from sdft_dist.config import parse_config
 from sdft_dist.data import ProblemSet
 from sdft_dist.errors import Diverged, UserError
-from sdft_dist.loop import batch_keys, train, uncut
+from sdft_dist.loop import batch_keys, fresh, train, uncut
 from sdft_dist.runlog import RunLog, read_metrics
-from sdft_dist.types import Problem, SampleKey, SampleRef, TrainItem
+from sdft_dist.types import Problem, SampleKey, TrainItem
+
+
+def item(key, *, policy_version=0, finish_reason="stop"):
+    return TrainItem(
+        key=key, num_prompt_tokens=3, num_completion_tokens=4, teacher_version=0, finish_reason=finish_reason,
+        policy_version=policy_version,
+    )  # fmt: skip
 
 
 class Fakes:
-    """All four boundaries; writes down what is asked of it."""
+    """All boundaries; writes down what is asked of it."""
 
-    def __init__(self, loss=1.0):
-        self.calls, self.loss = [], loss
+    def __init__(self, loss=1.0, lag=0):
+        self.calls, self.loss, self.lag = [], loss, lag
 
-    def generate(self, keys):
-        self.calls.append(("generate", len(keys)))
-        return [
-            SampleRef(
-                key=k, num_prompt_tokens=3, num_completion_tokens=4, finish_reason="stop", policy_versions=(), ref=None
-            )
-            for k in keys
-        ]
+    def submit(self, keys):
+        self.calls.append(("submit", keys[0].step, len(keys)))
 
-    def score(self, samples):
-        self.calls.append(("score", len(samples)))
-        return [TrainItem(key=s.key, num_prompt_tokens=3, num_completion_tokens=4, teacher_version=0) for s in samples]
+    def take(self, keys):
+        self.calls.append(("take", keys[0].step, len(keys)))
+        return [item(key, policy_version=max(0, key.step - self.lag)) for key in keys]
 
     def update(self, step, num_steps, items):
         self.calls.append(("update", step, [i.num_completion_tokens for i in items]))
@@ -52,24 +53,25 @@ def problems():
     return ProblemSet([Problem(prompt_ids=ids, teacher_prompt_ids=ids, demonstration_ids=np.arange(5))] * 5)
 
 
-def run(config, problems, tmp_path):
-    fakes, after = Fakes(), []
+def run(config, problems, tmp_path, **faking):
+    fakes, after = Fakes(**faking), []
     with RunLog(tmp_path, title="test") as log:
-        train(config, problems, fakes, fakes, fakes, fakes, log, after_step=after.append)
+        train(config, problems, fakes, fakes, fakes, log, after_step=after.append)
     return fakes.calls, after
 
 
 def test_sdft_pushes_before_it_samples_and_samples_before_it_learns(problems, tmp_path):
     calls, after = run(config(), problems, tmp_path)
-    step = [("generate", 2), ("score", 2)]
     assert calls == [
         ("push teachers", 0),
         ("push generators", 0),
-        *step,
+        ("submit", 0, 2),
+        ("take", 0, 2),
         ("update", 0, [4, 4]),
         ("push teachers", 1),
         ("push generators", 1),
-        *step,
+        ("submit", 1, 2),
+        ("take", 1, 2),
         ("update", 1, [4, 4]),
         ("push teachers", 2),
         ("push generators", 2),
@@ -81,7 +83,7 @@ def test_sdft_pushes_before_it_samples_and_samples_before_it_learns(problems, tm
 def test_sft_imitates_the_demonstrations(problems, tmp_path):
     calls, _ = run(config(method="sft"), problems, tmp_path)
     assert ("update", 0, [5, 5]) in calls
-    assert not [c for c in calls if c[0] in ("generate", "score")]
+    assert not [c for c in calls if c[0] in ("submit", "take")]
 
 
 def test_teachers_are_pushed_every_sync_every_steps(problems, tmp_path):
@@ -95,24 +97,38 @@ def test_keys_are_unique_also_when_a_small_data_set_repeats(problems):
 
 
 def test_cut_completions_are_kept_dropped_or_refused():
-    def ref(reason):
-        return SampleRef(
-            key=SampleKey(3, 7, 0), num_prompt_tokens=1, num_completion_tokens=2, finish_reason=reason,
-            policy_versions=(), ref=None,
-        )  # fmt: skip
-
-    samples = [ref("stop"), ref("length"), ref("stop")]
+    key = SampleKey(3, 7, 0)
+    samples = [item(key), item(key, finish_reason="length"), item(key)]
     policies = {p: config(rollout={"cut_completions": p}) for p in ("keep", "drop", "error")}
     assert len(uncut(policies["keep"], samples)) == 3
     assert len(uncut(policies["drop"], samples)) == 2
     with pytest.raises(UserError, match="1 of 3 completions of step 3 were cut"):
         uncut(policies["error"], samples)
     with pytest.raises(UserError, match="2 of 2 completions"):
-        uncut(policies["drop"], [ref("length")] * 2)
+        uncut(policies["drop"], [item(key, finish_reason="length")] * 2)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_pushed(problems, tmp_path):
     fakes = Fakes(loss=float("nan"))
     with RunLog(tmp_path, title="test") as log, pytest.raises(Diverged, match="step 0: loss is nan"):
-        train(config(), problems, fakes, fakes, fakes, fakes, log, after_step=lambda step: None)
+        train(config(), problems, fakes, fakes, fakes, log, after_step=lambda step: None)
     assert fakes.calls[-1][0] == "update"
+
+
+def test_rollouts_of_later_steps_are_in_flight_up_to_the_staleness_allowed(problems, tmp_path):
+    calls, _ = run(config(steps=4, rollout={"prompts_per_step": 2, "max_staleness": 2}), problems, tmp_path, lag=2)
+    order = [c[:2] for c in calls if c[0] in ("submit", "take", "push generators")]
+    assert order == [
+        ("push generators", 0), ("submit", 0), ("submit", 1), ("submit", 2), ("take", 0),
+        ("push generators", 1), ("submit", 3), ("take", 1),
+        ("push generators", 2), ("take", 2), ("push generators", 3), ("take", 3), ("push generators", 4),
+    ]  # fmt: skip
+
+
+def test_samples_that_are_too_stale_are_dropped_and_counted():
+    allowed = config(rollout={"max_staleness": 1})
+    key = SampleKey(3, 0, 0)
+    items = [item(key, policy_version=v) for v in (3, 2, 1)]
+    assert [i.policy_version for i in fresh(allowed, 3, items)] == [3, 2]
+    with pytest.raises(RuntimeError, match=r"all 1 samples are older than rollout\.max_staleness=1.*of version 1"):
+        fresh(allowed, 3, items[2:])

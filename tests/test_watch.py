@@ -47,5 +47,5 @@ def test_item_metrics_by_hand():
             finish_reason=reason,
         )  # fmt: skip
 
-    found = item_metrics([item(1, "stop"), item(9, "length"), item(5, "stop"), item(5, "stop")])
+    found = item_metrics(3, [item(1, "stop"), item(9, "length"), item(5, "stop"), item(5, "stop")])
     assert found == {"completion_tokens_mean": 5, "cut_share": 0.25, "empty_share": 0.25}

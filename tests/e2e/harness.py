@@ -18,11 +18,13 @@ from actors.rollout import Generator
 from actors.teacher import Teacher
 from learner.group import LearnerGroup
 from learner.worker import LearnerRank
-from sdft_dist.cluster import _resources
+from sdft_dist.cluster import _resources, stream
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet
-from sdft_dist.types import Problem, SampleKey, TrainItem
+from sdft_dist.remote import Events
+from sdft_dist.types import Problem, SampleKey, Span, TrainItem
 
+EVENTS = Events()
 _retired: list[Any] = []  # engines replaced in a process: the end of one would end vLLM's groups for all
 
 
@@ -140,7 +142,7 @@ class Ranks:
         n = config.learner.ranks
         table, actors = ray.put(problems), self.actors[:1] if n == 1 else self.actors[1:]
         ray.get([a.reset.remote(config, r, n, "cpu", vocab_size, table) for r, a in enumerate(actors)])
-        group = LearnerGroup(config, actors)
+        group = LearnerGroup(config, actors, EVENTS, ignore)
         group.start()
         return group
 
@@ -149,12 +151,26 @@ class Ranks:
             ray.kill(actor)
 
 
+def ignore(role: str, index: int, span: Span) -> None:
+    """For whoever does not want to know what actors do."""
+
+
+def rollouts(config: Config, problems: ProblemSet, generators: Pool, teachers: Pool, step: int) -> list[TrainItem]:
+    """One scored sample of every problem."""
+    keys, path = (
+        [SampleKey(step, i, 0) for i in range(len(problems))],
+        stream(config, generators, teachers, EVENTS, ignore),
+    )
+    path.submit(keys)
+    return path.take(keys)
+
+
 def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] = (98,)) -> tuple[Pool, Pool]:
     """One generator and one teacher, ready."""
     table = ray.put(problems)
     make = lambda cls, *args: ray.remote(cls).options(**_resources("cpu", 1)).remote(config, "cpu", *args)  # noqa: E731
-    generators = Pool("generators", [make(ReusableGenerator, list(stop_ids), table)], config.cluster.timeout_s)
-    teachers = Pool("teachers", [make(ReusableTeacher, 102, table)], config.cluster.timeout_s)
+    generators = Pool("generators", [make(ReusableGenerator, list(stop_ids), table)], config.cluster.timeout_s, EVENTS)
+    teachers = Pool("teachers", [make(ReusableTeacher, 102, table)], config.cluster.timeout_s, EVENTS)
     generators.wait_ready()
     teachers.wait_ready()
     return generators, teachers

@@ -5,12 +5,12 @@ import pytest
 import ray
 import torch
 import transformers
-from harness import config_for, engine_pools, exported
+from harness import config_for, engine_pools, exported, rollouts
 
 from learner.model import load_causal_lm
 from sdft_dist.errors import UserError
 from sdft_dist.lab.tokenizer import build_tokenizer
-from sdft_dist.types import SampleKey
+from sdft_dist.remote import fetch
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -68,16 +68,16 @@ def test_one_step(hosts, ranks, problems, tmp_path, family):
     group = ranks.group(config, problems)
     for pool in hosts:
         group.open_push(pool)
-        group.push(pool, 0)
-    items = teachers.score(generators.generate([SampleKey(0, i, 0) for i in range(len(problems))]))
+        group.push(pool, 0, 0)
+    items = rollouts(config, problems, generators, teachers, 0)
     student = exported(tmp_path / "before", group, config)
     first = group.update(0, 2, items)
     assert first["logprob_difference_max"] < 1e-4, "generator and learner agree"
     assert first["grad_norm"] > 0
 
     expected = []
-    for item in items:
-        sample, problem = ray.get(item.sample), problems[item.key.problem]
+    for sample in fetch([item.sample for item in items]):
+        problem = problems[sample.key.problem]
         views = [
             torch.tensor([np.concatenate([p, sample.completion_ids]).tolist()])
             for p in (problem.prompt_ids, problem.teacher_prompt_ids)

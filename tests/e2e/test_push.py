@@ -6,8 +6,6 @@ import ray
 import torch
 from harness import config_for, demonstration_items, exported
 
-from sdft_dist.types import SampleKey
-
 
 def greedy(lm, prompt, count):
     ids = torch.tensor([prompt.tolist()])
@@ -30,8 +28,8 @@ def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, probl
         group.open_push(pool)
     for step in range(2):
         group.update(step, 2, demonstration_items(problems))
-    group.push(generators, 2)
-    group.push(teachers, 2)
+    group.push(generators, 2, 2)
+    group.push(teachers, 2, 2)
     student, ema = exported(tmp_path / "s", group, config), exported(tmp_path / "e", group, config, "ema")
     group.stop()
 
@@ -57,13 +55,10 @@ def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, problems
     served.configure(config)
     group = ranks.group(config, problems)
     group.open_push(generators)
-    group.push(generators, 5)
+    group.push(generators, 5, 5)
     student = exported(tmp_path, group, config)
     group.stop()
-    keys = [SampleKey(0, i, 0) for i in range(len(problems))]
-    refs = ray.get(generators.actors[0].generate.remote(keys))
-    for ref in refs:
-        sample = ray.get(ref.ref)
+    for sample in generators.sample(range(len(problems))):
         assert [(s.version, s.start) for s in sample.policy_versions] == [(5, 0)]
         prompt = problems[sample.key.problem].prompt_ids
         ids = torch.tensor([np.concatenate([prompt, sample.completion_ids]).tolist()])
@@ -81,6 +76,6 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
         generators.complete([problems[0].prompt_ids], 4)
     group = ranks.group(config_for(served.model, method="sft"), problems)
     group.open_push(generators)
-    group.push(generators, 1)
+    group.push(generators, 1, 1)
     group.stop()
     assert len(generators.complete([problems[0].prompt_ids], 4)) == 1

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import ray
 import torch
-from harness import config_for, exported
+from harness import config_for, exported, rollouts
 
-from sdft_dist.types import SampleKey
+from sdft_dist.remote import fetch
 
 RATE = 0.3
 
@@ -39,10 +38,9 @@ def forward_kl(logp, logq, labels):
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
-def rollouts(problems, served, step):
-    refs = served.generators.generate([SampleKey(step, i, 0) for i in range(len(problems))])
-    items = served.teachers.score(refs)
-    return items, ray.get([r.ref for r in refs])
+def sampled(config, problems, served, step):
+    items = rollouts(config, problems, served.generators, served.teachers, step)
+    return items, fetch([item.sample for item in items])
 
 
 def test_full_support_after_0_1_and_10_updates_of_the_average(served, ranks, problems, tmp_path):
@@ -55,14 +53,14 @@ def test_full_support_after_0_1_and_10_updates_of_the_average(served, ranks, pro
     done = 0
     for until in (0, 1, 10):
         while done < until - 1:
-            group.push(generators, done)
-            group.push(teachers, done)
-            items, _ = rollouts(problems, served, done)
+            group.push(generators, done, done)
+            group.push(teachers, done, done)
+            items, _ = sampled(c, problems, served, done)
             group.update(done, 20, items)
             done += 1
-        group.push(generators, done)
-        group.push(teachers, done)
-        items, samples = rollouts(problems, served, done)
+        group.push(generators, done, done)
+        group.push(teachers, done, done)
+        items, samples = sampled(c, problems, served, done)
         student = exported(tmp_path / f"s{until}", group, c)
         teacher = exported(tmp_path / f"t{until}", group, c, "ema")
         assert {item.teacher_version for item in items} == {done}
@@ -112,9 +110,9 @@ def test_chosen_ids_are_scored_remotely(served, ranks, problems, tmp_path):
         for pool in (generators, teachers):
             group.open_push(pool)
         for version in range(2):
-            group.push(generators, version)
-            group.push(teachers, version)
-            items, samples = rollouts(problems, served, version)
+            group.push(generators, version, version)
+            group.push(teachers, version, version)
+            items, samples = sampled(c, problems, served, version)
             student = exported(tmp_path / f"{name}-s{version}", group, c)
             teacher = exported(tmp_path / f"{name}-t{version}", group, c, "ema")
             found = group.update(version, 2, items)["loss"]

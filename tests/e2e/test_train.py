@@ -105,15 +105,17 @@ def real_model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("name", "stage"), [("tooluse", 2), ("tooluse", 3), ("science", 2), ("science", 3)])
-def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, name, stage):
+@pytest.mark.parametrize(
+    ("name", "stage", "staleness"), [("tooluse", 2, 0), ("tooluse", 3, 0), ("science", 2, 2), ("science", 3, 2)]
+)
+def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, name, stage, staleness):
     config = parse_config(
         {
             "run_dir": str(tmp_path / "run"),
             "steps": 20,
             "model": {"path": str(real_model), "max_length": 3072},
             "data": {"train": f"{REAL}/{name}.jsonl"},
-            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 16},
+            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 16, "max_staleness": staleness},
             "teacher": {"kind": "base"},
             "optim": {"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 0},
             "learner": {"ranks": 2, "zero_stage": stage, "tokens_per_microbatch": 3072},
@@ -124,4 +126,5 @@ def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, nam
     found = losses(tmp_path / "run")
     print(json.dumps({"rows": name, "zero_stage": stage, "losses": [round(x, 4) for x in found]}))
     assert len(found) == 20
+    assert max(m["staleness_max"] for m in read_metrics(tmp_path / "run", "train")) <= staleness
     assert sum(found[-5:]) < 0.9 * sum(found[:5])

@@ -1,0 +1,144 @@
+"""Samples on their way from the generators through the teachers to the learner, as the driver sees them.
+
+A generator is given keys and runs its engine for a slice of time; what has finished goes on to a
+teacher at once, while the rest keeps decoding. With `slice_s` None a generator finishes everything it
+was given before it answers, so that batches, and with them the last bits of all results, depend on
+nothing but the keys. The driver holds references and metadata only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from sdft_dist.remote import Events
+from sdft_dist.types import OnSpan, Rollout, SampleKey, SampleRef, Scored, TrainItem
+
+AHEAD = 2  # calls under way at each actor, so that none waits for the driver
+
+
+class Stream:
+    """Rollouts of several steps in flight. `target_bytes` is what one completion token's targets take in
+    the object store; samples of later steps wait while more than `max_bytes` are held."""
+
+    def __init__(
+        self,
+        generators: Sequence[Any],
+        teachers: Sequence[Any],
+        events: Events,
+        *,
+        slice_s: float | None,
+        max_call_tokens: int,
+        target_bytes: int,
+        max_bytes: int,
+        timeout_s: float,
+        on_span: OnSpan,
+    ) -> None:
+        self._generators, self._teachers, self._events = list(generators), list(teachers), events
+        self._slice_s, self._timeout_s, self._on_span = slice_s, timeout_s, on_span
+        self._max_call_tokens, self._target_bytes, self._max_bytes = max_call_tokens, target_bytes, max_bytes
+        self._decoding: list[set[SampleKey]] = [set() for _ in self._generators]
+        self._rolling = [0] * len(self._generators)  # calls under way at each generator
+        self._scoring: list[list[int]] = [[] for _ in self._teachers]  # teacher versions when calls were sent
+        self._waiting: list[SampleRef] = []  # for a teacher
+        self._items: dict[SampleKey, TrainItem] = {}
+        self._held = 0  # completion tokens whose targets are scored or being scored
+        self._due = 0  # the step that the learner takes next
+        self.teacher_version = 0  # of the last push that was sent to the teachers
+
+    def submit(self, keys: Sequence[SampleKey]) -> None:
+        """Start rollouts. Completions of one prompt go to one generator, which then reads it once."""
+        problems = list(dict.fromkeys(key.problem for key in keys))
+        order = sorted(range(len(self._generators)), key=lambda g: (len(self._decoding[g]), g))
+        home = {problem: order[i % len(order)] for i, problem in enumerate(problems)}
+        for g in order:
+            mine = [key for key in keys if home[key.problem] == g]
+            if mine:
+                self._decoding[g] |= set(mine)
+                self._roll(g, mine)
+
+    def take(self, keys: Sequence[SampleKey]) -> list[TrainItem]:
+        """The scored samples of `keys`, in order; waits for them."""
+        self._due = min(key.step for key in keys)
+        self._dispatch()
+        self._events.run_until(
+            lambda: all(key in self._items for key in keys),
+            timeout_s=self._timeout_s,
+            who=lambda: self._who([key for key in keys if key not in self._items]),
+        )
+        items = [self._items.pop(key) for key in keys]
+        self._held -= sum(item.num_completion_tokens for item in items)
+        return items
+
+    def oldest_teacher_version(self) -> int:
+        """No sample that is not yet taken can come with targets of an older teacher."""
+        held = (item.teacher_version for item in self._items.values())
+        return min(chain(held, *self._scoring), default=self.teacher_version)
+
+    def _roll(self, g: int, keys: Sequence[SampleKey]) -> None:
+        self._rolling[g] += 1
+        ref = self._generators[g].rollout.remote(keys, self._slice_s)
+        self._events.on(ref, lambda rollout: self._rolled(g, rollout))
+
+    def _rolled(self, g: int, rollout: Rollout) -> None:
+        self._rolling[g] -= 1
+        self._on_span("generator", g, rollout.span)
+        self._decoding[g] -= {sample.key for sample in rollout.samples}
+        if self._slice_s is not None and self._decoding[g]:
+            while self._rolling[g] < AHEAD:
+                self._roll(g, [])
+        self._waiting += rollout.samples
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give waiting samples to the teachers, those of earlier steps first."""
+        n = len(self._teachers)
+        if self._slice_s is None:
+            for t in range(n):
+                self._score(t, self._waiting[t::n])
+            self._waiting = []
+            return
+        self._waiting.sort(key=lambda sample: (sample.key.step, sample.key.problem))
+        free = [t for t in range(n) for _ in range(AHEAD - len(self._scoring[t]))]
+        free.sort(key=lambda t: len(self._scoring[t]))
+        for i, t in enumerate(free):
+            self._score(t, self._next_call(share=len(free) - i))
+
+    def _next_call(self, share: int) -> list[SampleRef]:
+        """A fair share of what waits, bounded by tokens and, for later steps, by the bytes held."""
+        call: list[SampleRef] = []
+        tokens, completion_tokens, count = 0, 0, -(-len(self._waiting) // share)
+        while self._waiting and len(call) < count:
+            sample = self._waiting[0]
+            tokens += sample.num_prompt_tokens + sample.num_completion_tokens
+            completion_tokens += sample.num_completion_tokens
+            full = (self._held + completion_tokens) * self._target_bytes > self._max_bytes
+            if (call and tokens > self._max_call_tokens) or (full and sample.key.step > self._due):
+                break
+            call.append(self._waiting.pop(0))
+        return call
+
+    def _score(self, t: int, samples: Sequence[SampleRef]) -> None:
+        if not samples:
+            return
+        version = self.teacher_version
+        self._scoring[t].append(version)
+        self._held += sum(sample.num_completion_tokens for sample in samples)
+        ref = self._teachers[t].score.remote(samples)
+        self._events.on(ref, lambda scored: self._scored(t, version, scored))
+
+    def _scored(self, t: int, version: int, scored: Scored) -> None:
+        self._scoring[t].remove(version)
+        self._on_span("teacher", t, scored.span)
+        self._items |= {item.key: item for item in scored.items}
+        self._dispatch()
+
+    def _who(self, missing: Sequence[SampleKey]) -> str:
+        """Where the missing samples are."""
+        lost = set(missing)
+        places = {f"generator {g}": len(keys & lost) for g, keys in enumerate(self._decoding)}
+        places["no teacher yet"] = sum(sample.key in lost for sample in self._waiting)
+        places["the teachers"] = len(lost) - sum(places.values())
+        shown = ", ".join(f"{n} at {place}" for place, n in places.items() if n)
+        return f"{len(missing)} samples of step {self._due} are missing: {shown}"

@@ -1,0 +1,169 @@
+"""The path of samples between fake actors: everything arrives once, early steps first, within the bounds."""
+
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+
+from actors.stream import Stream
+from sdft_dist.types import Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan
+
+NOTHING = Span("work", 0.0, 0.0)
+
+
+class FakeEvents:
+    """Calls under way, each a pair of its actor and what it will do. An actor answers in order; which
+    actor is next is the one called first, or the one called last."""
+
+    def __init__(self, *, newest_first=False):
+        self.pending, self.newest_first = deque(), newest_first
+
+    def on(self, call, handler):
+        self.pending.append((call, handler))
+
+    def run_until(self, done, *, timeout_s, who):
+        while not done():
+            if not self.pending:
+                raise TimeoutError(who())
+            actor = self.pending[-1 if self.newest_first else 0][0][0]
+            self.run(next(entry for entry in self.pending if entry[0][0] is actor))
+
+    def run(self, entry):
+        self.pending.remove(entry)
+        (_, work), handler = entry
+        handler(work())
+
+
+class FakeActor:
+    """Its method `name` can be called as on a Ray actor; calls are written down."""
+
+    def __init__(self, name, work):
+        self.calls = []
+        setattr(self, name, SimpleNamespace(remote=lambda *args: self._call(work, *args)))
+
+    def _call(self, work, *args):
+        self.calls.append(args)
+        return self, lambda: work(*args)
+
+
+def generator(per_call=None):
+    """Finishes `per_call` samples a call, or all."""
+    taken = deque()
+
+    def rollout(keys, slice_s):
+        taken.extend(keys)
+        done = [taken.popleft() for _ in range(min(per_call or len(taken), len(taken)))]
+        samples = [
+            SampleRef(
+                key=key, num_prompt_tokens=5, num_completion_tokens=10, finish_reason="stop",
+                policy_versions=(VersionSpan(0, 0, 10),), sample=None,
+            )
+            for key in done
+        ]  # fmt: skip
+        return Rollout(samples=samples, span=NOTHING)
+
+    return FakeActor("rollout", rollout)
+
+
+def teacher(version=lambda: 0):
+    def score(samples):
+        items = [
+            TrainItem(key=s.key, num_prompt_tokens=5, num_completion_tokens=10, teacher_version=version())
+            for s in samples
+        ]
+        return Scored(items=items, span=NOTHING)
+
+    return FakeActor("score", score)
+
+
+def keys(step, problems=4, copies=1):
+    return [SampleKey(step, p, i) for p in range(problems) for i in range(copies)]
+
+
+def stream(generators, teachers, events=None, **settings):
+    defaults = {"slice_s": 0.05, "max_call_tokens": 1000, "target_bytes": 4, "max_bytes": 1 << 20, "timeout_s": 1.0}
+    return Stream(generators, teachers, events or FakeEvents(), on_span=lambda *_: None, **(defaults | settings))
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("slice_s", [None, 0.05])
+def test_every_sample_arrives_once_and_in_order(slice_s, newest_first):
+    per_call = None if slice_s is None else 1
+    generators, teachers = [generator(per_call) for _ in range(2)], [teacher(), teacher()]
+    path = stream(generators, teachers, FakeEvents(newest_first=newest_first), slice_s=slice_s)
+    for step in range(3):
+        path.submit(keys(step))
+    for step in range(3):
+        assert [item.key for item in path.take(keys(step))] == keys(step)
+    scored = [sample.key for t in teachers for (samples,) in t.calls for sample in samples]
+    assert len(scored) == len(set(scored)) == 12
+
+
+def test_completions_of_one_prompt_go_to_one_generator():
+    generators = [generator(), generator()]
+    stream(generators, [teacher()]).submit(keys(0, problems=5, copies=3))
+    homes = [{key.problem for key in g.calls[0][0]} for g in generators]
+    assert not homes[0] & homes[1]
+    assert sorted(map(len, homes)) == [2, 3]
+
+
+def test_without_slices_batches_depend_on_the_keys_only():
+    """Whichever generator answers first, the teachers get the same batches."""
+
+    def batches(newest_first):
+        teachers = [teacher(), teacher()]
+        path = stream([generator(), generator()], teachers, FakeEvents(newest_first=newest_first), slice_s=None)
+        path.submit(keys(0, problems=8))
+        path.take(keys(0, problems=8))
+        return [sorted(tuple(s.key for s in samples) for (samples,) in t.calls) for t in teachers]
+
+    assert batches(False) == batches(True)
+
+
+def test_later_steps_wait_while_too_many_bytes_are_held_and_the_due_step_never_does():
+    one, events = teacher(), FakeEvents()
+    path = stream([generator()], [one], events, max_bytes=4 * 10 * 5, target_bytes=4)  # five samples' targets
+    path.submit(keys(0))
+    path.submit(keys(1))
+    path.submit(keys(2))
+    path.take(keys(0))
+    while events.pending:
+        events.run(events.pending[0])
+    scored = {s.key for (samples,) in one.calls for s in samples}
+    assert len(scored) == 4 + 5, "the due step, and what fits beside it once that is taken"
+    assert len(path.take(keys(1))) == 4
+    assert len(path.take(keys(2))) == 4
+    tight = stream([generator()], [teacher()], max_bytes=1)
+    tight.submit(keys(0))
+    assert len(tight.take(keys(0))) == 4
+
+
+def test_calls_to_a_teacher_are_bounded_in_tokens_and_sorted_by_prompt():
+    one = teacher()
+    path = stream([generator()], [one], max_call_tokens=30)  # two samples of 15 tokens
+    path.submit(keys(0, problems=6))
+    path.take(keys(0, problems=6))
+    sizes = [len(samples) for (samples,) in one.calls]
+    assert max(sizes) <= 2
+    order = [s.key.problem for (samples,) in one.calls for s in samples]
+    assert order == sorted(order)
+
+
+def test_the_oldest_teacher_that_can_still_come():
+    path = stream([generator()], [teacher(lambda: 3)])
+    path.teacher_version = 3
+    path.submit(keys(0, problems=1))
+    path.submit(keys(1, problems=1))
+    path.take(keys(0, problems=1))
+    path.teacher_version = 5
+    assert path.oldest_teacher_version() == 3
+    path.take(keys(1, problems=1))
+    assert path.oldest_teacher_version() == 5
+
+
+def test_a_timeout_says_who_was_waited_for():
+    silent = FakeActor("rollout", lambda keys, slice_s: Rollout(samples=[], span=NOTHING))
+    path = stream([silent], [teacher()], slice_s=None)
+    path.submit(keys(7))
+    with pytest.raises(TimeoutError, match="4 samples of step 7 are missing: 4 at generator 0"):
+        path.take(keys(7))
