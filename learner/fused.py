@@ -32,6 +32,7 @@ class Objective:
     importance_clip: float = 2.0
     token_clip: float | None = None  # positions with a larger loss count this much and give no gradient
     transform: LogitTransform = field(default_factory=LogitTransform)
+    liger_beta: float | None = None  # of the divergence as Liger's JSD, where its kernel is to be used
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +54,8 @@ class Losses(NamedTuple):
     """`total` is differentiable; the others are detached, fp32 [T]."""
 
     total: torch.Tensor  # Σ weights · importance · loss
-    per_token: torch.Tensor  # before weights, importance and clipping
-    label_logprobs: torch.Tensor  # the student's, of the completion's tokens
+    per_token: torch.Tensor | None  # before weights, importance and clipping; None from Liger's kernel
+    label_logprobs: torch.Tensor | None  # the student's, of the completion's tokens; None from Liger's kernel
     importance: torch.Tensor  # the truncated importance weights; 1 where off
 
 

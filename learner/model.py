@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from learner.fused import Losses, Objective, Targets, weighted_loss
+from learner import fused, liger
+from learner.fused import Losses, Objective, Targets
 from sdft_dist.config import ModelConfig
 from sdft_dist.errors import UserError
 
@@ -38,7 +39,8 @@ class HeadLoss(nn.Module):
         self.objective = objective
 
     def forward(self, states_CD: torch.Tensor, weights: torch.Tensor, targets: Targets) -> Losses:
-        return weighted_loss(states_CD, self.weight, weights, targets, self.objective, vocab_size=self.vocab_size)
+        loss = fused.weighted_loss if self.objective.liger_beta is None else liger.weighted_loss
+        return loss(states_CD, self.weight, weights, targets, self.objective, vocab_size=self.vocab_size)
 
 
 class Student(nn.Module):

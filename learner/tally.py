@@ -31,15 +31,18 @@ class Tally:
 
     def add(self, losses: Losses, batch: MicroBatch, lengths: Sequence[int], skip: int) -> None:
         """Count one micro-batch of completions of `lengths` tokens, the first `skip` of each untrained."""
-        per_token = losses.per_token.double().cpu().numpy()
         self.loss += losses.total.item()
-        self.tokens += len(per_token)
-        self.divergence += float(per_token.sum())
-        bins = [position_bin(i, n) for n in lengths for i in range(skip, n)]
-        self.by_position[0] += np.bincount(bins, weights=per_token, minlength=NUM_BINS)
-        self.by_position[1] += np.bincount(bins, minlength=NUM_BINS)
+        self.tokens += len(losses.importance)
+        if losses.per_token is not None:
+            per_token = losses.per_token.double().cpu().numpy()
+            self.divergence += float(per_token.sum())
+            bins = [position_bin(i, n) for n in lengths for i in range(skip, n)]
+            self.by_position[0] += np.bincount(bins, weights=per_token, minlength=NUM_BINS)
+            self.by_position[1] += np.bincount(bins, minlength=NUM_BINS)
+        elif len(batch.weights):
+            self.divergence += losses.total.item() / batch.weights[0].item()  # they are all equal
         behaviour = batch.targets.behaviour_T
-        if behaviour is not None and len(behaviour):
+        if losses.label_logprobs is not None and behaviour is not None and len(behaviour):
             difference = (losses.label_logprobs - behaviour).abs()
             self.difference += difference.sum().item()
             self.difference_max = max(self.difference_max, difference.max().item())

@@ -25,7 +25,7 @@ from learner.push import Sender, WeightSource, ema_source, manifest, push, stude
 from learner.schedule import learning_rate
 from learner.tally import RankMetrics, Tally
 from learner.zero import deepspeed_config, fragments, step_and_norm
-from sdft_dist.config import Config
+from sdft_dist.config import Config, LossConfig
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.remote import fetch
@@ -118,7 +118,9 @@ class LearnerRank:
         batch = build(sequences, [0.0] * len(pairs), 0, teacher_heads=None, device=self.device)
         head_loss = self.student.head_loss
         trained = head_loss.objective
-        head_loss.objective = replace(trained, kind="cross_entropy", importance="none", temperature=temperature)
+        head_loss.objective = replace(
+            trained, kind="cross_entropy", importance="none", temperature=temperature, liger_beta=None
+        )
         try:
             with torch.no_grad():
                 found = self.engine(batch).label_logprobs.cpu().numpy()
@@ -229,7 +231,17 @@ def objective(config: Config, transform: LogitTransform) -> Objective:
         importance_clip=loss.importance_clip,
         token_clip=loss.token_clip,
         transform=transform,
+        liger_beta=_liger_beta(loss, transform),
     )
+
+
+def _liger_beta(loss: LossConfig, transform: LogitTransform) -> float | None:
+    """The divergence as the beta of Liger's JSD, where its kernel is asked for."""
+    if loss.kernel != "liger":
+        return None
+    if transform != LogitTransform():
+        raise UserError("loss.kernel=liger: this model scales or caps its logits, which Liger's kernel does not")
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
 
 
 def _free_port() -> int:

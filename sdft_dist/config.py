@@ -129,6 +129,12 @@ class LossConfig(_Section):
         description="sequences: mean over a sequence's tokens, then over the step's sequences. "
         "tokens: mean over all of the step's tokens.",
     )
+    kernel: Literal["auto", "chunked", "liger"] = Field(
+        "auto",
+        description="Computes the full-vocabulary loss. chunked: this project's, reduced in float32. liger: Liger's, "
+        "for support=full with normalisation=tokens; less exact in bfloat16 and without divergence by position. "
+        "auto is chunked.",
+    )
 
 
 class OptimConfig(_Section):
@@ -246,6 +252,12 @@ class Config(_Section):
                 )
             if rollout.from_teacher:
                 raise ValueError("loss.importance: with rollout.from_teacher the samples are not the student's")
+        plain = loss.importance == "none" and loss.token_clip is None
+        if loss.kernel == "liger" and not (loss.support == "full" and loss.normalisation == "tokens" and plain):
+            raise ValueError(
+                "loss.kernel: liger computes a mean over tokens at full support: it needs loss.support=full, "
+                "loss.normalisation=tokens, and neither loss.importance nor loss.token_clip"
+            )
         if rollout.from_teacher and loss.support == "topk" and loss.topk_from == "student":
             raise ValueError("loss.topk_from: with rollout.from_teacher nobody samples as the student: use teacher")
         if rollout.from_teacher and loss.support == "sampled" and not loss.tail:
