@@ -65,6 +65,8 @@ class LearnerGroup:
             **tally.metrics(),
             "grad_norm": per_rank[0].grad_norm,
             "learning_rate": per_rank[0].learning_rate,
+            # What free slots and waiting for the fullest rank cost.
+            "padding_share": 1 - sum(item.num_tokens for item in items) / (ranks * max(m.slots for m in per_rank)),
         }
 
     def logprobs(

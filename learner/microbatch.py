@@ -11,6 +11,7 @@ import torch
 
 from learner.fused import Targets
 from learner.model import MicroBatch
+from sdft_dist.batching import rows
 from sdft_dist.config import LossConfig
 from sdft_dist.types import TeacherTargets
 
@@ -47,9 +48,11 @@ def build(
     skip: int,
     *,
     teacher_heads: Mapping[int, torch.Tensor] | None,
+    width: int | None,
     device: torch.device,
 ) -> MicroBatch:
-    """Pack `sequences`, without loss on the first `skip` tokens of each completion. `teacher_heads` are
+    """Pack `sequences` into rows for a model of `width`, or into one where it is None (FlashAttention's
+    varlen kernels want that), without loss on the first `skip` tokens of each completion. `teacher_heads` are
     the heads for the teacher's states by version, where it sent states; sequences of one version must
     follow one another.
 
@@ -57,10 +60,20 @@ def build(
     """
     trained = [(i, s) for i, s in enumerate(sequences) if len(s.completion_ids) > skip]
     lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
-    offsets = np.cumsum([0, *lengths])
-    ids = [part for s in sequences for part in (s.prompt_ids, s.completion_ids)]
-    # The output at position i predicts the token at i + 1.
-    predicts = [np.arange(offsets[i] + len(s.prompt_ids) - 1 + skip, offsets[i + 1] - 1) for i, s in trained]
+    layout = rows(lengths, width=width) if width else [list(range(len(sequences)))]
+    slots = max((sum(lengths[i] for i in row) for row in layout), default=1)
+    input_ids, position_ids = np.zeros((2, max(1, len(layout)), max(1, slots)), dtype=np.int64)
+    starts = [0] * len(sequences)  # of each sequence among all slots
+    for r, row in enumerate(layout):
+        at = 0
+        for i in row:
+            own = slice(at, at + lengths[i])
+            input_ids[r, own] = np.concatenate([sequences[i].prompt_ids, sequences[i].completion_ids])
+            # Free slots go on counting: they come last, so no token of a sequence sees them.
+            position_ids[r, at:] = np.arange(input_ids.shape[1] - at)
+            starts[i], at = r * input_ids.shape[1] + at, own.stop
+    # The output at one position predicts the token at the next.
+    predicts = [np.arange(starts[i] + len(s.prompt_ids) - 1 + skip, starts[i] + lengths[i] - 1) for i, s in trained]
     counts = [len(s.completion_ids) - skip for _, s in trained]
 
     def long(parts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -82,8 +95,8 @@ def build(
         tail_T=floats([t.tail[skip:] for t in chosen if t.tail is not None]),
     )
     return MicroBatch(
-        input_ids=long(ids or [np.zeros(1)])[None],
-        position_ids=long([np.arange(n) for n in lengths] or [np.zeros(1)])[None],
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(position_ids).to(device),
         predicts=long(predicts),
         weights=floats([np.full(n, weights[i]) for (i, _), n in zip(trained, counts, strict=True)]),
         targets=targets,

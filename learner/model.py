@@ -20,11 +20,11 @@ from sdft_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Sequences laid one behind the other, without padding. T tokens, C of them carry loss."""
+    """Sequences laid one behind the other in R rows of L slots. C tokens carry loss."""
 
-    input_ids: torch.Tensor  # int64 [1, T]
-    position_ids: torch.Tensor  # int64 [1, T], restart at each sequence: attention keeps them apart
-    predicts: torch.Tensor  # int64 [C], positions whose output predicts a completion token
+    input_ids: torch.Tensor  # int64 [R, L]
+    position_ids: torch.Tensor  # int64 [R, L], restart at each sequence: attention keeps them apart
+    predicts: torch.Tensor  # int64 [C], slots (row · L + place) whose output predicts a completion token
     weights: torch.Tensor  # fp32 [C]
     targets: Targets
 
@@ -54,7 +54,7 @@ class Student(nn.Module):
     def forward(self, batch: MicroBatch) -> Losses:
         backbone = self.lm.get_decoder()
         output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        states_CD = output.last_hidden_state[0, batch.predicts]
+        states_CD = output.last_hidden_state.flatten(0, 1)[batch.predicts]
         return self.head_loss(states_CD, batch.weights, batch.targets)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:

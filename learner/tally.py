@@ -83,4 +83,5 @@ class RankMetrics:
     tally: Tally
     grad_norm: float  # global, before clipping
     learning_rate: float
+    slots: int  # token positions that the model processed, free ones counted in
     spans: tuple[Span, ...]

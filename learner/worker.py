@@ -67,6 +67,8 @@ class LearnerRank:
         lm = load_causal_lm(self.config.model, self.config.learner.gradient_checkpointing)
         self.student = Student(lm, self.vocab_size, objective(self.config, logit_transform(lm.config)))
         named = self.student.named_weights()
+        one_row = self.config.model.attention == "flash_attention_2"
+        self._row_width = None if one_row else lm.config.get_text_config().hidden_size
         self._shapes = {name: tuple(p.shape) for name, p in named}
         self.engine, *_ = deepspeed.initialize(
             model=self.student, model_parameters=self.student.parameters(), config=deepspeed_config(self.config)
@@ -88,7 +90,7 @@ class LearnerRank:
         rate = learning_rate(self.config.optim, step, num_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        tally = Tally()
+        tally, slots = Tally(), 0
         for i, micro_batch in enumerate(micro_batches):
             micro_batch = sorted(micro_batch, key=lambda item: item.teacher_version)
             sequences = [self._sequence(item, payloads.get(item.key)) for item in micro_batch]
@@ -100,22 +102,23 @@ class LearnerRank:
             ]
             heads = self._teacher_heads if self.student.head_loss.objective.kind == "full" else None
             skip = self.config.loss.skip_first_tokens
-            batch = build(sequences, weights, skip, teacher_heads=heads, device=self.device)
+            batch = build(sequences, weights, skip, teacher_heads=heads, width=self._row_width, device=self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             losses = self.engine(batch)
             # DeepSpeed averages gradients over ranks; the weights are global, so the sum is wanted.
             self.engine.backward(losses.total * self.world_size)
+            slots += batch.input_ids.numel()
             tally.add(losses, batch, [len(s.completion_ids) for s in sequences], skip)
         grad_norm = step_and_norm(self.engine)
         if self.ema is not None:
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
         spans = (Span("fetch", started, waited), Span("train", waited, time.time()))
-        return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, spans=spans)
+        return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, slots=slots, spans=spans)
 
     def logprobs(self, pairs: list[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
         """Log-probs, float32 [C], of each (prompt, completion), in one forward pass without gradients."""
         sequences = [TrainSequence(prompt_ids=p, completion_ids=c) for p, c in pairs]
-        batch = build(sequences, [0.0] * len(pairs), 0, teacher_heads=None, device=self.device)
+        batch = build(sequences, [0.0] * len(pairs), 0, teacher_heads=None, width=self._row_width, device=self.device)
         head_loss = self.student.head_loss
         trained = head_loss.objective
         head_loss.objective = replace(

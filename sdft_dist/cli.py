@@ -55,6 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     check.set_defaults(command=_preflight)
 
+    bench = commands.add_parser("bench", help="measure throughput: SDFT beside SFT, taking turns")
+    bench.add_argument("recipe", help="YAML file; see deploy/recipes/")
+    bench.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    bench.add_argument("--out", type=Path, required=True, help="new folder for bench.json, traces and timeline.png")
+    bench.add_argument("--pairs", type=_positive, default=5, help="counted segments of each (default: %(default)s)")
+    bench.add_argument("--segment", type=_positive, default=20, help="steps in a segment (default: %(default)s)")
+    bench.add_argument(
+        "--synthetic-model", metavar="SHAPE", help="lab, qwen3-0.6b, qwen3-4b or qwen3-8b, random weights"
+    )
+    bench.add_argument("--lengths", default="300/400/400", help="with it: prompt/demonstration/completion, tokens")
+    bench.add_argument("--peer", choices=["trl"], help="also measure TRL's SDFTTrainer")
+    bench.add_argument("--baseline", type=Path, help="an earlier bench.json; exit 1 where this run is 10%% worse")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(command=_bench)
+
     demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
     demo.add_argument("--out", type=Path, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
@@ -120,6 +135,35 @@ def _preflight(args: argparse.Namespace) -> None:
         print(json.dumps(as_json(found), indent=2))
     else:
         show(found, Console())
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import json
+
+    from sdft_dist.config import load_config
+
+    overrides = list(args.overrides)
+    if args.synthetic_model:
+        from sdft_dist.bench import synthetic
+
+        dtype = next((o.partition("=")[2] for o in overrides if o.startswith("model.dtype=")), "float32")
+        made = synthetic(args.out, args.synthetic_model, args.lengths, 1024, dtype)
+        overrides = [*(f"{key}={value}" for key, value in made.items()), *overrides]
+    config = load_config(args.recipe, overrides)
+    from rich.console import Console
+
+    from sdft_dist.bench import bench, regression, show
+
+    fixed = bool(args.synthetic_model)
+    report = bench(config, args.out, pairs=args.pairs, segment=args.segment, fixed=fixed, peer=bool(args.peer))
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report, Console())
+    worse = regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
+    if worse:
+        print(f"sdft: regression: {worse}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -119,6 +119,7 @@ def _build(
 
     table, events = ray.put(problems), Events()
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
+    together = 2 if sdft and config.rollout.max_staleness else 1
 
     def place(cls: type, sharing: int, *args: Any) -> Any:
         actor = ray.remote(cls).options(**_resources(device, sharing)).remote(*args)
@@ -128,19 +129,19 @@ def _build(
     num_generators = cluster.generators if sdft or config.eval.every else 0
     generators = Pool(
         "generators",
-        [place(Generator, 1, config, device, stop_ids, table) for _ in range(num_generators)],
+        [place(Generator, together, config, device, stop_ids, table) for _ in range(num_generators)],
         cluster.timeout_s,
         events,
     )
     teachers = Pool(
         "teachers",
-        [place(Teacher, 1, config, device, vocab_size, table) for _ in range(num_teachers)],
+        [place(Teacher, together, config, device, vocab_size, table) for _ in range(num_teachers)],
         cluster.timeout_s,
         events,
     )
     learner = LearnerGroup(
         config,
-        [place(LearnerRank, ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)],
+        [place(LearnerRank, together * ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)],
         events,
         on_span,
     )
@@ -185,8 +186,8 @@ def _target_bytes(config: Config) -> int:
 
 
 def _resources(device: str, sharing: int) -> dict[str, Any]:
-    """Ray options of one actor. On CPU the roles take turns, so each may use every core; `sharing`
-    actors that work at the same time divide them."""
+    """Ray options of one actor. On CPU `sharing` actors that work at the same time divide the cores: the
+    ranks of a learner, and the roles where rollouts run ahead; otherwise the roles take turns."""
     if device == "cuda":
         return {"num_gpus": 1, "num_cpus": 1}
     threads = max(1, (os.cpu_count() or 1) // sharing)

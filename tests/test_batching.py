@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sdft_dist.batching import pack
+from sdft_dist.batching import pack, rows
 
 
 def test_every_item_is_packed_once_and_no_bin_is_over_budget():
@@ -30,3 +30,35 @@ def test_fewer_items_than_ranks_leave_empty_micro_batches():
 def test_an_item_above_the_budget_is_refused():
     with pytest.raises(ValueError, match="item 1 has 11 tokens"):
         pack([5, 11], num_ranks=1, budget=10)
+
+
+def cost(found, lengths, width):
+    filled = max(sum(lengths[i] for i in row) for row in found)
+    return len(found) * filled * (filled + 8 * width)
+
+
+def test_rows_hold_every_sequence_once_and_cost_no_more_than_one_row_or_padding():
+    rng = random.Random(3)
+    for width in (64, 128, 2560):
+        for _ in range(30):
+            lengths = [rng.randint(1, rng.choice([9, 300])) for _ in range(rng.randint(1, 40))]
+            found = rows(lengths, width=width)
+            assert sorted(i for row in found for i in row) == list(range(len(lengths)))
+            padded = [[i] for i in range(len(lengths))]
+            assert cost(found, lengths, width) <= cost(padded, lengths, width)
+            assert cost(found, lengths, width) <= 1.02 * cost([list(range(len(lengths)))], lengths, width)
+    assert rows([], width=8) == []
+    assert rows([5, 5, 5], width=128) == [[0], [1], [2]]
+
+
+def test_the_wider_the_model_the_fewer_slots_are_left_free():
+    """A wide model spends little of its time in attention, so it can have longer rows."""
+    rng = random.Random(0)
+    lengths = [rng.randint(100, 900) for _ in range(32)]
+    shares = []
+    for width in (64, 1024, 65_536):
+        found = rows(lengths, width=width)
+        slots = len(found) * max(sum(lengths[i] for i in row) for row in found)
+        shares.append(1 - sum(lengths) / slots)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.03

@@ -1,0 +1,297 @@
+"""`sdft bench`: SDFT beside SFT, and beside TRL's trainer, in one run, taking turns.
+
+All contestants stand ready at once and work in segments of some steps, one after the other, so that a
+slow minute of the machine hits all of them. The headline is the median over the segments of
+(machine-seconds per sample of SDFT) / (those of SFT): every device counts that a method uses.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from sdft_dist.cluster import launch, ray_session, resolve_device
+from sdft_dist.config import Config, parse_config
+from sdft_dist.data import ProblemSet, load_training_rows
+from sdft_dist.errors import UserError
+from sdft_dist.loop import train
+from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
+from sdft_dist.runlog import RunLog, read_metrics
+from sdft_dist.types import Problem
+
+ROLES = {
+    "generator": ("decode", "load weights"),
+    "teacher": ("score", "load weights"),
+    "learner": ("fetch", "train", "gather weights"),
+}
+SKIPPED = 2  # steps at the start of each segment, which fill the pipeline again
+
+
+class Contestant(Protocol):
+    """Does optimizer steps; `after_step` blocks while others have their turn."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, num_steps: int, after_step: Callable[[int], None]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """One of our methods on a fleet of its own; metrics and trace go to `folder`."""
+
+    name: str
+    config: Config
+    problems: ProblemSet
+    vocab_size: int
+    stop_ids: list[int]
+    folder: Path
+
+    def __call__(self, num_steps: int, after_step: Callable[[int], None]) -> None:
+        config = self.config.model_copy(update={"steps": num_steps})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        console = Console(quiet=True)
+        with (
+            RunLog(self.folder, title=self.name, console=console, trace=True) as log,
+            launch(config, self.problems, self.vocab_size, self.stop_ids, on_span=log.span) as fleet,
+        ):
+            train(config, self.problems, fleet.rollouts, fleet.learner, fleet, log, after_step=after_step)
+
+
+class Turns:
+    """Lets the contestants' threads work one at a time, a segment each, and notes every step's end."""
+
+    def __init__(self, names: Sequence[str], segment: int, num_steps: int) -> None:
+        self.ends: dict[str, list[list[float]]] = {name: [] for name in names}
+        self._names, self._segment, self._num_steps = list(names), segment, num_steps
+        self._now, self._left = 0, set(names)
+        self._changed = threading.Condition()
+        self.error: BaseException | None = None
+
+    def after_step(self, name: str) -> Callable[[int], None]:
+        """The callback of one contestant."""
+
+        def act(step: int) -> None:
+            if step:
+                self.ends[name][-1].append(time.perf_counter())
+            if step % self._segment == 0 and step != self._num_steps:
+                if step:
+                    self._pass_on()
+                self._await(name)
+                self.ends[name].append([time.perf_counter()])
+
+        return act
+
+    def run(self, contestants: Sequence[Contestant]) -> None:
+        """All contestants to their end. Raises the first one's error."""
+        threads = [threading.Thread(target=self._guard, args=(c,), daemon=True) for c in contestants]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _guard(self, contestant: Contestant) -> None:
+        # Consumes its turns, produces `ends`, waits in `_await`, unblocked by `_pass_on` or an error.
+        try:
+            self._await(contestant.name)  # also to start: one engine at a time is loaded
+            contestant(self._num_steps, self.after_step(contestant.name))
+        except BaseException as e:
+            self.error = self.error or e
+        with self._changed:
+            self._left.discard(contestant.name)
+        self._pass_on()
+
+    def _await(self, name: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.error is not None or self._names[self._now] == name)
+        if self.error is not None:
+            raise RuntimeError("another contestant failed")
+
+    def _pass_on(self) -> None:
+        with self._changed:
+            for _ in self._names:
+                self._now = (self._now + 1) % len(self._names)
+                if self._names[self._now] in self._left:
+                    break
+            self._changed.notify_all()
+
+
+def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, peer: bool) -> dict[str, Any]:
+    """Measure and return the report, which is also written to `out/bench.json` with a picture beside it.
+
+    `fixed` runs every completion to `rollout.max_completion_tokens`. Raises UserError as a run would.
+    """
+    if (out / "sdft").exists():
+        raise UserError(f"--out: {out} is already in use")
+    out.mkdir(parents=True, exist_ok=True)
+    if segment <= SKIPPED + 1:
+        raise UserError(f"--segment: {segment} steps are too few, the first {SKIPPED} of each are not counted")
+    tokenizer = load_tokenizer(config)
+    rows = load_training_rows(config.data, config.method)
+    problems = encode_problems(config, tokenizer, rows).problems
+    ends = [] if fixed else stop_ids(tokenizer, config.model.path, config.model.revision)
+    contestants: list[Contestant] = []
+    for method in ("sdft", "sft"):
+        own = parse_config({**config.model_dump(), "method": method, "run_dir": str(out / method)})
+        set_ = _imitating(problems, config.rollout.max_completion_tokens) if fixed and method == "sft" else problems
+        contestants.append(
+            Ours(name=method, config=own, problems=set_, vocab_size=len(tokenizer), stop_ids=ends, folder=out / method)
+        )
+    if peer:
+        from sdft_dist.bench_peer import Trl
+
+        contestants.append(Trl(config=config, tokenizer=tokenizer, rows=rows, fixed=fixed, folder=out / "trl"))
+    # The first segment of each warms up and is not counted.
+    turns = Turns([c.name for c in contestants], segment, segment * (pairs + 1))
+    with ray_session(config):
+        turns.run(contestants)
+    report = _report(config, turns, out, fixed)
+    (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
+    timeline(out / "sdft" / "trace.json", out / "timeline.png")
+    return report
+
+
+def synthetic(out: Path, shape: str, lengths: str, num_rows: int, dtype: str) -> dict[str, Any]:
+    """Write a random model of `shape` and rows of `lengths`, "prompt/demonstration/completion" in tokens,
+    and return the overrides that a configuration needs for them."""
+    from sdft_dist.synthetic import SHAPES, write_model, write_rows
+
+    if shape not in SHAPES:
+        raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
+    try:
+        prompt, demonstration, completion = (int(n) for n in lengths.split("/"))
+    except ValueError:
+        raise UserError(f"--lengths: got {lengths!r}, expected tokens as 300/400/400") from None
+    out.mkdir(parents=True, exist_ok=True)
+    context = prompt + demonstration + completion + 16
+    return {
+        "model.path": str(write_model(out / "model", shape, dtype, context)),
+        "model.dtype": dtype,
+        "model.max_length": context,
+        "data.train": str(write_rows(out / "rows.jsonl", shape, prompt, demonstration, num_rows)),
+        "prompt.template": "'{prompt} {demonstration}'",
+        "rollout.max_completion_tokens": completion,
+    }
+
+
+def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
+    """The same prompts with demonstrations of as many tokens as SDFT's completions have."""
+    import numpy as np
+
+    return ProblemSet(
+        Problem(
+            prompt_ids=p.prompt_ids,
+            teacher_prompt_ids=p.teacher_prompt_ids,
+            demonstration_ids=np.resize(p.demonstration_ids, num_tokens),
+        )
+        for p in problems
+    )
+
+
+def _report(config: Config, turns: Turns, out: Path, fixed: bool) -> dict[str, Any]:
+    batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
+    rates = {name: [_rate(ends, batch) for ends in segments[1:]] for name, segments in turns.ends.items()}
+    devices = {"sdft": 1, "sft": 1, "trl": 1}
+    if resolve_device(config) == "cuda":
+        cluster, ranks = config.cluster, config.learner.ranks
+        devices = {"sdft": cluster.generators + cluster.teachers + ranks, "sft": ranks, "trl": 1}
+    cost = {name: [devices[name] / r for r in found] for name, found in rates.items()}
+    metrics = read_metrics(out / "sdft", "train")
+    report: dict[str, Any] = {
+        "sdft_over_sft": _summary([a / b for a, b in zip(cost["sdft"], cost["sft"], strict=True)]),
+        "samples_per_s": {name: _summary(found) for name, found in rates.items()},
+        "devices": {name: devices[name] for name in rates},
+        "batch": batch,
+        "segments": len(rates["sdft"]),
+        "fixed_lengths": fixed,
+        "completion_tokens": statistics.median(m["completion_tokens_mean"] for m in metrics),
+        "max_staleness": config.rollout.max_staleness,
+        "staleness_mean": statistics.mean(m["staleness_mean"] for m in metrics),
+        "busy_share": _busy(metrics, turns.ends["sdft"]),
+    }
+    if "trl" in rates:
+        report["sdft_over_trl_speed"] = _summary([a / b for a, b in zip(rates["sdft"], rates["trl"], strict=True)])
+    return report
+
+
+def _rate(ends: Sequence[float], batch: int) -> float:
+    """Samples per second of one segment, without its first steps."""
+    return batch * (len(ends) - 1 - SKIPPED) / (ends[-1] - ends[SKIPPED])
+
+
+def _busy(metrics: Sequence[dict[str, Any]], segments: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Share of the wall clock in which each thing was done, of the counted segments."""
+    wall = sum(ends[-1] - ends[0] for ends in segments[1:])
+    warm = metrics[len(segments[0]) - 1 :]
+    names = sorted({name for m in warm for name in m if name.startswith("busy/")})
+    return {name.removeprefix("busy/"): sum(m.get(name, 0.0) for m in warm) / wall for name in names}
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report as a table."""
+    ratio = report["sdft_over_sft"]
+    table = Table(title=f"{report['segments']} segments each, taking turns; median (lowest – highest)")
+    for column in ("", "samples/s", "devices"):
+        table.add_column(column)
+    for name, r in report["samples_per_s"].items():
+        table.add_row(name, f"{r['median']:.1f} ({r['low']:.1f} – {r['high']:.1f})", str(report["devices"][name]))
+    console.print(table)
+    console.print(
+        f"device-seconds per sample, SDFT / SFT: {ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
+    )
+    if "sdft_over_trl_speed" in report:
+        faster = report["sdft_over_trl_speed"]
+        console.print(f"samples/s, ours / TRL: {faster['median']:.2f} ({faster['low']:.2f} – {faster['high']:.2f})")
+    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in report["busy_share"].items())
+    console.print(f"share of the wall clock, SDFT: {shares}", highlight=False)
+
+
+def regression(report: dict[str, Any], baseline: dict[str, Any]) -> str | None:
+    """What has become more than 10% worse than in `baseline`, or None."""
+    before, now = (r["sdft_over_sft"]["median"] for r in (baseline, report))
+    if now > 1.1 * before:
+        return f"SDFT / SFT was {before:.2f} and is {now:.2f}"
+    return None
+
+
+def timeline(trace: Path, out: Path, seconds: float = 4.0) -> None:
+    """A picture of who works and who waits, over the last `seconds` of a trace."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    events = json.loads(trace.read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
+    bars = [e for e in events if e.get("ph") == "X"]
+    last = max(e["ts"] + e["dur"] for e in bars)
+    bars = [e for e in bars if e["ts"] > last - seconds * 1e6]
+    lanes = sorted({(names[e["pid"]], e["tid"]) for e in bars})
+    colours = dict(
+        zip(sorted({e["name"] for e in bars}), plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False)
+    )
+    figure, axis = plt.subplots(figsize=(10, 0.6 + 0.5 * len(lanes)), layout="constrained")
+    for e in bars:
+        row = lanes.index((names[e["pid"]], e["tid"]))
+        axis.barh(row, e["dur"] / 1e6, left=(e["ts"] - last) / 1e6 + seconds, color=colours[e["name"]], height=0.7)
+    axis.set_yticks(range(len(lanes)), [f"{name} {index}" for name, index in lanes])
+    axis.set_xlabel("seconds")
+    axis.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], colours, loc="upper left", ncols=5)
+    axis.set_ylim(-0.6, len(lanes) + 0.2)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

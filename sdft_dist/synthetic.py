@@ -1,0 +1,82 @@
+"""Models of known shapes with random weights, and rows of fixed lengths: what throughput is measured on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+# Fields of transformers' Qwen3Config, from the models' published configurations.
+SHAPES: dict[str, dict[str, Any]] = {
+    "lab": {
+        "vocab_size": 102, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": {
+        "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    },
+    "qwen3-4b": {
+        "vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def write_model(folder: Path, shape: str, dtype: str, max_length: int, seed: int = 0) -> Path:
+    """A Hugging Face folder of a random Qwen3 of `shape`, with a tokenizer of one token a word."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    settings = SHAPES[shape]
+    words = [*SPECIAL, *(f"w{i}" for i in range(settings["vocab_size"] - len(SPECIAL)))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="w0",
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        additional_special_tokens=list(SPECIAL[2:]),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        max_position_embeddings=max_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **settings,
+    )
+    lm = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, shape: str, prompt: int, demonstration: int, count: int, seed: int = 0) -> Path:
+    """`count` rows of random words with `prompt` and `demonstration` tokens, those of the chat template
+    counted in."""
+    rng = random.Random(seed)
+
+    def words(n: int) -> str:
+        return " ".join(f"w{rng.randrange(SHAPES[shape]['vocab_size'] - len(SPECIAL))}" for _ in range(max(1, n)))
+
+    with path.open("w") as out:
+        for _ in range(count):
+            # <|user|> … <|end|> <|assistant|> around the prompt; <|end|> after what SFT imitates.
+            row = {"prompt": words(prompt - 3), "demonstration": words(demonstration - 1)}
+            out.write(json.dumps(row) + "\n")
+    return path
