@@ -165,14 +165,11 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
 def synthetic(out: Path, shape: str, lengths: str, num_rows: int, dtype: str) -> dict[str, Any]:
     """Write a random model of `shape` and rows of `lengths`, "prompt/demonstration/completion" in tokens,
     and return the overrides that a configuration needs for them."""
-    from sdft_dist.synthetic import SHAPES, write_model, write_rows
+    from sdft_dist.synthetic import SHAPES, parse_lengths, write_model, write_rows
 
     if shape not in SHAPES:
         raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
-    try:
-        prompt, demonstration, completion = (int(n) for n in lengths.split("/"))
-    except ValueError:
-        raise UserError(f"--lengths: got {lengths!r}, expected tokens as 300/400/400") from None
+    prompt, demonstration, completion = parse_lengths(lengths)
     out.mkdir(parents=True, exist_ok=True)
     context = prompt + demonstration + completion + 16
     return {

@@ -70,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
 
+    plan = commands.add_parser("plan", help="predict cost, memory and the split of GPUs, without starting anything")
+    plan.add_argument("recipe", help="YAML file; see deploy/recipes/")
+    plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
+    plan.add_argument("--gpus", type=_positive, nargs="+", default=[1, 4, 8, 16, 64, 256, 1024], metavar="N")
+    plan.add_argument("--shape", help="instead of model.path: lab, qwen3-0.6b, qwen3-4b or qwen3-8b")
+    plan.add_argument("--lengths", default="300/400/400", help="prompt/demonstration/completion, tokens")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(command=_plan)
+
     demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
     demo.add_argument("--out", type=Path, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
@@ -164,6 +174,30 @@ def _bench(args: argparse.Namespace) -> None:
     if worse:
         print(f"sdft: regression: {worse}", file=sys.stderr)
         sys.exit(1)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from sdft_dist.config import load_config
+    from sdft_dist.errors import UserError
+    from sdft_dist.plan import GPUS, Lengths, as_json, dimensions, plan, read_dimensions, show
+    from sdft_dist.synthetic import SHAPES, parse_lengths
+
+    config = load_config(args.recipe, args.overrides)
+    for name, value, valid in (("--gpu", args.gpu, GPUS), ("--shape", args.shape or "lab", SHAPES)):
+        if value not in valid:
+            raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
+    model = dimensions(SHAPES[args.shape]) if args.shape else read_dimensions(config)
+    prompt, demonstration, completion = parse_lengths(args.lengths)
+    lengths = Lengths(prompt=prompt, demonstration=demonstration, completion=completion)
+    plans = [plan(config, model, lengths, GPUS[args.gpu], n) for n in args.gpus]
+    if args.json:
+        print(json.dumps(as_json(plans), indent=2))
+    else:
+        show(plans, Console())
 
 
 def _demo(args: argparse.Namespace) -> None:

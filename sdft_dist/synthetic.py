@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from sdft_dist.errors import UserError
+
 # Fields of transformers' Qwen3Config, from the models' published configurations.
 SHAPES: dict[str, dict[str, Any]] = {
     "lab": {
@@ -31,6 +33,15 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+def parse_lengths(text: str) -> tuple[int, int, int]:
+    """Tokens of prompt, demonstration and completion, from "300/400/400". Raises UserError."""
+    try:
+        prompt, demonstration, completion = (int(n) for n in text.split("/"))
+    except ValueError:
+        raise UserError(f"--lengths: got {text!r}, expected tokens as 300/400/400") from None
+    return prompt, demonstration, completion
 
 
 def write_model(folder: Path, shape: str, dtype: str, max_length: int, seed: int = 0) -> Path:

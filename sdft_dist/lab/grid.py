@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import statistics
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main() -> None:
     with ray_session(next(iter(recipes.values()))):
         for (case, _), config in recipes.items():
             if not (Path(config.run_dir) / "model").exists():
+                shutil.rmtree(config.run_dir, ignore_errors=True)  # what an interrupted run has left
                 run(config, title=" ".join(case), console=Console())
     table = args.out / "table.md"
     table.write_text(_table(args.out, grid, args.seeds, args.steps))

@@ -1,0 +1,265 @@
+"""`sdft plan`: what a step costs and whether it fits, before anything is started.
+
+Arithmetic only. Seconds per sample, for N body parameters, V · D head parameters, and P, D, C tokens of
+prompt, demonstration and completion:
+- SFT: 3 · (2N(P+C) + attention) + 6 · V·D · C floating-point operations;
+- SDFT adds the student's prefill 2NP, decoding, the teacher's pass 2N(P+D+C) + attention, and its head
+  2 · V·D · C in the learner;
+- decoding one token: max(weight bytes / (batch · bandwidth), 2(N + V·D) / speed) plus the reading of the
+  keys and values of P + C/2 tokens.
+`bench` prints what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sdft_dist.config import Config
+from sdft_dist.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One device: dense bf16 speed by the data sheet, what a large matrix product reaches, memory."""
+
+    peak_flops: float
+    product_flops: float
+    bandwidth: float  # bytes/s, as reached
+    memory_gib: float
+
+
+GPUS = {
+    "h200": Gpu(peak_flops=989e12, product_flops=790e12, bandwidth=4.3e12, memory_gib=139),
+    "h100": Gpu(peak_flops=989e12, product_flops=700e12, bandwidth=3.0e12, memory_gib=79),
+    "a100": Gpu(peak_flops=312e12, product_flops=270e12, bandwidth=1.7e12, memory_gib=79),
+}
+LEARNER_MFU = 0.45  # of peak_flops
+INFERENCE_EFFICIENCY = 0.6  # of product_flops and bandwidth
+USABLE = 0.92  # share of a GPU's memory that one may count on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimensions:
+    """What costs depend on, of a decoder with grouped-query attention and a gated MLP."""
+
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @property
+    def body(self) -> int:
+        """Parameters of all layers."""
+        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.width * self.mlp_width)
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output head."""
+        return self.vocab * self.width
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.body + self.head * (1 if self.tied else 2)
+
+    def attention_flops(self, tokens: float) -> float:
+        """Of a causal forward pass over one sequence."""
+        return 2 * tokens**2 * self.heads * self.head_dim * self.layers
+
+    def forward_flops(self, tokens: float) -> float:
+        """Of the body over one sequence."""
+        return 2 * self.body * tokens + self.attention_flops(tokens)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of one token, bf16."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Tokens."""
+
+    prompt: int
+    demonstration: int
+    completion: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seconds:
+    """Device-seconds per sample of each role; `sft` is the learner's of plain SFT."""
+
+    sft: float
+    learner: float
+    generator: float
+    teacher: float
+
+    @property
+    def ratio(self) -> float:
+        """SDFT over SFT."""
+        return (self.learner + self.generator + self.teacher) / self.sft
+
+
+def dimensions(settings: dict[str, Any]) -> Dimensions:
+    """From the fields of a Hugging Face configuration."""
+    heads = settings["num_attention_heads"]
+    return Dimensions(
+        layers=settings["num_hidden_layers"],
+        width=settings["hidden_size"],
+        mlp_width=settings["intermediate_size"],
+        heads=heads,
+        kv_heads=settings.get("num_key_value_heads") or heads,
+        head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
+        vocab=settings["vocab_size"],
+        tied=bool(settings.get("tie_word_embeddings")),
+    )
+
+
+def seconds(
+    m: Dimensions,
+    n: Lengths,
+    gpu: Gpu,
+    *,
+    decode_batch: float,
+    completions_per_prompt: int = 1,
+    efficiency: float = INFERENCE_EFFICIENCY,
+) -> Seconds:
+    """The model of the module's docstring. Completions of one prompt share the student's prefill; the
+    teacher's engine does not read its prefix cache."""
+    learner, speed, bandwidth = LEARNER_MFU * gpu.peak_flops, efficiency * gpu.product_flops, efficiency * gpu.bandwidth
+    sft = 3 * m.forward_flops(n.prompt + n.completion) + 6 * m.head * n.completion
+    weights = 2 * (m.body + m.head)  # bytes, and operations per token
+    token = max(weights / (decode_batch * bandwidth), weights / speed)
+    token += m.kv_bytes * (n.prompt + n.completion / 2) / bandwidth
+    return Seconds(
+        sft=sft / learner,
+        learner=(sft + 2 * m.head * n.completion) / learner,
+        generator=m.forward_flops(n.prompt) / completions_per_prompt / speed + token * n.completion,
+        teacher=m.forward_flops(n.prompt + n.demonstration + n.completion) / speed,
+    )
+
+
+def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
+    """Of one GPU of each role, without the KV cache, which takes what is left. bf16 weights; fp32 master
+    weights, moments and EMA."""
+    learner, stage = config.learner, config.learner.zero_stage
+    weights = 2 * m.total / (ranks if stage == 3 else 1)
+    gradients = 2 * m.total / (ranks if stage >= 2 else 1)
+    states = (12 + (4 if config.teacher.kind == "ema" else 0)) * m.total / (ranks if stage >= 1 else 1)
+    # Kept for backward, bf16, per token and layer: block inputs; or, without recomputing, also norms, queries,
+    # keys, values, attention's output and the MLP's three wide tensors.
+    kept = m.width if learner.gradient_checkpointing else 6 * m.width + 2 * m.heads * m.head_dim + 3 * m.mlp_width
+    activations = 2 * kept * m.layers * learner.tokens_per_microbatch
+    versions = 1 if config.teacher.kind == "base" else config.rollout.max_staleness + 2
+    head = 4 * m.head + versions * 2 * m.head + 4 * (128 << 20)
+    engine = 2 * m.total + 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
+    gib = {"learner": weights + gradients + states + activations + head, "generator": engine, "teacher": engine}
+    return {role: size / 2**30 for role, size in gib.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is predicted for one number of GPUs."""
+
+    gpus: int
+    split: dict[str, int]  # GPUs of each role; one GPU is shared by all
+    decode_batch: float
+    seconds: Seconds
+    step_s: float
+    bottleneck: str
+    idle_share: dict[str, float]
+    memory_gib: dict[str, float]  # of one GPU of the role
+    fits: bool
+
+
+def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan:
+    """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles.
+    Raises UserError for 2 GPUs."""
+    if gpus == 1:
+        return _plan(config, m, n, gpu, {"generator": 1, "teacher": 1, "learner": 1}, shared=True)
+    if gpus == 2:
+        raise UserError("--gpus: three roles need 1 GPU that they share, or 3 and more")
+    step = max(1, gpus // 64)
+    splits = [
+        {"generator": g, "teacher": t, "learner": gpus - g - t}
+        for g in range(step, gpus, step)
+        for t in range(step, gpus - g, step)
+    ]
+    plans = [_plan(config, m, n, gpu, split, shared=False) for split in splits]
+    return min(plans, key=lambda p: (not p.fits, p.step_s))
+
+
+def _plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, int], *, shared: bool) -> Plan:
+    copies = config.rollout.completions_per_prompt
+    batch = config.rollout.prompts_per_step * copies
+    memory = memory_gib(config, m, split["learner"])
+    usable = USABLE * gpu.memory_gib
+    room = usable - (sum(memory.values()) if shared else memory["generator"])  # for keys and values
+    in_flight = batch * (1 + config.rollout.max_staleness) / split["generator"]
+    kv_limit = max(1.0, room * 2**30 / (m.kv_bytes * (n.prompt + n.completion)))
+    decode_batch = min(in_flight, config.cluster.max_sequences, kv_limit)
+    cost = seconds(m, n, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
+    times = {role: batch * getattr(cost, role) / split[role] for role in split}
+    at_once = config.rollout.max_staleness > 0 and not shared
+    step_s = max(times.values()) if at_once else sum(times.values())
+    return Plan(
+        gpus=1 if shared else sum(split.values()),
+        split=split,
+        decode_batch=decode_batch,
+        seconds=cost,
+        step_s=step_s,
+        bottleneck=max(times, key=lambda role: times[role]),
+        idle_share={role: 1 - t / step_s for role, t in times.items()},
+        memory_gib=memory,
+        fits=room > 0 and (shared or all(size <= usable for size in memory.values())),
+    )
+
+
+def read_dimensions(config: Config) -> Dimensions:
+    """Of the recipe's model. Raises UserError where it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.path: {config.model.path}: no model configuration could be read: {e}") from e
+    return dimensions(settings.get_text_config().to_dict())
+
+
+def as_json(plans: list[Plan]) -> list[dict[str, Any]]:
+    """Plain data."""
+    return [{**asdict(p), "device_seconds_ratio": p.seconds.ratio} for p in plans]
+
+
+def show(plans: list[Plan], console: Console) -> None:
+    """One line for each number of GPUs."""
+    first = plans[0]
+    cost = first.seconds
+    console.print(
+        f"Device-seconds per sample at a decode batch of {first.decode_batch:.0f}: SFT {cost.sft:.4f}; "
+        f"SDFT {cost.learner:.4f} learner + {cost.generator:.4f} generator + {cost.teacher:.4f} teacher = "
+        f"{cost.ratio:.2f} times SFT",
+        highlight=False,
+    )
+    table = Table(title="Predicted, not measured")
+    columns = ("GPUs", "generators", "teachers", "learners", "decode batch", "s/step", "SDFT/SFT", "bottleneck",
+               "GiB gen/teach/learn", "fits")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="right")
+    for p in plans:
+        sizes = "/".join(f"{p.memory_gib[role]:.0f}" for role in ("generator", "teacher", "learner"))
+        split = ["shared"] * 3 if p.gpus == 1 else [str(p.split[r]) for r in ("generator", "teacher", "learner")]
+        table.add_row(
+            str(p.gpus), *split, f"{p.decode_batch:.0f}", f"{p.step_s:.2f}", f"{p.seconds.ratio:.2f}",
+            p.bottleneck, sizes, "yes" if p.fits else "NO",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,73 @@
+"""The cost model against figures worked out by hand and by an independent table."""
+
+import pytest
+
+from sdft_dist.config import parse_config
+from sdft_dist.errors import UserError
+from sdft_dist.plan import GPUS, Lengths, dimensions, memory_gib, plan, seconds
+from sdft_dist.synthetic import SHAPES
+
+QWEN4B = dimensions(SHAPES["qwen3-4b"])
+SHORT, LONG = (Lengths(prompt=p, demonstration=d, completion=c) for p, d, c in ((300, 400, 400), (1000, 600, 600)))
+
+
+def config(**sections):
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}}
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+def test_parameters_are_those_of_the_published_models():
+    assert dimensions(SHAPES["qwen3-4b"]).total == pytest.approx(4.02e9, rel=0.005)
+    assert dimensions(SHAPES["qwen3-8b"]).total == pytest.approx(8.19e9, rel=0.005)
+    assert dimensions(SHAPES["qwen3-0.6b"]).total == pytest.approx(0.596e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "efficiency", "decode_batch", "ratio"),
+    [
+        (SHORT, 1.0, 1e9, 1.66), (SHORT, 0.6, 1e9, 2.10), (SHORT, 0.6, 16, 4.0), (SHORT, 0.6, 32, 3.0),
+        (SHORT, 0.6, 64, 2.4), (SHORT, 0.6, 128, 2.2),
+        (LONG, 1.0, 1e9, 1.75), (LONG, 0.6, 1e9, 2.25), (LONG, 0.6, 16, 3.5), (LONG, 0.6, 32, 2.8),
+        (LONG, 0.6, 64, 2.5), (LONG, 0.6, 128, 2.3),
+    ],
+)  # fmt: skip
+def test_qwen3_4b_on_an_h200(lengths, efficiency, decode_batch, ratio):
+    """A table that was worked out independently; its figures are rounded."""
+    found = seconds(QWEN4B, lengths, GPUS["h200"], decode_batch=decode_batch, efficiency=efficiency).ratio
+    assert found == pytest.approx(ratio, abs=0.06)
+
+
+def test_several_completions_of_a_prompt_share_its_prefill():
+    one, eight = (seconds(QWEN4B, SHORT, GPUS["h200"], decode_batch=128, completions_per_prompt=n) for n in (1, 8))
+    assert eight.generator < one.generator
+    assert (eight.teacher, eight.learner) == (one.teacher, one.learner)
+
+
+def test_memory_by_hand():
+    """4.02 B parameters at ZeRO-2 on 4 ranks: 2 bytes of weights, and (2 + 12 + 4) / 4 of the rest."""
+    settings = config(learner={"zero_stage": 2, "tokens_per_microbatch": 4096, "gradient_checkpointing": True})
+    found = memory_gib(settings, QWEN4B, ranks=4)["learner"]
+    states = QWEN4B.total * (2 + 18 / 4)
+    activations = 2 * 2560 * 36 * 4096
+    head = (4 + 2 * 2) * QWEN4B.head + 4 * (128 << 20)
+    assert found == pytest.approx((states + activations + head) / 2**30)
+
+
+def test_the_split_balances_the_roles_and_more_gpus_are_faster():
+    fast = config(rollout={"max_staleness": 2, "prompts_per_step": 512}, learner={"gradient_checkpointing": True})
+    plans = [plan(fast, QWEN4B, SHORT, GPUS["h200"], n) for n in (8, 16, 64)]
+    assert all(p.fits for p in plans)
+    assert [p.gpus for p in plans] == [sum(p.split.values()) for p in plans]
+    assert plans[0].step_s > 1.5 * plans[1].step_s > 4 * plans[2].step_s
+    assert plans[2].split["learner"] > plans[2].split["generator"] > 0
+    assert max(plans[2].idle_share.values()) < 0.2
+
+
+def test_what_does_not_fit_is_said():
+    big = dimensions(SHAPES["qwen3-8b"])
+    settings = config(learner={"gradient_checkpointing": True})
+    assert not plan(settings, big, SHORT, GPUS["a100"], 1).fits
+    with pytest.raises(UserError, match="1 GPU that they share, or 3 and more"):
+        plan(settings, big, SHORT, GPUS["h200"], 2)
