@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=_positive, nargs="+", default=[1, 4, 8, 16, 64, 256, 1024], metavar="N")
     plan.add_argument("--shape", help="instead of model.path: lab, qwen3-0.6b, qwen3-4b or qwen3-8b")
     plan.add_argument("--lengths", default="300/400/400", help="prompt/demonstration/completion, tokens")
+    plan.add_argument("--simulate", action="store_true", help="also run a discrete-event simulation of each split")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(command=_plan)
 
@@ -178,6 +179,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     import json
+    from dataclasses import asdict
 
     from rich.console import Console
 
@@ -194,10 +196,20 @@ def _plan(args: argparse.Namespace) -> None:
     prompt, demonstration, completion = parse_lengths(args.lengths)
     lengths = Lengths(prompt=prompt, demonstration=demonstration, completion=completion)
     plans = [plan(config, model, lengths, GPUS[args.gpu], n) for n in args.gpus]
-    if args.json:
-        print(json.dumps(as_json(plans), indent=2))
-    else:
+    found = as_json(plans)
+    if not args.json:
         show(plans, Console())
+    if args.simulate:
+        from sdft_dist.simulate import show as show_outcomes
+        from sdft_dist.simulate import simulate
+
+        split = [p for p in plans if p.gpus > 1]
+        outcomes = [simulate(config, model, lengths, GPUS[args.gpu], p) for p in split]
+        if not args.json:
+            show_outcomes(split, outcomes, Console())
+        found += [{"gpus": p.gpus, "simulated": asdict(o)} for p, o in zip(split, outcomes, strict=True)]
+    if args.json:
+        print(json.dumps(found, indent=2))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ GPUS = {
 }
 LEARNER_MFU = 0.45  # of peak_flops
 INFERENCE_EFFICIENCY = 0.6  # of product_flops and bandwidth
+ROLES = ("generator", "teacher", "learner")
 USABLE = 0.92  # share of a GPU's memory that one may count on
 
 
@@ -175,6 +176,7 @@ class Plan:
     decode_batch: float
     seconds: Seconds
     step_s: float
+    ratio_with_waiting: float  # GPU-seconds per sample, SDFT over SFT, idle GPUs counted in
     bottleneck: str
     idle_share: dict[str, float]
     memory_gib: dict[str, float]  # of one GPU of the role
@@ -185,7 +187,7 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
     """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles.
     Raises UserError for 2 GPUs."""
     if gpus == 1:
-        return _plan(config, m, n, gpu, {"generator": 1, "teacher": 1, "learner": 1}, shared=True)
+        return _plan(config, m, n, gpu, dict.fromkeys(ROLES, 1), shared=True)
     if gpus == 2:
         raise UserError("--gpus: three roles need 1 GPU that they share, or 3 and more")
     step = max(1, gpus // 64)
@@ -217,6 +219,7 @@ def _plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, 
         decode_batch=decode_batch,
         seconds=cost,
         step_s=step_s,
+        ratio_with_waiting=(1 if shared else sum(split.values())) * step_s / batch / cost.sft,
         bottleneck=max(times, key=lambda role: times[role]),
         idle_share={role: 1 - t / step_s for role, t in times.items()},
         memory_gib=memory,
@@ -251,15 +254,17 @@ def show(plans: list[Plan], console: Console) -> None:
         highlight=False,
     )
     table = Table(title="Predicted, not measured")
-    columns = ("GPUs", "generators", "teachers", "learners", "decode batch", "s/step", "SDFT/SFT", "bottleneck",
-               "GiB gen/teach/learn", "fits")  # fmt: skip
+    columns = ("GPUs", "gen/teach/learn", "batch", "s/step", "SDFT/SFT", "slowest", "GiB", "fits")
     for column in columns:
         table.add_column(column, justify="right")
     for p in plans:
-        sizes = "/".join(f"{p.memory_gib[role]:.0f}" for role in ("generator", "teacher", "learner"))
-        split = ["shared"] * 3 if p.gpus == 1 else [str(p.split[r]) for r in ("generator", "teacher", "learner")]
-        table.add_row(
-            str(p.gpus), *split, f"{p.decode_batch:.0f}", f"{p.step_s:.2f}", f"{p.seconds.ratio:.2f}",
-            p.bottleneck, sizes, "yes" if p.fits else "NO",
-        )  # fmt: skip
+        sizes = "/".join(f"{p.memory_gib[role]:.0f}" for role in ROLES)
+        split = "all shared" if p.gpus == 1 else "/".join(str(p.split[role]) for role in ROLES)
+        row = (p.gpus, split, f"{p.decode_batch:.0f}", f"{p.step_s:.2f}", f"{p.ratio_with_waiting:.2f}", p.bottleneck)
+        table.add_row(*map(str, row), sizes, "yes" if p.fits else "NO")
     console.print(table)
+    console.print(
+        "batch: requests that one generator decodes at a time. "
+        "SDFT/SFT: GPU-seconds per sample with waiting counted in.",
+        highlight=False,
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sdft_dist import simulate
 from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
 from sdft_dist.plan import GPUS, Lengths, dimensions, memory_gib, plan, seconds
@@ -71,3 +72,27 @@ def test_what_does_not_fit_is_said():
     assert not plan(settings, big, SHORT, GPUS["a100"], 1).fits
     with pytest.raises(UserError, match="1 GPU that they share, or 3 and more"):
         plan(settings, big, SHORT, GPUS["h200"], 2)
+
+
+def test_the_simulation_agrees_with_the_arithmetic_where_nothing_is_left_out(monkeypatch):
+    """Equal lengths, no push, no driver, and rollouts far ahead."""
+    for name in ("SPREAD", "PUSH_EXPOSED_S", "DRIVER_S"):
+        monkeypatch.setattr(simulate, name, 0.0)
+    far = config(rollout={"max_staleness": 8, "prompts_per_step": 256}, learner={"gradient_checkpointing": True})
+    predicted = plan(far, QWEN4B, SHORT, GPUS["h200"], 8)
+    found = simulate.simulate(far, QWEN4B, SHORT, GPUS["h200"], predicted, steps=40)
+    assert found.step_s == pytest.approx(predicted.step_s, rel=0.15)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_simulated_samples_are_never_staler_than_allowed_and_running_ahead_pays(staleness):
+    ahead, sync = (
+        config(rollout={"max_staleness": s, "prompts_per_step": 128}, learner={"gradient_checkpointing": True})
+        for s in (staleness, 0)
+    )
+    times = []
+    for c in (ahead, sync):
+        outcome = simulate.simulate(c, QWEN4B, SHORT, GPUS["h200"], plan(c, QWEN4B, SHORT, GPUS["h200"], 8))
+        assert outcome.staleness_max == c.rollout.max_staleness
+        times.append(outcome.step_s)
+    assert times[0] < 0.7 * times[1] if staleness else times[0] == times[1]

@@ -1,0 +1,87 @@
+"""Taking turns, rates and the account of who works; the contestants are fakes."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from sdft_dist.bench import SKIPPED, Turns, _rate, regression, timeline
+from sdft_dist.errors import UserError
+from sdft_dist.synthetic import SHAPES, parse_lengths, write_model, write_rows
+from sdft_dist.trace import Trace
+from sdft_dist.types import Span
+
+
+class Fake:
+    def __init__(self, name, order, fail_at=None):
+        self.name, self.order, self.fail_at = name, order, fail_at
+
+    def __call__(self, num_steps, after_step):
+        after_step(0)
+        for step in range(1, num_steps + 1):
+            self.order.append((self.name, step))
+            if step == self.fail_at:
+                raise ValueError("contestant failed")
+            time.sleep(0.001)
+            after_step(step)
+
+
+def test_contestants_work_one_segment_at_a_time():
+    order = []
+    turns = Turns(["a", "b", "c"], segment=4, num_steps=8)
+    turns.run([Fake(name, order) for name in "abc"])
+    assert order == [(name, first + i) for first in (1, 5) for name in "abc" for i in range(4)]
+    assert {name: [len(s) for s in segments] for name, segments in turns.ends.items()} == {
+        name: [5, 5] for name in "abc"
+    }
+
+
+def test_the_first_failure_ends_all():
+    turns = Turns(["a", "b"], segment=4, num_steps=8)
+    with pytest.raises(ValueError, match="contestant failed"):
+        turns.run([Fake("a", []), Fake("b", [], fail_at=2)])
+    assert threading.active_count() < 20
+
+
+def test_a_rate_leaves_out_the_first_steps_of_a_segment():
+    ends = [0.0, 9.0, 10.0, 10.5, 11.0]  # two slow ones, then half a second each
+    assert SKIPPED == 2
+    assert _rate(ends, batch=32) == pytest.approx(64)
+
+
+def test_a_regression_is_over_ten_percent():
+    def report(ratio):
+        return {"sdft_over_sft": {"median": ratio}}
+
+    assert regression(report(2.19), report(2.0)) is None
+    assert "was 2.00 and is 2.21" in regression(report(2.21), report(2.0))
+
+
+def test_a_trace_opens_as_json_and_gives_a_picture(tmp_path):
+    trace = Trace(tmp_path / "trace.json")
+    for i in range(3):
+        trace.add("generator", i % 2, Span("decode", 100.0 + i, 100.5 + i))
+        trace.add("learner", 0, Span("train", 100.5 + i, 101.0 + i))
+    trace.close()
+    bars = [e for e in json.loads((tmp_path / "trace.json").read_text()) if e.get("ph") == "X"]
+    assert len(bars) == 6
+    assert {e["dur"] for e in bars} == {500_000}
+    timeline(tmp_path / "trace.json", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 2000
+
+
+def test_synthetic_rows_have_the_lengths_asked_for(tmp_path):
+    from transformers import AutoTokenizer
+
+    model = write_model(tmp_path / "model", "lab", "float32", 128)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert len(tokenizer) == SHAPES["lab"]["vocab_size"]
+    rows = [json.loads(line) for line in write_rows(tmp_path / "r.jsonl", "lab", 12, 7, 20).open()]
+    for row in rows:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        assert len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) == 12
+        assert len(tokenizer(row["demonstration"])["input_ids"]) == 7 - 1
+    assert parse_lengths("3/4/5") == (3, 4, 5)
+    with pytest.raises(UserError, match="--lengths: got '3/4'"):
+        parse_lengths("3/4")
