@@ -135,8 +135,9 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
     if (out / "sdft").exists():
         raise UserError(f"--out: {out} is already in use")
     out.mkdir(parents=True, exist_ok=True)
-    if segment <= SKIPPED + 1:
-        raise UserError(f"--segment: {segment} steps are too few, the first {SKIPPED} of each are not counted")
+    least = max(SKIPPED + 2, config.rollout.max_staleness + 1)
+    if segment < least:
+        raise UserError(f"--segment: {segment} steps are too few: give {least}, of which {SKIPPED} are not counted")
     tokenizer = load_tokenizer(config)
     rows = load_training_rows(config.data, config.method)
     problems = encode_problems(config, tokenizer, rows).problems
@@ -152,8 +153,8 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
         from sdft_dist.bench_peer import Trl
 
         contestants.append(Trl(config=config, tokenizer=tokenizer, rows=rows, fixed=fixed, folder=out / "trl"))
-    # The first segment of each warms up and is not counted.
-    turns = Turns([c.name for c in contestants], segment, segment * (pairs + 1))
+    # Not counted are the first segment of each, which warms up, and the last, whose rollouts end early.
+    turns = Turns([c.name for c in contestants], segment, segment * (pairs + 2))
     with ray_session(config):
         turns.run(contestants)
     report = _report(config, turns, out, fixed)
@@ -198,7 +199,7 @@ def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
 
 def _report(config: Config, turns: Turns, out: Path, fixed: bool) -> dict[str, Any]:
     batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
-    rates = {name: [_rate(ends, batch) for ends in segments[1:]] for name, segments in turns.ends.items()}
+    rates = {name: [_rate(ends, batch) for ends in segments[1:-1]] for name, segments in turns.ends.items()}
     devices = {"sdft": 1, "sft": 1, "trl": 1}
     if resolve_device(config) == "cuda":
         cluster, ranks = config.cluster, config.learner.ranks
@@ -229,8 +230,9 @@ def _rate(ends: Sequence[float], batch: int) -> float:
 
 def _busy(metrics: Sequence[dict[str, Any]], segments: Sequence[Sequence[float]]) -> dict[str, float]:
     """Share of the wall clock in which each thing was done, of the counted segments."""
-    wall = sum(ends[-1] - ends[0] for ends in segments[1:])
-    warm = metrics[len(segments[0]) - 1 :]
+    wall = sum(ends[-1] - ends[0] for ends in segments[1:-1])
+    steps = len(segments[0]) - 1
+    warm = metrics[steps:-steps]
     names = sorted({name for m in warm for name in m if name.startswith("busy/")})
     return {name.removeprefix("busy/"): sum(m.get(name, 0.0) for m in warm) / wall for name in names}
 
@@ -266,8 +268,8 @@ def regression(report: dict[str, Any], baseline: dict[str, Any]) -> str | None:
     return None
 
 
-def timeline(trace: Path, out: Path, seconds: float = 4.0) -> None:
-    """A picture of who works and who waits, over the last `seconds` of a trace."""
+def timeline(trace: Path, out: Path, seconds: float = 2.0) -> None:
+    """A picture of who works and who waits: the last `seconds` of a trace before the rollouts end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,19 +278,19 @@ def timeline(trace: Path, out: Path, seconds: float = 4.0) -> None:
     events = json.loads(trace.read_text())
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     bars = [e for e in events if e.get("ph") == "X"]
-    last = max(e["ts"] + e["dur"] for e in bars)
-    bars = [e for e in bars if e["ts"] > last - seconds * 1e6]
-    lanes = sorted({(names[e["pid"]], e["tid"]) for e in bars})
-    colours = dict(
-        zip(sorted({e["name"] for e in bars}), plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False)
-    )
-    figure, axis = plt.subplots(figsize=(10, 0.6 + 0.5 * len(lanes)), layout="constrained")
+    end = max(e["ts"] for e in bars if e["name"] == "decode")
+    start = end - seconds * 1e6
+    bars = [e for e in bars if start < e["ts"] + e["dur"] and e["ts"] < end]
+    lanes = sorted({(names[e["pid"]], e["tid"]) for e in bars}, reverse=True)
+    shades = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colours = dict(zip(sorted({e["name"] for e in bars}), shades, strict=False))
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(lanes)), layout="constrained")
     for e in bars:
         row = lanes.index((names[e["pid"]], e["tid"]))
-        axis.barh(row, e["dur"] / 1e6, left=(e["ts"] - last) / 1e6 + seconds, color=colours[e["name"]], height=0.7)
+        axis.barh(row, e["dur"] / 1e6, left=(e["ts"] - start) / 1e6, color=colours[e["name"]], height=0.7)
     axis.set_yticks(range(len(lanes)), [f"{name} {index}" for name, index in lanes])
-    axis.set_xlabel("seconds")
-    axis.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], colours, loc="upper left", ncols=5)
-    axis.set_ylim(-0.6, len(lanes) + 0.2)
+    axis.set(xlabel="seconds", xlim=(0, seconds))
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(patches, colours, loc="outside upper center", ncols=len(colours), frameon=False)
     figure.savefig(out, dpi=120)
     plt.close(figure)

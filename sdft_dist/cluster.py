@@ -160,8 +160,8 @@ def _build(
     )
 
 
-def stream(config: Config, generators: Pool, teachers: Pool, events: Events, on_span: OnSpan) -> Stream:
-    """The path of samples between these actors, as `config.rollout` asks for it."""
+def stream(config: Config, generators: Any, teachers: Any, events: Events, on_span: OnSpan) -> Stream:
+    """The path of samples between the `actors` of two pools, as `config.rollout` asks for it."""
     return Stream(
         generators.actors,
         teachers.actors,

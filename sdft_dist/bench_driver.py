@@ -1,0 +1,136 @@
+"""What the driver itself costs: `python -m sdft_dist.bench_driver`.
+
+The real loop, stream, log and Ray, with generators and teachers that answer at once and a learner that
+does nothing: the whole step is then the driver and Ray's messages. Printed are the wall time and the
+driver's own processor time per step, and its memory over many steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from sdft_dist.cluster import ray_session, stream
+from sdft_dist.config import Config, parse_config
+from sdft_dist.data import ProblemSet
+from sdft_dist.loop import train
+from sdft_dist.remote import Events
+from sdft_dist.runlog import RunLog
+from sdft_dist.types import Piece, Problem, Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan
+
+
+class Generator:
+    """Answers with one sample for each key, of no content."""
+
+    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None) -> Rollout:
+        now = time.time()
+        samples = [
+            SampleRef(
+                key=key,
+                num_prompt_tokens=300,
+                num_completion_tokens=400,
+                finish_reason="stop",
+                policy_versions=(VersionSpan(key.step, 0, 400),),
+                sample=Piece(None, 0),
+            )
+            for key in keys
+        ]
+        return Rollout(samples=samples, span=Span("decode", now, time.time()))
+
+
+class Teacher:
+    """Answers with one item for each sample."""
+
+    def score(self, samples: Sequence[SampleRef]) -> Scored:
+        now = time.time()
+        items = [
+            TrainItem(
+                key=s.key,
+                num_prompt_tokens=s.num_prompt_tokens,
+                num_completion_tokens=s.num_completion_tokens,
+                teacher_version=0,
+                policy_version=s.key.step,
+                sample=s.sample,
+                targets=s.sample,
+            )
+            for s in samples
+        ]
+        return Scored(items=items, span=Span("score", now, time.time()))
+
+
+class Nothing:
+    """A learner and a push that take no time."""
+
+    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
+        return {"loss": 1.0, "grad_norm": 1.0, "divergence_per_token": 0.1}
+
+    def to_generators(self, version: int) -> None: ...
+    def to_teachers(self, version: int) -> None: ...
+
+
+def measure(config: Config, steps: int) -> tuple[list[float], list[float], list[int]]:
+    """Wall and processor seconds of each step, and resident bytes after each."""
+    import ray
+
+    ids = np.arange(1, 5)
+    problems = ProblemSet([Problem(prompt_ids=ids, teacher_prompt_ids=ids, demonstration_ids=ids)] * 4096)
+    actors = [ray.remote(cls).options(num_cpus=0).remote() for cls in (Generator, Teacher)]
+    wall, processor, memory = [time.perf_counter()], [time.process_time()], []
+
+    def after_step(step: int) -> None:
+        wall.append(time.perf_counter())
+        processor.append(time.process_time())
+        memory.append(_resident_bytes())
+
+    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), title="", console=Console(quiet=True)) as log:
+        generators, teachers = (SimpleNamespace(actors=[actor]) for actor in actors)
+        path = stream(config, generators, teachers, Events(), log.span)
+        config = config.model_copy(update={"steps": steps})
+        train(config, problems, path, Nothing(), Nothing(), log, after_step=after_step)
+    for actor in actors:
+        ray.kill(actor)
+    return _differences(wall), _differences(processor), memory
+
+
+def _differences(values: Sequence[float]) -> list[float]:
+    """Between one step's end and the next, without the first two steps."""
+    return [b - a for a, b in itertools.pairwise(values)][2:]
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, nargs="+", default=[32, 128, 512, 2048])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--memory-steps", type=int, default=2000)
+    args = parser.parse_args()
+    tree = {"model": {"path": "none"}, "data": {"train": "none"}, "loss": {"support": "sampled"}}
+    with ray_session(parse_config(tree)):
+        print(f"{'samples':>8} {'wall ms/step':>13} {'driver ms/step':>15}   medians of {args.steps} steps")
+        for n in args.samples:
+            config = parse_config({**tree, "rollout": {"prompts_per_step": n}})
+            wall, processor, _ = measure(config, args.steps)
+            print(f"{n:8} {1e3 * statistics.median(wall):13.1f} {1e3 * statistics.median(processor):15.1f}", flush=True)
+        *_, memory = measure(parse_config({**tree, "rollout": {"prompts_per_step": 32}}), args.memory_steps)
+        tenth = args.memory_steps // 10
+        print(f"driver's memory: {memory[tenth] / 2**20:.1f} MiB after {tenth} steps, "
+              f"{memory[-1] / 2**20:.1f} MiB after {args.memory_steps}")  # fmt: skip
+
+
+def _resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+
+if __name__ == "__main__":
+    main()
