@@ -28,11 +28,6 @@ from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.types import Problem
 
-ROLES = {
-    "generator": ("decode", "load weights"),
-    "teacher": ("score", "load weights"),
-    "learner": ("fetch", "train", "gather weights"),
-}
 SKIPPED = 2  # steps at the start of each segment, which fill the pipeline again
 
 
@@ -75,7 +70,7 @@ class Turns:
         self._names, self._segment, self._num_steps = list(names), segment, num_steps
         self._now, self._left = 0, set(names)
         self._changed = threading.Condition()
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
     def after_step(self, name: str) -> Callable[[int], None]:
         """The callback of one contestant."""
@@ -106,11 +101,12 @@ class Turns:
         try:
             self._await(contestant.name)  # also to start: one engine at a time is loaded
             contestant(self._num_steps, self.after_step(contestant.name))
-        except BaseException as e:
+        except Exception as e:  # raised by `run`, in the thread that waits for all
             self.error = self.error or e
-        with self._changed:
-            self._left.discard(contestant.name)
-        self._pass_on()
+        finally:
+            with self._changed:
+                self._left.discard(contestant.name)
+            self._pass_on()
 
     def _await(self, name: str) -> None:
         with self._changed:

@@ -9,8 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdft_dist import __version__
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,22 +46,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sdft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    _add_training(commands)
+    _add_measuring(commands)
+    _add_lab(commands)
+    _add_checkpoints(commands)
+    return parser
+
+
+def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    return sub
+
+
+def _add_training(commands: Commands) -> None:
     for name, what in (("train", "train as a recipe says"), ("sft", "train on the same rows with plain SFT")):
-        sub = commands.add_parser(name, help=what, description=what)
-        sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
-        sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+        sub = _with_recipe(commands.add_parser(name, help=what, description=what))
         sub.set_defaults(command=_train, method="sft" if name == "sft" else None)
 
-    check = commands.add_parser("preflight", help="check data and model before any training")
-    check.add_argument("recipe", help="YAML file; see deploy/recipes/")
-    check.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+
+def _add_measuring(commands: Commands) -> None:
+    check = _with_recipe(commands.add_parser("preflight", help="check data and model before any training"))
     check.add_argument("--rows", type=_positive, default=64, help="rows to measure on (default: %(default)s)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     check.set_defaults(command=_preflight)
 
-    bench = commands.add_parser("bench", help="measure throughput: SDFT beside SFT, taking turns")
-    bench.add_argument("recipe", help="YAML file; see deploy/recipes/")
-    bench.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    bench = _with_recipe(commands.add_parser("bench", help="measure throughput: SDFT beside SFT, taking turns"))
     bench.add_argument("--out", type=Path, required=True, help="new folder for bench.json, traces and timeline.png")
     bench.add_argument("--pairs", type=_positive, default=5, help="counted segments of each (default: %(default)s)")
     bench.add_argument("--segment", type=_positive, default=20, help="steps in a segment (default: %(default)s)")
@@ -70,9 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
 
-    plan = commands.add_parser("plan", help="predict cost, memory and the split of GPUs, without starting anything")
-    plan.add_argument("recipe", help="YAML file; see deploy/recipes/")
-    plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    what = "predict cost, memory and the split of GPUs, without starting anything"
+    plan = _with_recipe(commands.add_parser("plan", help=what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
     plan.add_argument("--gpus", type=_positive, nargs="+", default=[1, 4, 8, 16, 64, 256, 1024], metavar="N")
     plan.add_argument("--shape", help="instead of model.path: lab, qwen3-0.6b, qwen3-4b or qwen3-8b")
@@ -81,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(command=_plan)
 
+
+def _add_lab(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
     demo.add_argument("--out", type=Path, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
@@ -102,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--seed", type=int, default=0)
     teach.set_defaults(command=_lab_data)
 
+
+def _add_checkpoints(commands: Commands) -> None:
     ckpt = commands.add_parser("ckpt", help="checkpoints of a run")
     ckpt_commands = ckpt.add_subparsers(required=True, metavar="COMMAND")
     export = ckpt_commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
@@ -110,7 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", choices=("student", "ema"), default="student")
     export.add_argument("--step", type=int, default=None, help="default: the newest")
     export.set_defaults(command=_export)
-    return parser
 
 
 def _positive(text: str) -> int:

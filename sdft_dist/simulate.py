@@ -26,10 +26,10 @@ SPREAD = 0.5  # standard deviation of a completion's length over its mean
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Of the simulated run, without its first steps."""
+    """What the simulated run came to."""
 
-    step_s: float
-    idle_share: dict[str, float]
+    step_s: float  # over its second half
+    idle_share: dict[str, float]  # over all of it, filling and emptying the pipeline counted in
     staleness_mean: float  # optimizer steps between the weights of a sample's first token and its use
     staleness_max: int
     decode_batch: float
