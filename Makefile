@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean-clone-test
+.PHONY: help setup demo test chaos lint clean-clone-test
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -30,6 +30,10 @@ demo: setup ## teach a small model a new word with SDFT and with SFT (about 5 mi
 
 test: setup ## all tests
 	$(BIN)/python -m pytest $(TESTS)
+
+KILLS ?= 50
+chaos: setup ## kill a run's processes at random and compare its result with an undisturbed run's (25 minutes)
+	PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/chaos.py --kills $(KILLS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

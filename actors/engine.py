@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from actors import drafts
 from sdft_dist.config import Config
-from sdft_dist.types import PushTimes, Span, VersionSpan, WeightManifest
+from sdft_dist.errors import NotServing
+from sdft_dist.types import Span, VersionSpan, WeightManifest
 
 
 class Sampling(NamedTuple):
@@ -48,6 +50,7 @@ class Engine:
 
         if device == "cpu":
             _keep_plain_weights()
+            drafts.mend_cpu_sampling()
         if "gloo" not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine("gloo", "actors.weight_engine", "GlooWeightTransferEngine")
         options: dict[str, Any] = {
@@ -63,6 +66,7 @@ class Engine:
         }
         if device == "cpu":
             options["enforce_eager"] = True
+            options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator; CUDA only
         else:
             options["gpu_memory_utilization"] = config.cluster.gpu_memory_utilization
         if runner == "generate":
@@ -70,6 +74,8 @@ class Engine:
             # Log-probs after temperature: those of the distribution that was sampled from.
             options["logprobs_mode"] = "processed_logprobs"
             options["max_logprobs"] = config.loss.top_k
+            if config.rollout.speculative != "none":
+                options["speculative_config"] = drafts.settings(config.rollout)
         else:
             options["runner"], options["convert"] = "pooling", "embed"
             # Without use_activation=False the states come L2-normalised.
@@ -108,6 +114,11 @@ class Engine:
             self._num_top[name] = how.num_top
         return names
 
+    def abort(self) -> None:
+        """Forget all requests."""
+        self._llm.llm_engine.abort_request(list(self._num_top))
+        self._num_top = {}
+
     @property
     def unfinished(self) -> int:
         """Requests that are taken on and not done."""
@@ -142,17 +153,20 @@ class Engine:
         """Join the push group as a receiver."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
-    def receive(self, manifest: WeightManifest) -> PushTimes:
+    def receive(self, manifest: WeightManifest) -> tuple[Span, ...]:
         """Take in one whole push, between two decoding steps: requests under way go on with the new
-        weights. If it fails, nothing is served until one succeeds: vLLM does not roll back."""
+        weights. If it fails, nothing is served until one succeeds: vLLM does not roll back.
+
+        Returns how long it waited for messages and how long it loaded them; the two alternate, and come
+        as one span each."""
         started = time.time()
         self.version = None
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"buckets": list(manifest.buckets)}})
         self._llm.finish_weight_update(str(manifest.version))
         self.version = manifest.version
-        ((wire_s, load_s),) = self._llm.collective_rpc(_push_times)
-        return PushTimes(wire_s=wire_s, load_s=load_s, span=Span("load weights", started, time.time()))
+        loading = started + max(self._llm.collective_rpc(_wire_seconds))
+        return Span("await weights", started, loading), Span("load weights", loading, time.time())
 
     def pushed_head(self) -> Any:
         """The output head [V, D] of the last push, where `join_push` was told to keep it."""
@@ -161,7 +175,7 @@ class Engine:
 
     def _serving_version(self) -> int:
         if self.version is None:
-            raise RuntimeError("this engine has no whole set of weights: a push must succeed before it serves")
+            raise NotServing("this engine has no whole set of weights: a push must succeed before it serves")
         return self.version
 
     def _new_id(self) -> str:
@@ -189,8 +203,8 @@ def _keep_plain_weights() -> None:
     ops._supports_onednn = False
 
 
-def _push_times(worker: Any) -> tuple[float, float]:
-    return worker.weight_transfer_engine.times
+def _wire_seconds(worker: Any) -> float:
+    return worker.weight_transfer_engine.wire_s
 
 
 def _kept_head(worker: Any) -> Any:

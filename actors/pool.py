@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sdft_dist.errors import NotServing
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, WeightManifest
 
@@ -18,8 +19,18 @@ from sdft_dist.types import Sample, WeightManifest
 class Pool:
     """Actors of one role ("generators" or "teachers")."""
 
-    def __init__(self, role: str, actors: Sequence[Any], timeout_s: float, events: Events) -> None:
+    def __init__(
+        self,
+        role: str,
+        actors: Sequence[Any],
+        timeout_s: float,
+        events: Events,
+        make: Callable[[], Any] | None = None,
+    ) -> None:
         self.role, self.actors, self._timeout_s, self._events = role, list(actors), timeout_s, events
+        self._make = make  # a new actor in the place of a dead one
+        self.lost: dict[int, str] = {}  # actors that serve nothing, and why
+        self._dead: set[int] = set()
 
     def wait_ready(self) -> None:
         """Returns when every engine stands; raises the first failure."""
@@ -32,6 +43,42 @@ class Pool:
     def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
         """Greedy completions, int32 [C] each, in the prompts' order. Generators only."""
         return self._spread(prompts, lambda actor, part: actor.complete.remote(part, max_tokens), "complete")
+
+    def lose(self, index: int, error: Exception) -> None:
+        """Note that an actor has died, or that it serves nothing after a push that failed. Raises `error`
+        where it is neither."""
+        from ray.exceptions import RayActorError
+
+        if isinstance(error, RayActorError):
+            self._dead.add(index)
+        elif not isinstance(error, NotServing):
+            raise error
+        self.lost.setdefault(index, str(error).strip().splitlines()[-1])
+
+    def push_failed(self, index: int, actor: Any, error: Exception) -> None:
+        """Note that `actor` did not take a push in whole, whatever the reason."""
+        if self.actors[index] is actor:
+            from ray.exceptions import RayActorError
+
+            self.lose(index, error if isinstance(error, RayActorError) else NotServing(str(error)))
+
+    def kill(self, index: int, why: str) -> None:
+        """End an actor that does not answer."""
+        import ray
+
+        ray.kill(self.actors[index])
+        self._dead.add(index)
+        self.lost[index] = why
+
+    def replace_lost(self) -> None:
+        """New actors for the dead ones; the others forget what they were doing. None serves before the
+        next push."""
+        assert self._make is not None
+        for index in self._dead:
+            self.actors[index] = self._make()
+        self._wait([self.actors[i].ready.remote() for i in self._dead], "start anew")
+        self._wait([self.actors[i].forget.remote() for i in self.lost if i not in self._dead], "forget")
+        self._dead, self.lost = set(), {}
 
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]:
         """Ask every actor to join the push group, and to keep the weight of that name as received;

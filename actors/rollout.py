@@ -17,7 +17,7 @@ from actors import pieces
 from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
 from sdft_dist.remote import fetch
-from sdft_dist.types import PushTimes, Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
+from sdft_dist.types import Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
 
 
 def sample_seed(run_seed: int, key: SampleKey) -> int:
@@ -74,11 +74,16 @@ class Generator:
             self._finished |= self.engine.advance()
         return [self._finished.pop(name).token_ids for name in names]
 
+    def forget(self) -> None:
+        """Drop all samples that are under way."""
+        self.engine.abort()
+        self._keys, self._finished = {}, {}
+
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""
         self.engine.join_push(init_info)
 
-    def receive(self, manifest: WeightManifest) -> PushTimes:
+    def receive(self, manifest: WeightManifest) -> tuple[Span, ...]:
         """Take in one whole push."""
         return self.engine.receive(manifest)
 

@@ -8,14 +8,31 @@ nothing but the keys. The driver holds references and metadata only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, Rollout, SampleKey, SampleRef, Scored, TrainItem
 
 AHEAD = 2  # calls under way at each actor, so that none waits for the driver
+
+
+class Engines(Protocol):
+    """A pool of one role; `lost` are those of its actors that serve nothing, and why."""
+
+    actors: list[Any]
+    lost: dict[int, str]
+
+    def lose(self, index: int, error: Exception) -> None: ...
+    def kill(self, index: int, why: str) -> None: ...
+
+
+class Call(NamedTuple):
+    """What a teacher was given."""
+
+    teacher_version: int  # of the last push when it was sent
+    samples: tuple[SampleRef, ...]
 
 
 class Stream:
@@ -24,8 +41,8 @@ class Stream:
 
     def __init__(
         self,
-        generators: Sequence[Any],
-        teachers: Sequence[Any],
+        generators: Engines,
+        teachers: Engines,
         events: Events,
         *,
         slice_s: float | None,
@@ -35,22 +52,28 @@ class Stream:
         timeout_s: float,
         on_span: OnSpan,
     ) -> None:
-        self._generators, self._teachers, self._events = list(generators), list(teachers), events
+        self._generators, self._teachers, self._events = generators, teachers, events
         self._slice_s, self._timeout_s, self._on_span = slice_s, timeout_s, on_span
         self._max_call_tokens, self._target_bytes, self._max_bytes = max_call_tokens, target_bytes, max_bytes
-        self._decoding: list[set[SampleKey]] = [set() for _ in self._generators]
-        self._rolling = [0] * len(self._generators)  # calls under way at each generator
-        self._scoring: list[list[int]] = [[] for _ in self._teachers]  # teacher versions when calls were sent
+        self._decoding: list[set[SampleKey]] = [set() for _ in generators.actors]
+        self._rolling = [0] * len(generators.actors)  # calls under way at each generator
+        self._scoring: list[list[Call]] = [[] for _ in teachers.actors]
+        self._homeless: list[SampleKey] = []  # whose generator was lost
         self._waiting: list[SampleRef] = []  # for a teacher
         self._items: dict[SampleKey, TrainItem] = {}
         self._held = 0  # completion tokens whose targets are scored or being scored
         self._due = 0  # the step that the learner takes next
         self.teacher_version = 0  # of the last push that was sent to the teachers
+        self.mend: Callable[[], None] | None = None  # puts lost engines right, between two optimizer steps
 
     def submit(self, keys: Sequence[SampleKey]) -> None:
         """Start rollouts. Completions of one prompt go to one generator, which then reads it once."""
         problems = list(dict.fromkeys(key.problem for key in keys))
-        order = sorted(range(len(self._generators)), key=lambda g: (len(self._decoding[g]), g))
+        well = [g for g in range(len(self._decoding)) if g not in self._generators.lost]
+        if not well:
+            self._homeless += keys
+            return
+        order = sorted(well, key=lambda g: (len(self._decoding[g]), g))
         home = {problem: order[i % len(order)] for i, problem in enumerate(problems)}
         for g in order:
             mine = [key for key in keys if home[key.problem] == g]
@@ -59,14 +82,20 @@ class Stream:
                 self._roll(g, mine)
 
     def take(self, keys: Sequence[SampleKey]) -> list[TrainItem]:
-        """The scored samples of `keys`, in order; waits for them."""
+        """The scored samples of `keys`, in order; waits for them, and mends what is lost meanwhile."""
         self._due = min(key.step for key in keys)
-        self._dispatch()
-        self._events.run_until(
-            lambda: all(key in self._items for key in keys),
-            timeout_s=self._timeout_s,
-            who=lambda: self._who([key for key in keys if key not in self._items]),
-        )
+        while not self._all_there(keys):
+            if self._lost():
+                self._mend()
+            self._dispatch()
+            try:
+                self._events.run_until(
+                    lambda: self._all_there(keys) or self._lost(),
+                    timeout_s=self._timeout_s,
+                    who=lambda: self._who([key for key in keys if key not in self._items]),
+                )
+            except TimeoutError as error:
+                self._kill_silent(error)
         items = [self._items.pop(key) for key in keys]
         self._held -= sum(item.num_completion_tokens for item in items)
         return items
@@ -74,33 +103,78 @@ class Stream:
     def oldest_teacher_version(self) -> int:
         """No sample that is not yet taken can come with targets of an older teacher."""
         held = (item.teacher_version for item in self._items.values())
-        return min(chain(held, *self._scoring), default=self.teacher_version)
+        under_way = (call.teacher_version for calls in self._scoring for call in calls)
+        return min(chain(held, under_way), default=self.teacher_version)
+
+    def _all_there(self, keys: Sequence[SampleKey]) -> bool:
+        return all(key in self._items for key in keys)
+
+    def _lost(self) -> bool:
+        return bool(self._generators.lost or self._teachers.lost)
+
+    def _mend(self) -> None:
+        if self.mend is None:
+            role, lost = (
+                ("generators", self._generators.lost) if self._generators.lost else ("teachers", self._teachers.lost)
+            )
+            raise RuntimeError(f"{role} are lost: {lost}")
+        self.mend()
+        keys, self._homeless = self._homeless, []
+        if keys:
+            self.submit(keys)
+
+    def _kill_silent(self, error: TimeoutError) -> None:
+        """End the engines that were asked and did not answer. Raises `error` where there are none."""
+        silent = [(self._generators, g) for g, calls in enumerate(self._rolling) if calls]
+        silent += [(self._teachers, t) for t, calls in enumerate(self._scoring) if calls]
+        if not silent:
+            raise error
+        for pool, index in silent:
+            pool.kill(index, str(error))
+
+    def _generator_failed(self, g: int, actor: Any, error: Exception) -> None:
+        if self._generators.actors[g] is not actor:
+            return  # a late answer of one that has been replaced
+        self._generators.lose(g, error)
+        self._homeless += sorted(self._decoding[g])
+        self._decoding[g], self._rolling[g] = set(), 0
+
+    def _teacher_failed(self, t: int, actor: Any, error: Exception) -> None:
+        if self._teachers.actors[t] is not actor:
+            return
+        self._teachers.lose(t, error)
+        for call in self._scoring[t]:
+            self._waiting += call.samples
+            self._held -= sum(sample.num_completion_tokens for sample in call.samples)
+        self._scoring[t] = []
 
     def _roll(self, g: int, keys: Sequence[SampleKey]) -> None:
         self._rolling[g] += 1
-        ref = self._generators[g].rollout.remote(keys, self._slice_s)
-        self._events.on(ref, lambda rollout: self._rolled(g, rollout))
+        actor = self._generators.actors[g]
+        ref = actor.rollout.remote(keys, self._slice_s)
+        self._events.on(ref, lambda rollout: self._rolled(g, rollout), lambda e: self._generator_failed(g, actor, e))
 
     def _rolled(self, g: int, rollout: Rollout) -> None:
         self._rolling[g] -= 1
         self._on_span("generator", g, rollout.span)
-        self._decoding[g] -= {sample.key for sample in rollout.samples}
+        samples = [sample for sample in rollout.samples if sample.key in self._decoding[g]]  # each once
+        self._decoding[g] -= {sample.key for sample in samples}
         if self._slice_s is not None and self._decoding[g]:
             while self._rolling[g] < AHEAD:
                 self._roll(g, [])
-        self._waiting += rollout.samples
+        self._waiting += samples
         self._dispatch()
 
     def _dispatch(self) -> None:
         """Give waiting samples to the teachers, those of earlier steps first."""
-        n = len(self._teachers)
+        well = [t for t in range(len(self._scoring)) if t not in self._teachers.lost]
         if self._slice_s is None:
-            for t in range(n):
-                self._score(t, self._waiting[t::n])
-            self._waiting = []
+            for i, t in enumerate(well):
+                self._score(t, self._waiting[i :: len(well)])
+            self._waiting = [] if well else self._waiting
             return
         self._waiting.sort(key=lambda sample: (sample.key.step, sample.key.problem))
-        free = [t for t in range(n) for _ in range(AHEAD - len(self._scoring[t]))]
+        free = [t for t in well for _ in range(AHEAD - len(self._scoring[t]))]
         free.sort(key=lambda t: len(self._scoring[t]))
         for i, t in enumerate(free):
             self._score(t, self._next_call(share=len(free) - i))
@@ -122,14 +196,17 @@ class Stream:
     def _score(self, t: int, samples: Sequence[SampleRef]) -> None:
         if not samples:
             return
-        version = self.teacher_version
-        self._scoring[t].append(version)
+        call = Call(self.teacher_version, tuple(samples))
+        self._scoring[t].append(call)
         self._held += sum(sample.num_completion_tokens for sample in samples)
-        ref = self._teachers[t].score.remote(samples)
-        self._events.on(ref, lambda scored: self._scored(t, version, scored))
+        actor = self._teachers.actors[t]
+        ref = actor.score.remote(samples)
+        self._events.on(ref, lambda scored: self._scored(t, call, scored), lambda e: self._teacher_failed(t, actor, e))
 
-    def _scored(self, t: int, version: int, scored: Scored) -> None:
-        self._scoring[t].remove(version)
+    def _scored(self, t: int, call: Call, scored: Scored) -> None:
+        if call not in self._scoring[t]:
+            return  # given to another teacher since
+        self._scoring[t].remove(call)
         self._on_span("teacher", t, scored.span)
         self._items |= {item.key: item for item in scored.items}
         self._dispatch()

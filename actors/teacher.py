@@ -18,7 +18,7 @@ from actors.engine import Engine
 from sdft_dist.config import Config
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.remote import fetch
-from sdft_dist.types import PushTimes, Sample, SampleRef, Scored, Span, TeacherTargets, TrainItem, WeightManifest
+from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, TrainItem, WeightManifest
 
 
 class Teacher:
@@ -81,10 +81,13 @@ class Teacher:
         found = choose(states, head, ids, self._transform, self.config.rollout.temperature)
         return dict(zip(("ids", "logprobs", "tail"), found, strict=True))
 
+    def forget(self) -> None:
+        """Nothing is under way between two calls."""
+
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""
         self.engine.join_push(init_info)
 
-    def receive(self, manifest: WeightManifest) -> PushTimes:
+    def receive(self, manifest: WeightManifest) -> tuple[Span, ...]:
         """Take in one whole push."""
         return self.engine.receive(manifest)

@@ -49,7 +49,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group = torch.distributed.ProcessGroupGloo(store, rank, init_info.group_size, timeout)
         self._loaded: set[str] = set()
         self._keep = init_info.keep
-        self.times = (0.0, 0.0)  # of the last push: waiting for messages, loading; seconds
+        self.wire_s = 0.0  # how long the last push waited for messages
         self.kept: torch.Tensor | None = None
 
     def start_weight_update(self) -> None:
@@ -60,12 +60,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        wire_s = load_s = 0.0
+        self.wire_s = 0.0
         for bucket in update_info.buckets:
             started = time.perf_counter()
             buffer = torch.empty(bucket_bytes(bucket) + 8, dtype=torch.uint8)
             self._group.broadcast(buffer, 0).wait()
-            arrived = time.perf_counter()
+            self.wire_s += time.perf_counter() - started
             payload, claimed = buffer[:-8], int(buffer[-8:].view(torch.int64))
             if checksum(payload) != claimed:
                 raise RuntimeError(
@@ -73,8 +73,6 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 )
             with torch.no_grad():
                 self._loaded |= set(self.model.load_weights(self._keeping(unpack(bucket, payload))) or ())
-            wire_s, load_s = wire_s + arrived - started, load_s + time.perf_counter() - arrived
-        self.times = (wire_s, load_s)
 
     def _keeping(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:

@@ -1,15 +1,20 @@
-"""Checkpoints as shards of named fp32 fragments, one safetensors file per rank.
+"""A learner's whole state as shards of named fp32 fragments, one safetensors file per rank.
 
 Not DeepSpeed's own checkpoints: those are pickles, are written under a `latest` marker before all
 shards are on disk, and are bound to one number of ranks. Fragments carry the parameter's name and
 offset, so any number of ranks, any ZeRO stage, or no DeepSpeed at all can read them.
-Keys read `kind|name|start`, where kind is master, ema, or an optimizer state.
+Keys read `kind|name|start`, where kind is master, ema, or an optimizer state. commits.py decides
+which folders count.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,36 +23,98 @@ from safetensors.torch import save_file
 from learner.ema import Ema
 from learner.zero import Fragment
 from sdft_dist.errors import UserError
+from sdft_dist.types import ShardFile
+
+RNG = "rng"
 
 
-def save_shard(folder: Path, rank: int, fragments: Iterable[Fragment], ema: Ema | None) -> None:
-    """Write `rank-NNN.safetensors` with this rank's fragments."""
-    tensors: dict[str, torch.Tensor] = {}
-    for f in fragments:
-        for kind, value in {"master": f.master, **f.state}.items():
-            tensors[f"{kind}|{f.name}|{f.start}"] = value.detach().cpu().contiguous().clone()
-    for name, (start, average) in (ema.averages if ema else {}).items():
-        tensors[f"ema|{name}|{start}"] = average.cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"rank-{rank:03d}.safetensors")
+class ShardWriter:
+    """Writes one rank's shards in a thread, from a copy, while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[ShardFile] | None = None
+
+    def start(
+        self, folder: Path, rank: int, fragments: Iterable[Fragment], ema: Ema | None, optimizer_step: int
+    ) -> None:
+        """Copy the state to CPU memory and begin to write `rank-NNN.safetensors`."""
+        tensors: dict[str, torch.Tensor] = {f"{RNG}|torch|0": torch.get_rng_state()}
+        for f in fragments:
+            for kind, value in {"master": f.master, **f.state}.items():
+                tensors[f"{kind}|{f.name}|{f.start}"] = value.detach().to("cpu", copy=True)
+        for name, (start, average) in (ema.averages if ema else {}).items():
+            tensors[f"ema|{name}|{start}"] = average.to("cpu", copy=True)
+        path = folder / f"rank-{rank:03d}.safetensors"
+        self._writing = self._thread.submit(_write, path, tensors, {"optimizer_step": str(optimizer_step)})
+
+    def finish(self, wait: bool) -> ShardFile | None:
+        """What was written, or None while it is under way and `wait` is false. Raises what writing raised."""
+        assert self._writing is not None
+        if not wait and not self._writing.done():
+            return None
+        return self._writing.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ShardFile:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardFile(name=path.name, bytes=path.stat().st_size, sha256=digest)
+
+
+class Shards:
+    """Reads any part of a checkpoint, whatever number of ranks wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        self.optimizer_step = 0  # updates that Adam's bias correction has counted
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            file = safe_open(path, "pt")
+            self.optimizer_step = int((file.metadata() or {}).get("optimizer_step", 0))
+            for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                kind, name, start = key.split("|")
+                place = (kind, f"{name}-{path.stem}" if kind == RNG else name)
+                self._pieces.setdefault(place, []).append((int(start), file, key))
+
+    def has(self, kind: str) -> bool:
+        """Whether anything of `kind` was saved."""
+        return any(found == kind for found, _ in self._pieces)
+
+    def read(self, kind: str, name: str, start: int, size: int) -> torch.Tensor:
+        """Elements [start, start + size) of a flattened parameter, fp32. Raises UserError where they are
+        not all there."""
+        out, covered = torch.empty(size, dtype=torch.float32), 0
+        for first, file, key in self._pieces.get((kind, name), []):
+            piece = file.get_slice(key)
+            (length,) = piece.get_shape()
+            low, high = max(start, first), min(start + size, first + length)
+            if low < high:
+                out[low - start : high - start] = piece[low - first : high - first]
+                covered += high - low
+        if covered != size:
+            raise UserError(f"{self._folder}: {kind} of {name} is incomplete: {covered} of {size} elements are there")
+        return out
+
+    def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One whole parameter, fp32. Raises UserError where it is not all there."""
+        return self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
+
+    def rng_state(self, rank: int) -> torch.Tensor | None:
+        """The state of torch's generator on `rank`; None where there was no such rank."""
+        for _, file, key in self._pieces.get((RNG, f"torch-rank-{rank:03d}"), []):
+            return file.get_tensor(key)
+        return None
 
 
 def read_full(folder: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Whole fp32 tensors of one kind, put together from all shards.
-
-    Raises UserError where the shards do not cover a parameter.
-    """
-    full = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
-    covered = dict.fromkeys(shapes, 0)
-    for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118  # safe_open is no mapping
-                found_kind, name, start = key.split("|")
-                if found_kind == kind:
-                    value = shard.get_tensor(key)
-                    full[name].view(-1)[int(start) : int(start) + value.numel()] = value
-                    covered[name] += value.numel()
-    missing = [name for name, n in covered.items() if n != full[name].numel()]
-    if missing:
-        raise UserError(f"{folder}: {kind} weights of {len(missing)} parameters are incomplete, such as {missing[0]}")
-    return full
+    """Whole fp32 tensors of one kind. Raises UserError where the shards do not cover a parameter."""
+    shards = Shards(folder)
+    return {name: shards.full(kind, name, shape) for name, shape in shapes.items()}

@@ -6,7 +6,7 @@ that it owns, with no communication until the average is gathered for a push.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -22,6 +22,11 @@ class Ema:
         if anchor is not None:
             for name, (start, average) in self.averages.items():
                 average.copy_(anchor[name].reshape(-1)[start : start + len(average)])
+
+    def load(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Take averages over from `read(name, start, size)`, fp32 [size]."""
+        for name, (start, average) in self.averages.items():
+            average.copy_(read(name, start, len(average)))
 
     def update(self, fragments: Iterable[Fragment], rate: float) -> None:
         """average += rate · (student − average), for every fragment."""

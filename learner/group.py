@@ -19,7 +19,7 @@ from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
 from sdft_dist.remote import Events
-from sdft_dist.types import OnSpan, PushTimes, TrainItem, WeightManifest
+from sdft_dist.types import OnSpan, ShardFile, Span, TrainItem, WeightManifest
 
 
 class Receivers(Protocol):
@@ -30,6 +30,7 @@ class Receivers(Protocol):
 
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]: ...
     def receive(self, manifest: WeightManifest) -> list[Any]: ...
+    def push_failed(self, index: int, actor: Any, error: Exception) -> None: ...
 
 
 class LearnerGroup:
@@ -39,10 +40,11 @@ class LearnerGroup:
         self.config, self.ranks, self._events, self._on_span = config, list(ranks), events, on_span
         self._manifest: WeightManifest | None = None
 
-    def start(self) -> None:
-        """Build the process group, the model and the optimizer on all ranks."""
+    def start(self, resume: Path | None = None) -> None:
+        """Build the process group, the model and the optimizer on all ranks, from the checkpoint in
+        `resume` where one is given."""
         ((host, port),) = self._wait([self.ranks[0].address.remote()], "learner address")
-        self._all("start", host, port)
+        self._all("start", host, port, None if resume is None else str(resume))
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step on `items`. Returns the step's metrics, over all ranks."""
@@ -83,7 +85,7 @@ class LearnerGroup:
         return out
 
     def open_push(self, receivers: Receivers) -> None:
-        """Build the push group of rank 0 and all receivers."""
+        """Build the push group of rank 0 and all receivers, in the place of an earlier one."""
         opened = self._all("open_push", receivers.role, len(receivers.actors))
         host, port = next(address for address in opened if address is not None)
         keep = None
@@ -97,27 +99,39 @@ class LearnerGroup:
         """Send the weights that `receivers` serve. Returns when the ranks have handed them over, or with
         `wait` when all receivers have loaded them whole; work sent to a receiver afterwards finds them.
 
-        Targets of teachers older than `oldest_in_flight` must not come any more. A receiver's failure is
-        raised by whoever waits for events next.
+        Targets of teachers older than `oldest_in_flight` must not come any more. Without `wait`, a
+        receiver's failure is noted by `receivers`.
         """
         if self._manifest is None:
             (self._manifest,) = self._wait([self.ranks[0].manifest.remote(version)], "learner manifest")
         receiving = receivers.receive(replace(self._manifest, version=version))
         sending = [r.push.remote(receivers.role, version, oldest_in_flight) for r in self.ranks]
-        for i, ref in enumerate(receiving):
-            self._events.on(ref, partial(self._received, receivers.role, i))
+        for i, (ref, actor) in enumerate(zip(receiving, receivers.actors, strict=True)):
+            failed = None if wait else partial(receivers.push_failed, i, actor)
+            self._events.on(ref, partial(self._received, receivers.role, i), failed)
         what = f"push of version {version} to the {receivers.role}"
         for rank, span in enumerate(self._wait(sending, what)):
             self._on_span("learner", rank, span)
         if wait:
             self._wait(receiving, what)
 
-    def _received(self, role: str, index: int, times: PushTimes) -> None:
-        self._on_span(role.removesuffix("s"), index, times.span)
+    def _received(self, role: str, index: int, spans: Sequence[Span]) -> None:
+        for span in spans:
+            self._on_span(role.removesuffix("s"), index, span)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint's shards into `folder`."""
-        self._all("save", str(folder), step)
+    def state_bytes(self) -> int:
+        """Size of a checkpoint."""
+        return sum(self._all("state_bytes"))
+
+    def start_saving(self, folder: Path) -> None:
+        """Copy the state and begin to write its shards into `folder`, while training goes on."""
+        self._all("start_saving", str(folder))
+
+    def finish_saving(self, *, wait: bool) -> list[ShardFile] | None:
+        """The files of the checkpoint; None while some are being written and `wait` is false. Raises what
+        writing raised."""
+        files = self._all("finish_saving", wait)
+        return None if None in files else files
 
     def stop(self) -> None:
         """End the ranks' process group."""

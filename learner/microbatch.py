@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,9 +11,10 @@ import torch
 
 from learner.fused import Targets
 from learner.model import MicroBatch
-from sdft_dist.batching import rows
 from sdft_dist.config import LossConfig
 from sdft_dist.types import TeacherTargets
+
+Layout = Callable[[Sequence[int]], list[list[int]]]  # lengths to rows of sequences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,23 +49,22 @@ def build(
     skip: int,
     *,
     teacher_heads: Mapping[int, torch.Tensor] | None,
-    width: int | None,
+    layout: Layout,
     device: torch.device,
 ) -> MicroBatch:
-    """Pack `sequences` into rows for a model of `width`, or into one where it is None (FlashAttention's
-    varlen kernels want that), without loss on the first `skip` tokens of each completion. `teacher_heads` are
-    the heads for the teacher's states by version, where it sent states; sequences of one version must
-    follow one another.
+    """Pack `sequences` into the rows that `layout` gives for their lengths, without loss on the first `skip`
+    tokens of each completion. `teacher_heads` are the heads for the teacher's states by version, where it
+    sent states; sequences of one version must follow one another.
 
     An empty list gives one token without loss, so that the ranks' collectives stay aligned.
     """
     trained = [(i, s) for i, s in enumerate(sequences) if len(s.completion_ids) > skip]
     lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
-    layout = rows(lengths, width=width) if width else [list(range(len(sequences)))]
-    slots = max((sum(lengths[i] for i in row) for row in layout), default=1)
-    input_ids, position_ids = np.zeros((2, max(1, len(layout)), max(1, slots)), dtype=np.int64)
+    in_rows = layout(lengths)
+    slots = max((sum(lengths[i] for i in row) for row in in_rows), default=1)
+    input_ids, position_ids = np.zeros((2, max(1, len(in_rows)), max(1, slots)), dtype=np.int64)
     starts = [0] * len(sequences)  # of each sequence among all slots
-    for r, row in enumerate(layout):
+    for r, row in enumerate(in_rows):
         at = 0
         for i in row:
             own = slice(at, at + lengths[i])

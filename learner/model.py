@@ -7,14 +7,16 @@ a head applied outside a hooked module would be an empty shard.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from learner import fused, liger
 from learner.fused import Losses, Objective, Targets
-from sdft_dist.config import ModelConfig
+from sdft_dist.config import LearnerConfig, ModelConfig
 from sdft_dist.errors import UserError
 
 
@@ -66,7 +68,7 @@ class Student(nn.Module):
         return next(name for name, p in self.named_weights() if p is self.head_loss.weight)
 
 
-def load_causal_lm(config: ModelConfig, gradient_checkpointing: bool = False) -> Any:
+def load_causal_lm(config: ModelConfig) -> Any:
     """The model of `config.path` in training mode. Raises UserError where the folder holds none."""
     from transformers import AutoModelForCausalLM
 
@@ -84,6 +86,34 @@ def load_causal_lm(config: ModelConfig, gradient_checkpointing: bool = False) ->
     if getattr(lm.config, "attn_logit_softcapping", None) and config.attention == "sdpa":
         # sdpa leaves the cap out without a word, and the learner would train another model than vLLM serves.
         raise UserError("model.attention: this model caps attention logits, which sdpa cannot: use eager")
-    if gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return lm.train()
+
+
+def tune(lm: Any, config: LearnerConfig) -> None:
+    """Recomputation and compilation of the decoder layers, as `config` asks for it."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if config.gradient_checkpointing != "none":
+        how: dict[str, Any] = {"use_reentrant": False}
+        if config.gradient_checkpointing == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, _products())
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    if config.compile:
+        # Layer by layer: all share one compiled graph, and lengths differ with every micro-batch.
+        for layer in lm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.compile(dynamic=True)
+
+
+def _products() -> list[Any]:
+    """The operations whose results are worth keeping: matrix products and attention."""
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]

@@ -77,11 +77,11 @@ class Sender:
         self._sending.append(self._thread.submit(lambda: self._group.broadcast(message, 0).wait()))
 
     def flush(self) -> None:
-        """Waits until everything has left, so that no more than one push is held in memory. Raises what
-        a broadcast raised."""
+        """Waits until everything has left, so that no more than one push is held in memory. What did not
+        arrive, its receivers tell."""
         sending, self._sending = self._sending, []
         for sent in sending:
-            sent.result()
+            sent.exception()
 
     def close(self) -> None:
         """Ends the thread; what has not left is dropped."""

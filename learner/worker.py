@@ -9,6 +9,7 @@ import os
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from learner import checkpoint
 from learner.ema import Ema
 from learner.fused import Kind, Objective
 from learner.microbatch import TrainSequence, build, token_weight
-from learner.model import Student, load_causal_lm
+from learner.model import Student, load_causal_lm, tune
 from learner.objective import divergence
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source
 from learner.schedule import learning_rate
 from learner.tally import RankMetrics, Tally
-from learner.zero import deepspeed_config, fragments, step_and_norm
+from learner.zero import deepspeed_config, fragments, make_optimizer_state, optimizer_step, step_and_norm
+from sdft_dist.batching import one_after_another, rows
 from sdft_dist.config import Config, LossConfig
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.remote import fetch
-from sdft_dist.types import Sample, Span, TeacherTargets, TrainItem, WeightManifest
+from sdft_dist.types import Sample, ShardFile, Span, TeacherTargets, TrainItem, WeightManifest
 
 
 class LearnerRank:
@@ -40,6 +42,7 @@ class LearnerRank:
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self.vocab_size = vocab_size
         self._senders: dict[str, Sender] = {}
+        self._writer = checkpoint.ShardWriter()
         self._teacher_heads: dict[int, torch.Tensor] = {}
 
     def address(self) -> tuple[str, int]:
@@ -48,8 +51,9 @@ class LearnerRank:
 
         return ray.util.get_node_ip_address(), _free_port()
 
-    def start(self, host: str, port: int) -> None:
-        """Join the process group, load the model, build optimizer and EMA."""
+    def start(self, host: str, port: int, resume: str | None) -> None:
+        """Join the process group, load the model, build optimizer and EMA; from the checkpoint in the
+        folder `resume`, where one is given."""
         os.environ.update(
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
@@ -64,19 +68,30 @@ class LearnerRank:
         timeout = timedelta(seconds=self.config.cluster.timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
-        lm = load_causal_lm(self.config.model, self.config.learner.gradient_checkpointing)
+        lm = load_causal_lm(self.config.model)
+        tune(lm, self.config.learner)
+        shards = checkpoint.Shards(Path(resume)) if resume else None
+        if shards is not None:
+            with torch.no_grad():  # DeepSpeed takes its master weights from here
+                for name, param in lm.named_parameters():
+                    param.copy_(shards.full("master", name, tuple(param.shape)))
         self.student = Student(lm, self.vocab_size, objective(self.config, logit_transform(lm.config)))
         named = self.student.named_weights()
         one_row = self.config.model.attention == "flash_attention_2"
-        self._row_width = None if one_row else lm.config.get_text_config().hidden_size
+        self._layout = one_after_another if one_row else partial(rows, width=lm.config.get_text_config().hidden_size)
         self._shapes = {name: tuple(p.shape) for name, p in named}
         self.engine, *_ = deepspeed.initialize(
             model=self.student, model_parameters=self.student.parameters(), config=deepspeed_config(self.config)
         )
         self._named = dict(named)
-        anchor = self._anchor_weights()
-        self.ema = Ema(self._fragments(), anchor) if self.config.teacher.kind == "ema" else None
-        self._frozen = anchor if self.config.teacher.kind == "base" else None
+        self._moved, teacher = resume is not None, self.config.teacher  # whether the student is at model.path
+        self.ema = None
+        if teacher.kind == "ema":
+            self.ema = Ema(
+                self._fragments(), self._weights_of(teacher.anchor) if teacher.anchor and not resume else None
+            )
+        if shards is not None:
+            self._restore(shards)
 
     def update(
         self, step: int, num_steps: int, micro_batches: list[list[TrainItem]], total_tokens: int, total_sequences: int
@@ -102,14 +117,14 @@ class LearnerRank:
             ]
             heads = self._teacher_heads if self.student.head_loss.objective.kind == "full" else None
             skip = self.config.loss.skip_first_tokens
-            batch = build(sequences, weights, skip, teacher_heads=heads, width=self._row_width, device=self.device)
+            batch = build(sequences, weights, skip, teacher_heads=heads, layout=self._layout, device=self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             losses = self.engine(batch)
             # DeepSpeed averages gradients over ranks; the weights are global, so the sum is wanted.
             self.engine.backward(losses.total * self.world_size)
             slots += batch.input_ids.numel()
             tally.add(losses, batch, [len(s.completion_ids) for s in sequences], skip)
-        grad_norm = step_and_norm(self.engine)
+        grad_norm, self._moved = step_and_norm(self.engine), True
         if self.ema is not None:
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
         spans = (Span("fetch", started, waited), Span("train", waited, time.time()))
@@ -118,7 +133,7 @@ class LearnerRank:
     def logprobs(self, pairs: list[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[np.ndarray]:
         """Log-probs, float32 [C], of each (prompt, completion), in one forward pass without gradients."""
         sequences = [TrainSequence(prompt_ids=p, completion_ids=c) for p, c in pairs]
-        batch = build(sequences, [0.0] * len(pairs), 0, teacher_heads=None, width=self._row_width, device=self.device)
+        batch = build(sequences, [0.0] * len(pairs), 0, teacher_heads=None, layout=self._layout, device=self.device)
         head_loss = self.student.head_loss
         trained = head_loss.objective
         head_loss.objective = replace(
@@ -138,6 +153,8 @@ class LearnerRank:
         import ray
 
         host = ray.util.get_node_ip_address()
+        if role in self._senders:
+            self._senders[role].close()
         self._senders[role] = Sender(host, num_receivers, self.config.cluster.timeout_s)
         return host, self._senders[role].port
 
@@ -169,9 +186,18 @@ class LearnerRank:
                 del self._teacher_heads[old]
         return Span("gather weights", started, time.time())
 
-    def save(self, folder: str, step: int) -> None:
-        """Write this rank's shard of a checkpoint; see checkpoint.py."""
-        checkpoint.save_shard(Path(folder), self.rank, self._fragments(), self.ema)
+    def start_saving(self, folder: str) -> None:
+        """Copy this rank's state and begin to write it into `folder`."""
+        self._writer.start(Path(folder), self.rank, self._fragments(), self.ema, optimizer_step(self.engine))
+
+    def finish_saving(self, wait: bool) -> ShardFile | None:
+        """What was written; None while that is under way and `wait` is false."""
+        return self._writer.finish(wait)
+
+    def state_bytes(self) -> int:
+        """Size of this rank's part of a checkpoint."""
+        kinds = 3 + (self.ema is not None)  # weights and two moments
+        return 4 * kinds * sum(f.master.numel() for f in self._fragments())
 
     def stop(self) -> None:
         """Shut the engine and the process group down; ZeRO-3 aborts at exit otherwise."""
@@ -179,6 +205,7 @@ class LearnerRank:
 
         for sender in self._senders.values():
             sender.close()
+        self._writer.close()
         self.engine.destroy()
         deepspeed.comm.destroy_process_group()  # with DeepSpeed's own records of its groups
 
@@ -188,20 +215,35 @@ class LearnerRank:
     def _source(self, role: str) -> WeightSource:
         if role == "teachers" and self.ema is not None:
             return ema_source(self.ema, self._shapes, self.device)
-        if role == "teachers" and self._frozen is not None:
-            frozen = self._frozen
+        teacher, path = self.config.teacher, self.config.model.path
+        if role == "teachers" and teacher.kind == "base" and (teacher.anchor or self._moved):
+            frozen = self._weights_of(teacher.anchor or path)
             return lambda names: {name: frozen[name] for name in names}
         return student_source(self._named)
 
-    def _anchor_weights(self) -> dict[str, torch.Tensor] | None:
-        """Weights where the teacher starts, where those are not the student's."""
-        if self.config.teacher.anchor is None:
-            return None
-        model = self.config.model.model_copy(update={"path": self.config.teacher.anchor, "revision": None})
-        anchor = {name: p.detach() for name, p in load_causal_lm(model).named_parameters()}
-        if {name: tuple(p.shape) for name, p in anchor.items()} != self._shapes:
-            raise UserError(f"teacher.anchor: {self.config.teacher.anchor} has other weights than model.path")
-        return anchor
+    def _weights_of(self, path: str) -> dict[str, torch.Tensor]:
+        """Weights of the model folder where the teacher starts."""
+        update = {} if path == self.config.model.path else {"path": path, "revision": None}
+        lm = load_causal_lm(self.config.model.model_copy(update=update))
+        weights = {name: p.detach() for name, p in lm.named_parameters()}
+        if {name: tuple(p.shape) for name, p in weights.items()} != self._shapes:
+            raise UserError(f"teacher.anchor: {path} has other weights than model.path")
+        return weights
+
+    def _restore(self, shards: checkpoint.Shards) -> None:
+        """Master weights, moments, average and random state, exactly as they were saved."""
+        if shards.optimizer_step:
+            make_optimizer_state(self.engine, shards.optimizer_step)
+        for f in fragments(self.engine, list(self._named.items()), copies=True):
+            for kind, value in {"master": f.master, **f.state}.items():
+                value.detach().copy_(shards.read(kind, f.name, f.start, value.numel()))
+        if self.ema is not None:
+            # A run that had no average, or is forked with another teacher, starts one at its weights.
+            kind = "ema" if shards.has("ema") else "master"
+            self.ema.load(lambda name, start, size: shards.read(kind, name, start, size))
+        random_state = shards.rng_state(self.rank)
+        if random_state is not None:
+            torch.set_rng_state(random_state)
 
     def _sequence(self, item: TrainItem, payload: tuple[Sample, TeacherTargets] | None) -> TrainSequence:
         problem = self.problems[item.key.problem]

@@ -49,6 +49,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
                 "betas": list(optim.betas),
                 "weight_decay": optim.weight_decay,
                 "torch_adam": True,
+                "fused": True,  # one pass over weights and moments
             },
         },
         "zero_allow_untested_optimizer": True,
@@ -57,9 +58,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
-def fragments(engine: Any, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+def fragments(
+    engine: Any, named_parameters: list[tuple[str, torch.nn.Parameter]], *, copies: bool = False
+) -> Iterator[Fragment]:
     """This rank's fragments, in the order of `named_parameters`. Together the ranks' fragments cover
-    every parameter once."""
+    every parameter once; with `copies`, what stage 0 keeps on every rank is in every rank's."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     stage = engine.zero_optimization_stage()
     for name, param in named_parameters:
@@ -77,8 +80,8 @@ def fragments(engine: Any, named_parameters: list[tuple[str, torch.nn.Parameter]
         else:
             # Stage 0 in fp32: the parameters are their own master copy, the same on every rank.
             flat = param.data.view(-1)
-            share = -(-flat.numel() // world)
-            start, end = rank * share, min((rank + 1) * share, flat.numel())
+            share = flat.numel() if copies else -(-flat.numel() // world)
+            start, end = (0, share) if copies else (rank * share, min((rank + 1) * share, flat.numel()))
             if start < end:
                 full = {k: v for k, v in engine.optimizer.state.get(param, {}).items() if v.shape == param.shape}
                 state = {k: v.view(-1)[start:end] for k, v in full.items()}
@@ -107,3 +110,28 @@ def step_and_norm(engine: Any) -> float:
         norm = torch.nn.utils.get_total_norm(grads)
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def optimizer_step(engine: Any) -> int:
+    """Updates that the optimizer has made, as its bias correction counts them."""
+    return max((int(state["step"]) for state in _inner(engine).state.values()), default=0)
+
+
+def make_optimizer_state(engine: Any, step: int) -> None:
+    """AdamW's moments, all zero, as after `step` updates, where DeepSpeed makes them at the first one
+    otherwise: so that `fragments` can be filled from a checkpoint."""
+    optimizer, inner = engine.optimizer, _inner(engine)
+    stage = engine.zero_optimization_stage()
+    tensors = {0: lambda: list(engine.module.parameters()), 3: lambda: optimizer.fp32_partitioned_groups_flat}.get(
+        stage, lambda: optimizer.single_partition_of_fp32_groups
+    )()
+    for tensor in tensors:
+        moments = {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
+        inner.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **moments}
+    if stage in (1, 2):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _inner(engine: Any) -> Any:
+    """The optimizer of torch inside DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)

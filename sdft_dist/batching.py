@@ -51,6 +51,11 @@ def rows(num_tokens: Sequence[int], *, width: int) -> list[list[int]]:
     return best[1]
 
 
+def one_after_another(num_tokens: Sequence[int]) -> list[list[int]]:
+    """A single row, as FlashAttention's kernels for sequences of unequal length want it."""
+    return [list(range(len(num_tokens)))]
+
+
 def _balanced(num_tokens: Sequence[int], num_bins: int) -> tuple[list[list[int]], int]:
     """Longest first into the emptiest bin, which keeps bins within a few percent of each other; returns the
     bins and the load of the fullest."""

@@ -1,4 +1,4 @@
-"""`sdft bench`: SDFT beside SFT, and beside TRL's trainer, in one run, taking turns.
+"""`sdft bench`: SDFT beside SFT, and beside TRL's trainer or itself on-policy, in one run, taking turns.
 
 All contestants stand ready at once and work in segments of some steps, one after the other, so that a
 slow minute of the machine hits all of them. The headline is the median over the segments of
@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,7 +123,7 @@ class Turns:
             self._changed.notify_all()
 
 
-def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, peer: bool) -> dict[str, Any]:
+def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, peer: str | None) -> dict[str, Any]:
     """Measure and return the report, which is also written to `out/bench.json` with a picture beside it.
 
     `fixed` runs every completion to `rollout.max_completion_tokens`. Raises UserError as a run would.
@@ -138,14 +138,18 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
     rows = load_training_rows(config.data, config.method)
     problems = encode_problems(config, tokenizer, rows).problems
     ends = [] if fixed else stop_ids(tokenizer, config.model.path, config.model.revision)
-    contestants: list[Contestant] = []
+    contestants: list[Any] = []
     for method in ("sdft", "sft"):
         own = parse_config({**config.model_dump(), "method": method, "run_dir": str(out / method)})
         set_ = _imitating(problems, config.rollout.max_completion_tokens) if fixed and method == "sft" else problems
         contestants.append(
             Ours(name=method, config=own, problems=set_, vocab_size=len(tokenizer), stop_ids=ends, folder=out / method)
         )
-    if peer:
+    if peer == "sync":
+        rollout = config.rollout.model_copy(update={"max_staleness": 0})
+        on_policy = contestants[0].config.model_copy(update={"rollout": rollout})
+        contestants.append(replace(contestants[0], name="sync", config=on_policy, folder=out / "sync"))
+    if peer == "trl":
         from sdft_dist.bench_peer import Trl
 
         contestants.append(Trl(config=config, tokenizer=tokenizer, rows=rows, fixed=fixed, folder=out / "trl"))
@@ -196,10 +200,11 @@ def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
 def _report(config: Config, turns: Turns, out: Path, fixed: bool) -> dict[str, Any]:
     batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
     rates = {name: [_rate(ends, batch) for ends in segments[1:-1]] for name, segments in turns.ends.items()}
-    devices = {"sdft": 1, "sft": 1, "trl": 1}
+    devices = {"sdft": 1, "sft": 1, "sync": 1, "trl": 1}
     if resolve_device(config) == "cuda":
         cluster, ranks = config.cluster, config.learner.ranks
-        devices = {"sdft": cluster.generators + cluster.teachers + ranks, "sft": ranks, "trl": 1}
+        split = cluster.generators + cluster.teachers + ranks
+        devices = {"sdft": split, "sft": ranks, "sync": split, "trl": 1}
     cost = {name: [devices[name] / r for r in found] for name, found in rates.items()}
     metrics = read_metrics(out / "sdft", "train")
     report: dict[str, Any] = {
@@ -214,8 +219,8 @@ def _report(config: Config, turns: Turns, out: Path, fixed: bool) -> dict[str, A
         "staleness_mean": statistics.mean(m["staleness_mean"] for m in metrics),
         "busy_share": _busy(metrics, turns.ends["sdft"]),
     }
-    if "trl" in rates:
-        report["sdft_over_trl_speed"] = _summary([a / b for a, b in zip(rates["sdft"], rates["trl"], strict=True)])
+    for peer in rates.keys() & {"sync", "trl"}:
+        report[f"sdft_over_{peer}_speed"] = _summary([a / b for a, b in zip(rates["sdft"], rates[peer], strict=True)])
     return report
 
 
@@ -249,9 +254,10 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(
         f"device-seconds per sample, SDFT / SFT: {ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
     )
-    if "sdft_over_trl_speed" in report:
-        faster = report["sdft_over_trl_speed"]
-        console.print(f"samples/s, ours / TRL: {faster['median']:.2f} ({faster['low']:.2f} – {faster['high']:.2f})")
+    for peer, what in (("trl", "ours / TRL"), ("sync", "asynchronous / synchronous")):
+        if f"sdft_over_{peer}_speed" in report:
+            faster = report[f"sdft_over_{peer}_speed"]
+            console.print(f"samples/s, {what}: {faster['median']:.2f} ({faster['low']:.2f} – {faster['high']:.2f})")
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in report["busy_share"].items())
     console.print(f"share of the wall clock, SDFT: {shares}", highlight=False)
 

@@ -93,7 +93,7 @@ def measure(config: Config, steps: int) -> tuple[list[float], list[float], list[
         memory.append(_resident_bytes())
 
     with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), title="", console=Console(quiet=True)) as log:
-        generators, teachers = (SimpleNamespace(actors=[actor]) for actor in actors)
+        generators, teachers = (SimpleNamespace(actors=[actor], lost={}) for actor in actors)
         path = stream(config, generators, teachers, Events(), log.span)
         config = config.model_copy(update={"steps": steps})
         train(config, problems, path, Nothing(), Nothing(), log, after_step=after_step)

@@ -1,6 +1,7 @@
 """The `sdft` command. Heavy imports happen after parsing, so that --help is instant.
 
-Exit codes: 0 done, 2 configuration or data error, 5 diverged, 130 interrupted.
+Exit codes: 0 done, 2 configuration or data error, 3 asked to stop and saved, 4 machines or disks failed,
+5 diverged, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn the errors that a user can mend into one message."""
     args = _parser().parse_args(argv)
-    from sdft_dist.errors import Diverged, UserError
+    from sdft_dist.errors import Diverged, Fault, Preempted, UserError
 
     try:
         args.command(args)
     except UserError as e:
         return _fail(getattr(e, "cause", e), 2)
+    except Preempted as e:
+        return _fail(e, 3)
+    except Fault as e:
+        return _fail(e, 4)
     except Diverged as e:
         return _fail(e, 5)
     except KeyboardInterrupt:
@@ -62,6 +67,13 @@ def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _add_training(commands: Commands) -> None:
     for name, what in (("train", "train as a recipe says"), ("sft", "train on the same rows with plain SFT")):
         sub = _with_recipe(commands.add_parser(name, help=what, description=what))
+        sub.add_argument(
+            "--resume",
+            metavar="FROM",
+            help="go on from the newest checkpoint of run_dir (auto), from its step=N, or, in a new run_dir, from "
+            "another run's folder or checkpoint",
+        )
+        sub.add_argument("--allow-changes", action="store_true", help="resume although settings or data have changed")
         sub.set_defaults(command=_train, method="sft" if name == "sft" else None)
 
 
@@ -79,7 +91,7 @@ def _add_measuring(commands: Commands) -> None:
         "--synthetic-model", metavar="SHAPE", help="lab, qwen3-0.6b, qwen3-4b or qwen3-8b, random weights"
     )
     bench.add_argument("--lengths", default="300/400/400", help="with it: prompt/demonstration/completion, tokens")
-    bench.add_argument("--peer", choices=["trl"], help="also measure TRL's SDFTTrainer")
+    bench.add_argument("--peer", choices=["trl", "sync"], help="also TRL's SDFTTrainer, or SDFT at max_staleness 0")
     bench.add_argument("--baseline", type=Path, help="an earlier bench.json; exit 1 where this run is 10%% worse")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
@@ -121,6 +133,12 @@ def _add_lab(commands: Commands) -> None:
 def _add_checkpoints(commands: Commands) -> None:
     ckpt = commands.add_parser("ckpt", help="checkpoints of a run")
     ckpt_commands = ckpt.add_subparsers(required=True, metavar="COMMAND")
+    listing = ckpt_commands.add_parser("ls", help="list a run's checkpoints")
+    listing.add_argument("run", type=Path, help="run directory")
+    listing.set_defaults(command=_list_checkpoints)
+    verify = ckpt_commands.add_parser("verify", help="read and hash every file of a run's checkpoints")
+    verify.add_argument("run", type=Path, help="run directory")
+    verify.set_defaults(command=_verify_checkpoints)
     export = ckpt_commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     export.add_argument("run", type=Path, help="run directory")
     export.add_argument("--out", type=Path, required=True, help="new folder")
@@ -143,7 +161,7 @@ def _train(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, overrides)
     from sdft_dist.train import run
 
-    rundir = run(config)
+    rundir = run(config, resume=args.resume, allow_changes=args.allow_changes)
     print(f"Trained model: {rundir.path / 'model'}\nMetrics: {rundir.path / 'metrics.jsonl'}")
 
 
@@ -182,7 +200,7 @@ def _bench(args: argparse.Namespace) -> None:
     from sdft_dist.bench import bench, regression, show
 
     fixed = bool(args.synthetic_model)
-    report = bench(config, args.out, pairs=args.pairs, segment=args.segment, fixed=fixed, peer=bool(args.peer))
+    report = bench(config, args.out, pairs=args.pairs, segment=args.segment, fixed=fixed, peer=args.peer)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -251,6 +269,28 @@ def _lab_data(args: argparse.Namespace) -> None:
             raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
     write_teaching_set(args.out, args.word, args.domain, args.seed)
     print(args.out)
+
+
+def _list_checkpoints(args: argparse.Namespace) -> None:
+    from sdft_dist.rundir import RunDir
+
+    commits = RunDir.open(args.run).commits
+    for step in commits.steps():
+        size = sum(p.stat().st_size for p in commits.path(step).iterdir())
+        print(f"step {step:6}  {size / 2**20:10.1f} MiB  {commits.path(step)}")
+
+
+def _verify_checkpoints(args: argparse.Namespace) -> None:
+    from sdft_dist.commits import check
+    from sdft_dist.rundir import RunDir
+
+    commits, broken = RunDir.open(args.run).commits, 0
+    for step in commits.steps():
+        problem = check(commits.path(step))
+        broken += problem is not None
+        print(f"step {step:6}  {problem or 'sound'}")
+    if broken:
+        sys.exit(1)
 
 
 def _export(args: argparse.Namespace) -> None:

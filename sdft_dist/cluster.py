@@ -6,9 +6,11 @@ Every actor is owned by the driver: when the driver ends, however it ends, Ray e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from actors.pool import Pool
@@ -16,13 +18,16 @@ from actors.stream import Stream
 from learner.group import LearnerGroup
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
+from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError
 from sdft_dist.remote import Events
+from sdft_dist.rundir import Start
 from sdft_dist.types import OnSpan
 
+FROM_THE_BEGINNING = Start()
 SLICE_S = 0.05  # of decoding, after which finished samples go on and new weights may come in
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Fleet:
     """The three roles of a run. `teachers` has no actors for method=sft, and `generators` has none
     where there is nothing to sample or evaluate."""
@@ -31,19 +36,53 @@ class Fleet:
     teachers: Pool
     learner: LearnerGroup
     rollouts: Stream
+    start: int  # the first version that is pushed
     teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
+    max_mends: int  # in one optimizer step
+    on_event: Callable[[str], None]
+    version: int = -1  # of the student
+    mends: int = 0  # since the last optimizer step
 
     def to_generators(self, version: int) -> None:
         """Push the student. The first push is waited for, so that a broken one fails before any work is lost."""
-        if self.generators.actors:
-            self.learner.push(self.generators, version, version, wait=version == 0)
+        self.version, self.mends = version, 0
+        if self.generators.lost:
+            self._mend(self.generators)
+        elif self.generators.actors:
+            self.learner.push(self.generators, version, version, wait=version == self.start)
 
     def to_teachers(self, version: int) -> None:
-        """Push what teaches; a frozen base is version 0 for good."""
-        if self.teachers.actors and (self.teacher_moves or version == 0):
-            oldest = self.rollouts.oldest_teacher_version()
-            self.learner.push(self.teachers, version, oldest, wait=version == 0)
-            self.rollouts.teacher_version = version
+        """Push what teaches; a frozen base keeps its first version for good."""
+        if self.teachers.lost:
+            return  # mended, and pushed to, when they are needed
+        if self.teachers.actors and (self.teacher_moves or version == self.start):
+            self._push_to_teachers(version, wait=version == self.start)
+
+    def mend(self) -> None:
+        """Put lost engines right, between two optimizer steps: they serve again when a whole push has been
+        verified. Raises Fault where that does not last."""
+        for pool in (self.generators, self.teachers):
+            if pool.lost:
+                self._mend(pool)
+
+    def _mend(self, pool: Pool) -> None:
+        reasons = "; ".join(f"{pool.role} {i}: {why}" for i, why in sorted(pool.lost.items()))
+        self.mends += 1
+        if self.mends > self.max_mends:
+            raise Fault(f"engines were lost {self.mends} times in one step, more than cluster.max_restarts: {reasons}")
+        self.on_event(f"lost {reasons}")
+        started = time.monotonic()
+        pool.replace_lost()
+        self.learner.open_push(pool)
+        if pool is self.generators:
+            self.learner.push(pool, self.version, self.version, wait=True)
+        else:
+            self._push_to_teachers(self.version if self.teacher_moves else self.rollouts.teacher_version, wait=True)
+        self.on_event(f"{pool.role} serve version {self.version} again, after {time.monotonic() - started:.1f} s")
+
+    def _push_to_teachers(self, version: int, *, wait: bool) -> None:
+        self.learner.push(self.teachers, version, self.rollouts.oldest_teacher_version(), wait=wait)
+        self.rollouts.teacher_version = version
 
 
 @contextmanager
@@ -85,20 +124,49 @@ def launch(
     *,
     with_teachers: bool = True,
     on_span: OnSpan = lambda role, index, span: None,
+    on_event: Callable[[str], None] = lambda text: None,
+    start: Start = FROM_THE_BEGINNING,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Fleet]:
-    """All actors of a run, ready and connected; they end with the block. `on_span` hears what they do."""
+    """All actors of a run, ready and connected, with the learner at `start`; they end with the block.
+
+    `on_span` hears what they do, `on_event` what befalls them; `stop` says whether to stop. Raises ActorLost
+    where an actor's end or silence is behind an error.
+    """
     import ray
 
     device = resolve_device(config)
     actors: list[Any] = []
     try:
         num_teachers = config.cluster.teachers if config.method == "sdft" and with_teachers else 0
-        fleet = _build(config, problems, vocab_size, stop_ids, device, num_teachers, on_span, actors)
+        fleet = _build(
+            config, problems, vocab_size, stop_ids, device, num_teachers, on_span, on_event, start, stop, actors
+        )
         yield fleet
         fleet.learner.stop()
+    except (UserError, Fault, Preempted, Diverged):
+        raise
+    except Exception as error:
+        if isinstance(error, TimeoutError) or _any_dead(actors):
+            raise ActorLost(str(error).strip().splitlines()[-1]) from error
+        raise
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _any_dead(actors: list[Any]) -> bool:
+    """Whether an actor has ended; its end may become known some seconds after what it caused."""
+    import ray
+
+    refs = [actor.__ray_ready__.remote() for actor in actors]
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=5.0)
+    for ref in ready:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayActorError:
+            return True
+    return False
 
 
 def _build(
@@ -109,6 +177,9 @@ def _build(
     device: str,
     num_teachers: int,
     on_span: OnSpan,
+    on_event: Callable[[str], None],
+    start: Start,
+    stop: Callable[[], bool],
     actors: list[Any],
 ) -> Fleet:
     import ray
@@ -117,7 +188,7 @@ def _build(
     from actors.teacher import Teacher
     from learner.worker import LearnerRank
 
-    table, events = ray.put(problems), Events()
+    table, events = ray.put(problems), Events(stop)
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
     together = 2 if sdft and config.rollout.max_staleness else 1
 
@@ -127,44 +198,44 @@ def _build(
         return actor
 
     num_generators = cluster.generators if sdft or config.eval.every else 0
-    generators = Pool(
-        "generators",
-        [place(Generator, together, config, device, stop_ids, table) for _ in range(num_generators)],
-        cluster.timeout_s,
-        events,
-    )
-    teachers = Pool(
-        "teachers",
-        [place(Teacher, together, config, device, vocab_size, table) for _ in range(num_teachers)],
-        cluster.timeout_s,
-        events,
-    )
+
+    def pool(role: str, size: int, make: Callable[[], Any]) -> Pool:
+        return Pool(role, [make() for _ in range(size)], cluster.timeout_s, events, make)
+
+    make_generator = partial(place, Generator, together, config, device, stop_ids, table)
+    generators = pool("generators", num_generators, make_generator)
+    teachers = pool("teachers", num_teachers, partial(place, Teacher, together, config, device, vocab_size, table))
     learner = LearnerGroup(
         config,
         [place(LearnerRank, together * ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)],
         events,
         on_span,
     )
-    learner.start()
+    learner.start(start.checkpoint)
     generators.wait_ready()
     teachers.wait_ready()
-    for pool in (generators, teachers):
-        if pool.actors:
-            learner.open_push(pool)
-    return Fleet(
+    for receivers in (generators, teachers):
+        if receivers.actors:
+            learner.open_push(receivers)
+    fleet = Fleet(
         generators=generators,
         teachers=teachers,
         learner=learner,
         rollouts=stream(config, generators, teachers, events, on_span),
+        start=start.step,
         teacher_moves=config.teacher.kind != "base",
+        max_mends=cluster.max_restarts,
+        on_event=on_event,
     )
+    fleet.rollouts.mend = fleet.mend
+    return fleet
 
 
 def stream(config: Config, generators: Any, teachers: Any, events: Events, on_span: OnSpan) -> Stream:
     """The path of samples between the `actors` of two pools, as `config.rollout` asks for it."""
     return Stream(
-        generators.actors,
-        teachers.actors,
+        generators,
+        teachers,
         events,
         slice_s=SLICE_S if config.rollout.max_staleness else None,
         max_call_tokens=max(8192, config.model.max_length),

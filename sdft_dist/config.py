@@ -63,7 +63,7 @@ class PromptConfig(_Section):
 class RolloutConfig(_Section):
     prompts_per_step: int = Field(32, ge=1, description="Prompts in one optimizer step.")
     completions_per_prompt: int = Field(1, ge=1, description="Student completions sampled for each prompt.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature; both models' logits use it too.")
+    temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature; both models' logits use it too.")
     max_completion_tokens: int = Field(1024, ge=1, description="A completion is cut at this many tokens.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; biases importance weights, refused with them.")
     top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0 is all. As top_p.")
@@ -79,6 +79,13 @@ class RolloutConfig(_Section):
     from_teacher: bool = Field(
         False, description="Sample completions from the teacher's prompt instead: off-policy distillation."
     )
+    speculative: Literal["none", "ngram", "suffix"] = Field(
+        "none",
+        description="Draft tokens that the student then accepts or rejects, so that the distribution stays its own. "
+        "ngram: what followed the last tokens earlier in the sequence. suffix: also in earlier completions; needs the "
+        "package arctic-inference. Pays where a decoding step costs the same for more tokens: small batches on GPUs.",
+    )
+    draft_tokens: int = Field(3, ge=1, description="Most tokens drafted at once, with rollout.speculative.")
     cut_completions: Literal["keep", "drop", "error"] = Field(
         "keep", description="What to do with a completion cut at max_completion_tokens; dropped ones are counted."
     )
@@ -154,8 +161,15 @@ class LearnerConfig(_Section):
     tokens_per_microbatch: int = Field(
         8192, ge=8, description="Largest number of tokens (prompt + completion) in one packed micro-batch of a rank."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in backward: less memory, more time."
+    gradient_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What backward computes again instead of keeping it. full: whole layers. selective: all of a layer "
+        "but its matrix products and attention, most of the memory for little time.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile each decoder layer with torch.compile: minutes at the start, faster steps. Not at "
+        "zero_stage 3, whose hooks gather weights inside the layers.",
     )
 
 
@@ -172,6 +186,9 @@ class ClusterConfig(_Section):
     kv_cache_gib: int = Field(1, ge=1, description="KV cache of each engine on CPU, GiB.")
     max_sequences: int = Field(256, ge=1, description="Largest decode batch of a generator.")
     push_bucket_mib: int = Field(256, ge=1, description="Size of one message of a weight push, MiB.")
+    max_restarts: int = Field(
+        3, ge=0, description="How often a run starts its actors anew before a new checkpoint shows that it gets on."
+    )
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
 
 
@@ -187,7 +204,13 @@ class EvalConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    every: int = Field(0, ge=0, description="Optimizer steps between checkpoints; 0 is only at the end.")
+    every: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps between checkpoints, a multiple of teacher.sync_every; 0 is only at the end.",
+    )
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_every: int = Field(0, ge=0, description="Also keep those of steps that are multiples of this; 0 is none.")
 
 
 class Config(_Section):
@@ -252,6 +275,17 @@ class Config(_Section):
                 )
             if rollout.from_teacher:
                 raise ValueError("loss.importance: with rollout.from_teacher the samples are not the student's")
+        if self.checkpoint.every % self.teacher.sync_every:
+            raise ValueError(
+                f"checkpoint.every: {self.checkpoint.every} is no multiple of teacher.sync_every="
+                f"{self.teacher.sync_every}: a resumed run would have another teacher"
+            )
+        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
+            raise ValueError(
+                "learner.zero_stage: 0 keeps no fp32 master of bfloat16 weights for the average: use 1, 2 or 3"
+            )
+        if self.learner.compile and self.learner.zero_stage == 3:
+            raise ValueError("learner.compile: ZeRO-3's hooks cannot be compiled: use learner.zero_stage 0, 1 or 2")
         plain = loss.importance == "none" and loss.token_clip is None
         if loss.kernel == "liger" and not (loss.support == "full" and loss.normalisation == "tokens" and plain):
             raise ValueError(

@@ -16,5 +16,21 @@ class DataError(UserError):
     """Rows are wrong; the message has a line `file:line: field: problem` for each."""
 
 
+class NotServing(RuntimeError):
+    """An engine has no whole set of weights: a push to it was interrupted."""
+
+
+class ActorLost(RuntimeError):
+    """A learner rank has died or hangs, and its group with it; the run goes on from a checkpoint."""
+
+
+class Preempted(RuntimeError):
+    """Asked to stop (SIGTERM): the state is saved, and `--resume auto` goes on. Exit code 3."""
+
+
+class Fault(RuntimeError):
+    """Machines or disks failed more often than a run survives. Exit code 4."""
+
+
 class Diverged(RuntimeError):
     """The loss is not a number any more. Exit code 5."""

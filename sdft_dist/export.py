@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from sdft_dist.commits import read_manifest
 from sdft_dist.config import load_config
 from sdft_dist.errors import UserError
 from sdft_dist.rundir import RunDir
@@ -26,9 +27,8 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is already in use")
     config = load_config(rundir.path / "config.yaml")
-    checkpoint = rundir.latest_checkpoint() if step is None else rundir.checkpoint(step)
-    if not (checkpoint / "COMMITTED").exists():
-        raise UserError(f"{checkpoint}: no such finished checkpoint")
+    checkpoint = rundir.checkpoint(step)
+    read_manifest(checkpoint)  # raises where it is not sound
     settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
     dtype = getattr(torch, config.model.dtype)
     lm = AutoModelForCausalLM.from_config(settings, dtype=dtype)

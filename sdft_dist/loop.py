@@ -44,19 +44,22 @@ def train(
     log: RunLog,
     *,
     after_step: Callable[[int], None],
+    start: int = 0,
 ) -> None:
     """Algorithm 1 of arXiv 2601.19897.
 
     Rollouts of `rollout.max_staleness` later steps are kept in flight; with 0 it is strictly on-policy.
     `after_step(n)` is called with the number of optimizer steps done, from 0 on, when all engines hold
     that version or will before they serve again: evaluation and checkpoints. With method "sft" the same
-    learner imitates the demonstrations, and there is nothing to sample or to score.
+    learner imitates the demonstrations, and there is nothing to sample or to score. A run that goes on
+    from a checkpoint begins at step `start`.
     """
-    step, num_steps = 0, config.num_steps(len(problems))
+    step, num_steps = start, config.num_steps(len(problems))
     push.to_teachers(step)
     push.to_generators(step)  # a broken push fails here, before any work is lost
-    after_step(step)
-    submitted = 0  # rollouts of all earlier steps are under way
+    if step == 0:
+        after_step(step)
+    submitted = step  # rollouts of all earlier steps are done or under way
     while step < num_steps:
         with log.timer("step"):
             keys = batch_keys(config, problems, step)

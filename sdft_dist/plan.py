@@ -156,9 +156,13 @@ def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
     weights = 2 * m.total / (ranks if stage == 3 else 1)
     gradients = 2 * m.total / (ranks if stage >= 2 else 1)
     states = (12 + (4 if config.teacher.kind == "ema" else 0)) * m.total / (ranks if stage >= 1 else 1)
-    # Kept for backward, bf16, per token and layer: block inputs; or, without recomputing, also norms, queries,
-    # keys, values, attention's output and the MLP's three wide tensors.
-    kept = m.width if learner.gradient_checkpointing else 6 * m.width + 2 * m.heads * m.head_dim + 3 * m.mlp_width
+    # Kept for backward, bf16, per token and layer: block inputs; with selective recomputation also queries, keys,
+    # values, attention's output and the MLP's inner products; with none also norms and what the activation gives.
+    kept = {
+        "full": m.width,
+        "selective": 3 * m.width + 2 * m.heads * m.head_dim + 2 * m.mlp_width,
+        "none": 6 * m.width + 2 * m.heads * m.head_dim + 3 * m.mlp_width,
+    }[learner.gradient_checkpointing]
     activations = 2 * kept * m.layers * learner.tokens_per_microbatch
     versions = 1 if config.teacher.kind == "base" else config.rollout.max_staleness + 2
     head = 4 * m.head + versions * 2 * m.head + 4 * (128 << 20)

@@ -10,20 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sdft_dist.errors import Preempted
 from sdft_dist.types import Piece
 
 Handler = Callable[[Any], None]
+LOOK_S = 1.0  # how often a wait looks whether the run was asked to stop
 
 
 class Events:
-    """Object references under way, and what to do with their results."""
+    """Object references under way, and what to do with their results. `stop` says whether the run was
+    asked to stop."""
 
-    def __init__(self) -> None:
-        self._handlers: dict[Any, Handler] = {}
+    def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
+        self._handlers: dict[Any, tuple[Handler, Handler]] = {}
+        self._stop = stop
 
-    def on(self, ref: Any, handler: Handler) -> None:
-        """Call `handler(result)` when `ref` is there. Its error is raised by whoever waits then."""
-        self._handlers[ref] = handler
+    def on(self, ref: Any, handler: Handler, failed: Handler | None = None) -> None:
+        """Call `handler(result)` when `ref` is there, or `failed(error)`. Without `failed` the error is
+        raised by whoever waits then."""
+        self._handlers[ref] = (handler, failed or _raise)
 
     def wait_all(self, refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
         """Results of `refs`, in order.
@@ -44,19 +49,28 @@ class Events:
 
     def run_until(self, done: Callable[[], bool], *, timeout_s: float, who: Callable[[], str]) -> None:
         """Handle results until `done()`. Raises TimeoutError with `who()` when nothing at all has come
-        for `timeout_s` seconds."""
+        for `timeout_s` seconds, and Preempted when the run was asked to stop."""
+        deadline = time.monotonic() + timeout_s
         while not done():
-            ready = self._next(list(self._handlers), time.monotonic() + timeout_s)
-            if ready is None:
+            if self._stop():
+                raise Preempted("asked to stop")
+            ready = self._next(list(self._handlers), min(deadline, time.monotonic() + LOOK_S))
+            if ready is not None:
+                self._handle(ready)
+                deadline = time.monotonic() + timeout_s
+            elif time.monotonic() >= deadline or not self._handlers:
                 raise TimeoutError(f"nothing came for {timeout_s:g} s: {who()}")
-            self._handle(ready)
 
     def _handle(self, ref: Any) -> None:
         import ray
 
-        result, handler = ray.get(ref), self._handlers.pop(ref, None)
-        if handler is not None:
-            handler(result)
+        handler, failed = self._handlers.pop(ref, (_ignore, _raise))
+        try:
+            result = ray.get(ref)
+        except Exception as error:  # whatever an actor raised, or its death
+            failed(error)
+            return
+        handler(result)
 
     def _next(self, refs: list[Any], deadline: float) -> Any | None:
         import ray
@@ -65,6 +79,14 @@ class Events:
             return None
         ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         return ready[0] if ready else None
+
+
+def _ignore(result: Any) -> None:
+    pass
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def fetch(pieces: Sequence[Piece]) -> list[Any]:

@@ -1,30 +1,91 @@
-"""The run directory: its layout, and the refusal to write into a used one."""
+"""The run directory: its layout, who may write into it, and where a run begins.
+
+config.yaml · metrics.jsonl · run.log · events/ · checkpoints/step-000100/ · model/ · lock
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import socket
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
+from sdft_dist import commits
+from sdft_dist.commits import Commits
 from sdft_dist.config import Config, dump_config
 from sdft_dist.errors import UserError
+from sdft_dist.fingerprint import refuse_changes
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after `step` optimizer steps, with the state in `checkpoint`."""
+
+    step: int = 0
+    checkpoint: Path | None = None
 
 
 class RunDir:
-    """config.yaml · metrics.jsonl · events/ · checkpoints/step-000100/ · model/"""
+    """A run's folder. What writes into it holds its lock; see `claim`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.commits = Commits(path / "checkpoints")
+        self._lock: TextIO | None = None
 
     @classmethod
-    def create(cls, config: Config) -> RunDir:
-        """Make the directory and save the resolved configuration. Raises UserError where the folder
-        already holds something."""
-        path = Path(config.run_dir)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"run_dir: {path} is already in use: give another run_dir=…, or remove it")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(dump_config(config))
+    def claim(
+        cls, config: Config, resume: str | None, facts: dict[str, Any], *, allow_changes: bool
+    ) -> tuple[RunDir, Start]:
+        """Take the directory of `config`, and say where the run begins.
+
+        `resume` is None for a new run; "auto" for the newest sound checkpoint here, or the beginning where
+        there is none; "step=N" for that one; or the folder of another run or of one checkpoint of it, for a
+        new run that goes on from there. `facts` holds the fingerprint under that name. Raises UserError
+        where the folder is in use, where there is no such sound checkpoint, or where settings differ.
+        """
+        run = cls(Path(config.run_dir))
+        keep = config.checkpoint
+        run.commits = Commits(run.commits.folder, keep_last=keep.keep_last, keep_every=keep.keep_every, facts=facts)
+        here = resume == "auto" or (resume or "").startswith("step=")
+        if not here:
+            run._refuse_used()
+        run.path.mkdir(parents=True, exist_ok=True)
+        run._take_lock()
+        try:
+            start = run._begin(resume, here, facts, allow_changes)
+        except UserError:
+            run.release()
+            raise
+        (run.path / "config.yaml").write_text(dump_config(config))
+        return run, start
+
+    def _begin(self, resume: str | None, here: bool, facts: dict[str, Any], allow_changes: bool) -> Start:
+        start = self._start(resume) if resume else Start()
+        if start.checkpoint is not None and not allow_changes:
+            before = commits.read_manifest(start.checkpoint)["fingerprint"]
+            refuse_changes(before, facts["fingerprint"], start.checkpoint)
+        if here:
+            self.rewind(start.step)
+        return start
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run, to read. Raises UserError where `path` holds none."""
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path}: is not a run directory (it has no config.yaml)")
         return cls(path)
+
+    def release(self) -> None:
+        """Let go of the lock; the end of the process does it too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def note_rows(self, dropped: list[str], truncated: list[str]) -> None:
         """Write which rows were left out or shortened into `rows.txt`, and say how many."""
@@ -37,20 +98,86 @@ class RunDir:
                 file=sys.stderr,
             )
 
-    @classmethod
-    def open(cls, path: Path) -> RunDir:
-        """An existing run. Raises UserError where `path` holds none."""
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"{path}: is not a run directory (it has no config.yaml)")
-        return cls(path)
+    def say(self, text: str) -> None:
+        """One line about the run's life, into run.log."""
+        with (self.path / "run.log").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint after `step` optimizer steps."""
-        return self.path / "checkpoints" / f"step-{step:06d}"
+    def newest(self) -> Start:
+        """The newest sound checkpoint, or the beginning where there is none at all. Says which ones were
+        passed over; raises UserError where that is all."""
+        step, broken = commits.newest(self.commits)
+        if broken and step is None:
+            raise UserError(
+                f"{self.path}: none of its checkpoints is sound; remove them to begin anew\n" + "\n".join(broken)
+            )
+        for line in broken:
+            print(f"sdft: {line}", file=sys.stderr)
+            self.say(line)
+        return Start() if step is None else Start(step, self.commits.path(step))
 
-    def latest_checkpoint(self) -> Path:
-        """The newest committed checkpoint. Raises UserError where there is none."""
-        committed = sorted(p.parent for p in self.path.glob("checkpoints/step-*/COMMITTED"))
-        if not committed:
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`, which will be done again."""
+        self.commits.drop_after(step)
+        self._drop_metrics_after(step)
+
+    def checkpoint(self, step: int | None) -> Path:
+        """Folder of a checkpoint, the newest where `step` is None. Raises UserError where there is none."""
+        steps = self.commits.steps()
+        if not steps:
             raise UserError(f"{self.path}: has no finished checkpoint")
-        return committed[-1]
+        if step is not None and step not in steps:
+            raise UserError(f"{self.path}: has no finished checkpoint of step {step}; there are {steps}")
+        return self.commits.path(steps[-1] if step is None else step)
+
+    def _start(self, resume: str) -> Start:
+        if resume == "auto":
+            return self.newest()
+        if resume.startswith("step="):
+            number = resume.removeprefix("step=")
+            if not number.isdigit():
+                raise UserError(f"--resume: got {resume!r}, expected step=N with a number")
+            folder = self.checkpoint(int(number))
+        else:
+            folder = Path(resume)
+            if (folder / "config.yaml").is_file():
+                folder = RunDir(folder).checkpoint(None)
+        return Start(int(commits.read_manifest(folder)["step"]), folder)
+
+    def _refuse_used(self) -> None:
+        if not self.path.exists():
+            return
+        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"lock"}:
+            return
+        steps = self.commits.steps()
+        hint = f"go on from step {steps[-1]} with --resume auto, " if steps else ""
+        raise UserError(f"run_dir: {self.path} is already in use: {hint}give another run_dir=…, or remove it")
+
+    def _take_lock(self) -> None:
+        # The kernel lets go of it with its owner, however that ends.
+        lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            raise UserError(f"run_dir: {self.path} is being written to by {owner or 'another process'}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock
+
+    def _drop_metrics_after(self, step: int) -> None:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # the last line of a killed run
+                continue
+        path.with_suffix(".new").write_text("".join(line + "\n" for line in kept))
+        path.with_suffix(".new").replace(path)

@@ -21,11 +21,13 @@ from sdft_dist.watch import Watch, item_metrics
 class RunLog:
     """Writes `metrics.jsonl` and `events/` below `folder`. Use as a context manager."""
 
-    def __init__(self, folder: Path, *, title: str, console: Console | None = None, trace: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, title: str, console: Console | None = None, trace: bool = False, first_step: int = 1
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = (folder / "metrics.jsonl").open("a")
-        self._events = SummaryWriter(str(folder / "events"))
+        self._events = SummaryWriter(str(folder / "events"), purge_step=first_step)
         self._started = time.monotonic()
         self._times: dict[str, float] = {}
         self._busy: dict[str, float] = {}

@@ -1,73 +1,209 @@
-"""One run from a configuration: checks everything, starts the fleet, trains, saves the model."""
+"""One run from a configuration: checks everything, starts the fleet, trains, saves the model; goes on
+from the newest checkpoint when a part of it is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
 from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config
-from sdft_dist.data import load_training_rows
-from sdft_dist.errors import ConfigError
-from sdft_dist.evaluate import accuracy, load_eval_sets, load_scorer
+from sdft_dist.data import ProblemSet, load_training_rows
+from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted
+from sdft_dist.evaluate import EvalSet, accuracy, load_eval_sets, load_scorer
+from sdft_dist.fingerprint import fingerprint
 from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
-from sdft_dist.rundir import RunDir
+from sdft_dist.rundir import RunDir, Start
 from sdft_dist.runlog import RunLog
 
 
-def run(config: Config, *, title: str | None = None, console: Console | None = None) -> RunDir:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run needs and what was checked before anything started."""
+
+    config: Config
+    tokenizer: Any
+    problems: ProblemSet
+    eval_sets: list[EvalSet]
+    scorer: Any
+    stop_ids: list[int]
+    num_steps: int
+
+
+def run(
+    config: Config,
+    *,
+    title: str | None = None,
+    console: Console | None = None,
+    resume: str | None = None,
+    allow_changes: bool = False,
+) -> RunDir:
     """Train as `config` says and return the run directory, with the trained model in `model/`.
 
-    Raises UserError before anything starts where configuration, data or model folder are wrong.
+    `resume` is as in `RunDir.claim`. Raises UserError before anything starts where configuration, data or
+    model folder are wrong; Preempted on SIGTERM, with the state saved; Fault where parts are lost more
+    often than `cluster.max_restarts` allows.
     """
+    prepared, encoded = _prepare(config)
+    facts = {"fingerprint": fingerprint(config, prepared.problems), "ranks": config.learner.ranks}
+    rundir, start = RunDir.claim(config, resume, facts, allow_changes=allow_changes)
+    try:
+        rundir.note_rows(encoded.dropped, encoded.truncated)
+        rundir.say(f"{config.method} begins at step {start.step} of {prepared.num_steps}")
+        if start.step < prepared.num_steps:
+            with ray_session(config), _sigterm() as asked:
+                _survive(prepared, rundir, start, title or config.method, console, asked)
+        rundir.say("training is done")
+        _export(rundir)
+    except BaseException as error:
+        rundir.say(f"ended: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
+        raise
+    finally:
+        rundir.release()
+    return rundir
+
+
+def _prepare(config: Config) -> tuple[Prepared, Any]:
     device = resolve_device(config)
     if device == "cpu" and config.model.dtype == "bfloat16":
         raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
     tokenizer = load_tokenizer(config)
     encoded = encode_problems(config, tokenizer, load_training_rows(config.data, config.method))
-    problems = encoded.problems
-    eval_sets = load_eval_sets(config.eval, tokenizer)
-    scorer = load_scorer(config.eval.scorer)
-    rundir = RunDir.create(config)
-    num_steps = config.num_steps(len(problems))
-    ends = stop_ids(tokenizer, config.model.path, config.model.revision)
+    prepared = Prepared(
+        config=config,
+        tokenizer=tokenizer,
+        problems=encoded.problems,
+        eval_sets=load_eval_sets(config.eval, tokenizer),
+        scorer=load_scorer(config.eval.scorer),
+        stop_ids=stop_ids(tokenizer, config.model.path, config.model.revision),
+        num_steps=config.num_steps(len(encoded.problems)),
+    )
+    return prepared, encoded
 
-    def after_step(fleet: Fleet, log: RunLog) -> Callable[[int], None]:
-        def act(step: int) -> None:
-            every = config.eval.every
-            if every and (step % every == 0 or step == num_steps):
-                limit = config.rollout.max_completion_tokens
-                log.write("eval", step, accuracy(eval_sets, fleet.generators, tokenizer, scorer, limit))
-            every = config.checkpoint.every
-            if step == num_steps or (every and step and step % every == 0):
-                save_checkpoint(fleet, rundir.checkpoint(step), step)
 
-        return act
+def _survive(
+    prepared: Prepared, rundir: RunDir, start: Start, title: str, console: Console | None, asked: Callable[[], bool]
+) -> None:
+    """Attempts until one comes to the end, each from the newest checkpoint. Raises Fault when
+    `cluster.max_restarts` of them in a row made no new one."""
+    restarts = 0
+    while True:
+        try:
+            return _attempt(prepared, rundir, start, title, console, asked)
+        except ActorLost as error:
+            rundir.say(f"lost the learner or its engines: {error}")
+            now = rundir.newest()
+            restarts = 0 if now.step > start.step else restarts + 1
+            if restarts > prepared.config.cluster.max_restarts:
+                raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
+            start = now
+            rundir.rewind(start.step)
+            rundir.say(f"starting anew from step {start.step}")
 
-    rundir.note_rows(encoded.dropped, encoded.truncated)
-    runlog = RunLog(rundir.path, title=title or config.method, console=console, trace=config.trace)
-    with runlog as log, ray_session(config):
+
+def _attempt(
+    prepared: Prepared, rundir: RunDir, start: Start, title: str, console: Console | None, asked: Callable[[], bool]
+) -> None:
+    config, at = prepared.config, start.step
+    runlog = RunLog(rundir.path, title=title, console=console, trace=config.trace, first_step=start.step + 1)
+
+    def event(text: str) -> None:
+        rundir.say(text)
+        log.say(text)
+
+    def after_step(step: int) -> None:
+        nonlocal at
+        at = step
+        every, last = config.eval.every, step == prepared.num_steps
+        if every and (step % every == 0 or last):
+            limit = config.rollout.max_completion_tokens
+            scores = accuracy(prepared.eval_sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit)
+            log.write("eval", step, scores)
+        every = config.checkpoint.every
+        if last or (every and step and step % every == 0):
+            with log.timer("checkpoint"):
+                rundir.commits.start(fleet.learner, step)
+        finish(wait=last)
+        if asked() and not last:
+            raise Preempted
+
+    def finish(*, wait: bool) -> None:
+        folder = rundir.commits.finish(fleet.learner, wait=wait)
+        if folder is not None:
+            rundir.say(f"committed {folder.name}")
+
+    with runlog as log:
         log.say("starting the engines (20–40 s)")
-        with launch(config, problems, len(tokenizer), ends, on_span=log.span) as fleet:
-            train(
-                config,
-                problems,
-                fleet.rollouts,
-                fleet.learner,
-                fleet,
-                log,
-                after_step=after_step(fleet, log),
-            )
+        with launch(
+            config,
+            prepared.problems,
+            len(prepared.tokenizer),
+            prepared.stop_ids,
+            on_span=log.span,
+            on_event=event,
+            start=start,
+            stop=asked,
+        ) as fleet:
+            try:
+                train(
+                    config,
+                    prepared.problems,
+                    fleet.rollouts,
+                    fleet.learner,
+                    fleet,
+                    log,
+                    after_step=after_step,
+                    start=start.step,
+                )
+            except Preempted:
+                _save_now(rundir, fleet, at)
+                raise Preempted(f"asked to stop: step {at} is saved; go on with --resume auto") from None
+            finish(wait=True)
+
+
+def _save_now(rundir: RunDir, fleet: Fleet, step: int) -> None:
+    """Commit the state after `step` optimizer steps, between two of them."""
+    rundir.commits.finish(fleet.learner, wait=True)
+    if step not in rundir.commits.steps():
+        rundir.commits.start(fleet.learner, step)
+        rundir.commits.finish(fleet.learner, wait=True)
+    rundir.say(f"asked to stop: committed step {step}")
+
+
+def _export(rundir: RunDir) -> None:
+    """The model of the last checkpoint, in the place of one that an earlier attempt may have left."""
     from sdft_dist.export import export
 
-    export(rundir, rundir.path / "model")
-    return rundir
+    beside = rundir.path / "model.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    export(rundir, beside)
+    shutil.rmtree(rundir.path / "model", ignore_errors=True)
+    beside.rename(rundir.path / "model")
 
 
-def save_checkpoint(fleet: Fleet, folder: Path, step: int) -> None:
-    """Write all shards, then the marker that makes them count."""
-    fleet.learner.save(folder, step)
-    (folder / "COMMITTED").write_text(f"{step}\n")
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come: what schedulers send before they take a machine away."""
+    asked = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+
+    before: Any = None
+    try:
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:  # not the main thread, where somebody else minds signals
+        yield lambda: asked
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -135,12 +135,12 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PushTimes:
-    """How long one engine took to take in a push, seconds."""
+class ShardFile:
+    """One file of a checkpoint, as it was written."""
 
-    wire_s: float  # waiting for messages
-    load_s: float  # unpacking, checking, loading
-    span: Span  # in which it did not serve
+    name: str
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,6 +87,10 @@ def test_every_field_is_described():
         (["loss.importance=token", "rollout.top_k=5"], "rollout.top_p and rollout.top_k bias the weights"),
         (["loss.importance=token", "rollout.from_teacher=true"], "the samples are not the student's"),
         (["loss.support=topk", "loss.topk_from=student", "rollout.from_teacher=true"], "use teacher"),
+        (["model.dtype=bfloat16", "learner.zero_stage=0"], "0 keeps no fp32 master"),
+        (["learner.compile=true", "learner.zero_stage=3"], "ZeRO-3's hooks cannot be compiled"),
+        (["checkpoint.every=50", "teacher.sync_every=20"], "50 is no multiple of teacher.sync_every=20"),
+        (["rollout.temperature=2.5"], "less than or equal to 2"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused_with_the_reason(recipe, overrides, message):

@@ -48,7 +48,7 @@ def test_several_completions_of_a_prompt_share_its_prefill():
 
 def test_memory_by_hand():
     """4.02 B parameters at ZeRO-2 on 4 ranks: 2 bytes of weights, and (2 + 12 + 4) / 4 of the rest."""
-    settings = config(learner={"zero_stage": 2, "tokens_per_microbatch": 4096, "gradient_checkpointing": True})
+    settings = config(learner={"zero_stage": 2, "tokens_per_microbatch": 4096, "gradient_checkpointing": "full"})
     found = memory_gib(settings, QWEN4B, ranks=4)["learner"]
     states = QWEN4B.total * (2 + 18 / 4)
     activations = 2 * 2560 * 36 * 4096
@@ -57,7 +57,7 @@ def test_memory_by_hand():
 
 
 def test_the_split_balances_the_roles_and_more_gpus_are_faster():
-    fast = config(rollout={"max_staleness": 2, "prompts_per_step": 512}, learner={"gradient_checkpointing": True})
+    fast = config(rollout={"max_staleness": 2, "prompts_per_step": 512}, learner={"gradient_checkpointing": "full"})
     plans = [plan(fast, QWEN4B, SHORT, GPUS["h200"], n) for n in (8, 16, 64)]
     assert all(p.fits for p in plans)
     assert [p.gpus for p in plans] == [sum(p.split.values()) for p in plans]
@@ -68,7 +68,7 @@ def test_the_split_balances_the_roles_and_more_gpus_are_faster():
 
 def test_what_does_not_fit_is_said():
     big = dimensions(SHAPES["qwen3-8b"])
-    settings = config(learner={"gradient_checkpointing": True})
+    settings = config(learner={"gradient_checkpointing": "full"})
     assert not plan(settings, big, SHORT, GPUS["a100"], 1).fits
     with pytest.raises(UserError, match="1 GPU that they share, or 3 and more"):
         plan(settings, big, SHORT, GPUS["h200"], 2)
@@ -78,7 +78,7 @@ def test_the_simulation_agrees_with_the_arithmetic_where_nothing_is_left_out(mon
     """Equal lengths, no push, no driver, and rollouts far ahead."""
     for name in ("SPREAD", "PUSH_EXPOSED_S", "DRIVER_S"):
         monkeypatch.setattr(simulate, name, 0.0)
-    far = config(rollout={"max_staleness": 8, "prompts_per_step": 256}, learner={"gradient_checkpointing": True})
+    far = config(rollout={"max_staleness": 8, "prompts_per_step": 256}, learner={"gradient_checkpointing": "full"})
     predicted = plan(far, QWEN4B, SHORT, GPUS["h200"], 8)
     found = simulate.simulate(far, QWEN4B, SHORT, GPUS["h200"], predicted, steps=40)
     assert found.step_s == pytest.approx(predicted.step_s, rel=0.15)
@@ -87,7 +87,7 @@ def test_the_simulation_agrees_with_the_arithmetic_where_nothing_is_left_out(mon
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 def test_simulated_samples_are_never_staler_than_allowed_and_running_ahead_pays(staleness):
     ahead, sync = (
-        config(rollout={"max_staleness": s, "prompts_per_step": 128}, learner={"gradient_checkpointing": True})
+        config(rollout={"max_staleness": s, "prompts_per_step": 128}, learner={"gradient_checkpointing": "full"})
         for s in (staleness, 0)
     )
     times = []

@@ -18,8 +18,8 @@ class FakeEvents:
     def __init__(self, *, newest_first=False):
         self.pending, self.newest_first = deque(), newest_first
 
-    def on(self, call, handler):
-        self.pending.append((call, handler))
+    def on(self, call, handler, failed):
+        self.pending.append((call, handler, failed))
 
     def run_until(self, done, *, timeout_s, who):
         while not done():
@@ -30,8 +30,13 @@ class FakeEvents:
 
     def run(self, entry):
         self.pending.remove(entry)
-        (_, work), handler = entry
-        handler(work())
+        (_, work), handler, failed = entry
+        try:
+            result = work()
+        except RuntimeError as error:
+            failed(error)
+            return
+        handler(result)
 
 
 class FakeActor:
@@ -80,9 +85,50 @@ def keys(step, problems=4, copies=1):
     return [SampleKey(step, p, i) for p in range(problems) for i in range(copies)]
 
 
+class FakePool:
+    """Actors of one role, and which of them are lost."""
+
+    def __init__(self, actors):
+        self.actors, self.lost = list(actors), {}
+
+    def lose(self, index, error):
+        self.lost[index] = str(error)
+
+    def kill(self, index, why):
+        self.lost[index] = why
+
+
 def stream(generators, teachers, events=None, **settings):
     defaults = {"slice_s": 0.05, "max_call_tokens": 1000, "target_bytes": 4, "max_bytes": 1 << 20, "timeout_s": 1.0}
-    return Stream(generators, teachers, events or FakeEvents(), on_span=lambda *_: None, **(defaults | settings))
+    pools = FakePool(generators), FakePool(teachers)
+    path = Stream(*pools, events or FakeEvents(), on_span=lambda *_: None, **(defaults | settings))
+    path.pools = pools
+    return path
+
+
+def dying(actor, name, after):
+    """The same actor, which dies at call number `after`."""
+    work, calls = getattr(actor, name).remote, []
+
+    def die_or_work(*args):
+        calls.append(args)
+        return (actor, lambda: (_ for _ in ()).throw(RuntimeError("killed"))) if len(calls) > after else work(*args)
+
+    setattr(actor, name, SimpleNamespace(remote=die_or_work))
+    return actor
+
+
+def mending(path, **new):
+    """New actors in the place of lost ones."""
+
+    def mend():
+        for pool, make in zip(path.pools, (new.get("generator"), new.get("teacher")), strict=True):
+            for index in pool.lost:
+                pool.actors[index] = make()
+            pool.lost = {}
+
+    path.mend = mend
+    return path
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
@@ -167,3 +213,45 @@ def test_a_timeout_says_who_was_waited_for():
     path.submit(keys(7))
     with pytest.raises(TimeoutError, match="4 samples of step 7 are missing: 4 at generator 0"):
         path.take(keys(7))
+
+
+@pytest.mark.parametrize("slice_s", [None, 0.05])
+def test_samples_of_a_lost_generator_are_sampled_again_and_none_arrives_twice(slice_s):
+    per_call = None if slice_s is None else 1
+    lost, other = dying(generator(per_call), "rollout", 0 if slice_s is None else 2), generator(per_call)
+    one = teacher()
+    path = mending(stream([lost, other], [one], slice_s=slice_s), generator=lambda: generator(per_call))
+    for step in range(3):
+        path.submit(keys(step))
+    for step in range(3):
+        assert [item.key for item in path.take(keys(step))] == keys(step)
+    scored = [sample.key for (samples,) in one.calls for sample in samples]
+    assert sorted(scored) == sorted(key for step in range(3) for key in keys(step))
+
+
+def test_a_lost_teachers_samples_are_scored_again():
+    path = stream([generator()], [dying(teacher(), "score", 1)], max_call_tokens=30)
+    mending(path, teacher=teacher)
+    path.submit(keys(0, problems=6))
+    assert [item.key for item in path.take(keys(0, problems=6))] == keys(0, problems=6)
+    assert path._held == 0
+
+
+def test_a_late_answer_of_a_replaced_teacher_is_not_taken():
+    events, slow = FakeEvents(), teacher()
+    path = mending(stream([generator()], [slow], events), teacher=teacher)
+    path.submit(keys(0))
+    events.run(events.pending[0])
+    late = events.pending[0]
+    path._teacher_failed(0, slow, RuntimeError("silent"))
+    assert len(path.take(keys(0))) == 4
+    (_, work), handler, _ = late
+    handler(work())
+    assert not path._items
+
+
+def test_without_anybody_who_mends_a_loss_is_an_error():
+    path = stream([dying(generator(), "rollout", 0)], [teacher()])
+    path.submit(keys(0))
+    with pytest.raises(RuntimeError, match=r"generators are lost: \{0: 'killed'\}"):
+        path.take(keys(0))

@@ -1,7 +1,8 @@
-"""The lab under every divergence, teacher and support: `python -m sdft_dist.lab.grid`.
+"""Many short runs on the lab, as a table: `python -m sdft_dist.lab.grid objective` or `staleness`.
 
-Trains once for each combination and seed and writes a Markdown table of the new word and the old
-skills. Finished runs are kept and not repeated, so that it can be interrupted.
+objective: every divergence, teacher and support. staleness: both divergences with rollouts further and
+further ahead. Trains once for each combination and seed and writes a Markdown table of the new word and
+the old skills. Finished runs are kept and not repeated, so that it can be interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import itertools
 import shutil
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -23,75 +26,104 @@ from sdft_dist.lab.teaching import write_teaching_set
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-TEACHERS = ("base", "ema", "live")
-SUPPORTS = ("full", "topk", "sampled")
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and columns are configuration fields with their values; `fixed` holds for all runs."""
+
+    rows: dict[str, tuple[Any, ...]]
+    columns: dict[str, tuple[Any, ...]]
+    fixed: dict[str, Any]
+    note: str
+
+
+TABLES = {
+    "objective": Table(
+        rows={"loss.divergence": ("forward_kl", "reverse_kl", "jsd"), "teacher.kind": ("base", "ema", "live")},
+        columns={"loss.support": ("full", "topk", "sampled")},
+        fixed={"loss.top_k": 10},
+        note="topk is 10 ids of the teacher with a tail; sampled is the sampled token with a tail.",
+    ),
+    "staleness": Table(
+        rows={"loss.divergence": ("forward_kl", "reverse_kl")},
+        columns={"rollout.max_staleness": (0, 1, 2, 4)},
+        fixed={},
+        note="The teacher is the average of the student.",
+    ),
+}
 
 
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/grid"))
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--out", type=Path, default=None, help="default: runs/TABLE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
-    grid = list(itertools.product(DIVERGENCES, TEACHERS, SUPPORTS))
-    configs = {
-        (case, seed): _overrides(args.out, case, seed, args.steps) for seed in range(args.seeds) for case in grid
-    }
-    recipes = {key: load_config(RECIPE, overrides) for key, overrides in configs.items()}
-    with ray_session(next(iter(recipes.values()))):
-        for (case, _), config in recipes.items():
+    table, out = TABLES[args.table], args.out or Path("runs") / args.table
+    cases = _products(table.rows | table.columns)
+    recipes = [
+        load_config(RECIPE, _overrides(out, case | table.fixed, _run_dir(out, case, seed), seed, args.steps))
+        for seed in range(args.seeds)
+        for case in cases
+    ]
+    with ray_session(recipes[0]):
+        for config in recipes:
             if not (Path(config.run_dir) / "model").exists():
                 shutil.rmtree(config.run_dir, ignore_errors=True)  # what an interrupted run has left
-                run(config, title=" ".join(case), console=Console())
-    table = args.out / "table.md"
-    table.write_text(_table(args.out, grid, args.seeds, args.steps))
-    print(table.read_text())
+                run(config, title=Path(config.run_dir).name, console=Console())
+    text = _markdown(table, out, args.seeds, args.steps)
+    (out / "table.md").write_text(text)
+    print(text)
 
 
-def _run_dir(out: Path, case: tuple[str, str, str], seed: int) -> Path:
-    return out / f"{'-'.join(case)}-seed{seed}"
+def _products(fields: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
 
-def _overrides(out: Path, case: tuple[str, str, str], seed: int, steps: int) -> list[str]:
+def _run_dir(out: Path, case: dict[str, Any], seed: int) -> Path:
+    return out / ("-".join(map(str, case.values())) + f"-seed{seed}")
+
+
+def _overrides(out: Path, case: dict[str, Any], run_dir: Path, seed: int, steps: int) -> list[str]:
     data = out / f"data-{seed}"
     if not data.exists():
         write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
-    divergence, teacher, support = case
     values = {
-        "run_dir": _run_dir(out, case, seed),
+        **case,
+        "run_dir": run_dir,
         "seed": seed,
         "steps": steps,
         "model.path": shipped_base(),
         "data.train": data / "train.jsonl",
         "eval.every": steps,
-        "loss.divergence": divergence,
-        "loss.support": support,
-        "loss.top_k": 10,
-        "teacher.kind": teacher,
         **{f"eval.sets.{name}": data / f"eval-{name}.jsonl" for name in ("new", *world.OLD_SKILLS)},
     }
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _table(out: Path, grid: list[tuple[str, str, str]], seeds: int, steps: int) -> str:
+def _markdown(table: Table, out: Path, seeds: int, steps: int) -> str:
+    fields, columns = [f.split(".")[1] for f in table.rows], _products(table.columns)
+    heads = [" ".join(f"{f.split('.')[1]} {v}" for f, v in column.items()) for column in columns]
     lines = [
         f"Accuracy after {steps} steps of 32 samples, %, mean of {seeds} seeds (lowest): new word / old skills.",
-        "topk is 10 ids of the teacher with a tail; sampled is the sampled token with a tail.",
+        table.note,
         "",
-        "| divergence | teacher | " + " | ".join(SUPPORTS) + " |",
-        "|---|---|" + "---|" * len(SUPPORTS),
+        "| " + " | ".join([*fields, *heads]) + " |",
+        "|" + "---|" * (len(fields) + len(heads)),
     ]
-    for divergence, teacher in itertools.product(DIVERGENCES, TEACHERS):
-        cells = []
-        for support in SUPPORTS:
-            ends = [read_metrics(_run_dir(out, (divergence, teacher, support), s), "eval")[-1] for s in range(seeds)]
-            new = [100 * e["new"] for e in ends]
-            old = [100 * statistics.mean(e[skill] for skill in world.OLD_SKILLS) for e in ends]
-            cells.append(" / ".join(f"{statistics.mean(x):.1f} ({min(x):.1f})" for x in (new, old)))
-        lines.append(f"| {divergence} | {teacher} | " + " | ".join(cells) + " |")
+    for row in _products(table.rows):
+        cells = [_cell([_run_dir(out, row | column, seed) for seed in range(seeds)]) for column in columns]
+        lines.append("| " + " | ".join([*map(str, row.values()), *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(runs: list[Path]) -> str:
+    ends = [read_metrics(run, "eval")[-1] for run in runs]
+    new = [100 * end["new"] for end in ends]
+    old = [100 * statistics.mean(end[skill] for skill in world.OLD_SKILLS) for end in ends]
+    return " / ".join(f"{statistics.mean(x):.1f} ({min(x):.1f})" for x in (new, old))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class ReusableRank(LearnerRank):
 
         self.engine.step = step_and_keep
 
+    def teacher_head(self) -> np.ndarray:
+        """The output head that a push to the teachers would send, fp32."""
+        name = self.head_name()
+        return self._source("teachers")([name])[name].float().numpy()
+
     def kept_gradients(self) -> dict[str, np.ndarray]:
         """fp32, in the parameters' shapes."""
         return self._kept
@@ -137,13 +142,15 @@ class Ranks:
         threads = (1, 2, 2)
         self.actors = [ray.remote(ReusableRank).options(**_resources("cpu", n)).remote() for n in threads]
 
-    def group(self, config: Config, problems: ProblemSet, vocab_size: int = 102) -> LearnerGroup:
+    def group(
+        self, config: Config, problems: ProblemSet, vocab_size: int = 102, resume: Path | None = None
+    ) -> LearnerGroup:
         """A started group of `config.learner.ranks` ranks, 1 or 2."""
         n = config.learner.ranks
         table, actors = ray.put(problems), self.actors[:1] if n == 1 else self.actors[1:]
         ray.get([a.reset.remote(config, r, n, "cpu", vocab_size, table) for r, a in enumerate(actors)])
         group = LearnerGroup(config, actors, EVENTS, ignore)
-        group.start()
+        group.start(resume)
         return group
 
     def stop(self) -> None:
@@ -176,6 +183,12 @@ def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] =
     return generators, teachers
 
 
+def save(group: LearnerGroup, folder: Path) -> None:
+    """Write a checkpoint's shards and wait for them."""
+    group.start_saving(folder)
+    group.finish_saving(wait=True)
+
+
 def exported(folder: Path, group: LearnerGroup, config: Config, kind: str = "master") -> Any:
     """The Hugging Face model in eval mode with the weights that the learner's checkpoint holds."""
     import torch
@@ -183,7 +196,7 @@ def exported(folder: Path, group: LearnerGroup, config: Config, kind: str = "mas
 
     from learner.checkpoint import read_full
 
-    group.save(folder, 0)
+    save(group, folder)
     lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path), attn_implementation="eager")
     named = dict(lm.named_parameters())
     full = read_full(folder, kind, {name: tuple(p.shape) for name, p in named.items()})

@@ -1,4 +1,4 @@
-"""A run in a process of its own, and who of it is still there.
+"""A run on the lab in a process of its own, and who of it is still there.
 
 Every process of a run inherits a mark in its environment; /proc tells who still carries it.
 """
@@ -11,10 +11,32 @@ import uuid
 from pathlib import Path
 
 import pytest
+from helpers import write_jsonl
 
-from sdft_dist.config import dump_config
+from sdft_dist.config import dump_config, parse_config
+from sdft_dist.lab import world
+from sdft_dist.lab.base import shipped_base
 
 MARK = "SDFT_TEST_MARK"
+
+
+def lab_config(folder, **sections):
+    """A small run on the lab's base, in `folder`/run; sections are merged over the defaults."""
+    rows = [row._asdict() for row in world.rows("t35", "a", 64, seed=0)]
+    tree = {
+        "run_dir": str(folder / "run"),
+        "steps": 4,
+        "model": {"path": str(shipped_base()), "max_length": 64},
+        "data": {"train": str(write_jsonl(folder / "train.jsonl", rows))},
+        "prompt": {"template": world.TEACHER_TEMPLATE},
+        "rollout": {"prompts_per_step": 8, "max_completion_tokens": 12},
+        "optim": {"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0},
+        "learner": {"tokens_per_microbatch": 256},
+        "cluster": {"timeout_s": 120},
+    }
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
 
 
 def marked(value):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import ray
-from harness import config_for, demonstration_items
+from harness import config_for, demonstration_items, save
 from helpers import assert_relative, tiny_model
 
 from learner.checkpoint import read_full
@@ -32,7 +32,7 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, mode
     }
 
     def read(kind):
-        group.save(tmp_path, 0)
+        save(group, tmp_path)
         return {name: t.double() for name, t in read_full(tmp_path, kind, shapes).items()}
 
     reference = read("master")
@@ -48,11 +48,11 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, mode
     assert max((averages[n] - start[n]).abs().max() for n in start) > 1e-3, "it must have moved"
 
 
-def gradients(ranks, problems, model, num_ranks, stage, budget):
+def gradients(ranks, problems, model, num_ranks, stage, budget, **learner):
     config = config_for(
         model,
         method="sft",
-        learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": budget},
+        learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": budget, **learner},
         loss={"skip_first_tokens": 2},
         optim={"learning_rate": 1.0, "grad_clip": 1e9},
     )
@@ -78,13 +78,33 @@ def alone(ranks, problems, model):
 def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(
     ranks, problems, model, alone, num_ranks, stage, budget
 ):
-    metrics, found = gradients(ranks, problems, model, num_ranks, stage, budget)
-    assert metrics["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
-    assert metrics["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
-    scale = max(np.abs(g).max() for g in alone[1].values())
+    agree(gradients(ranks, problems, model, num_ranks, stage, budget), alone)
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        (2, {"gradient_checkpointing": "full"}),
+        (3, {"gradient_checkpointing": "full"}),
+        (2, {"gradient_checkpointing": "selective"}),
+        (3, {"gradient_checkpointing": "selective"}),
+        (2, {"compile": True}),
+        (2, {"compile": True, "gradient_checkpointing": "selective"}),
+    ],
+)
+def test_the_gradient_does_not_depend_on_what_is_recomputed_or_compiled(ranks, problems, model, alone, stage, how):
+    agree(gradients(ranks, problems, model, 1, stage, 64, **how), alone)
+
+
+def agree(one, other):
+    """Loss, norm and gradient, to 1e-5 of the largest."""
+    (metrics, found), (reference, expected) = one, other
+    assert metrics["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+    scale = max(np.abs(g).max() for g in expected.values())
     assert scale > 1e-4
     for name, gradient in found.items():
-        assert np.abs(gradient - alone[1][name]).max() <= 1e-5 * scale, name
+        assert np.abs(gradient - expected[name]).max() <= 1e-5 * scale, name
 
 
 def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_path):
@@ -100,7 +120,7 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_pa
         }
         group.update(0, 1, demonstration_items(problems))
         folder = tmp_path / str(num_ranks)
-        group.save(folder, 1)
+        save(group, folder)
         group.stop()
         full.append((read_full(folder, "master", shapes), read_full(folder, "exp_avg", shapes)))
     (master, moment), (other_master, other_moment) = full

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import tiny_model, write_jsonl
-from processes import nothing_left, start
+from processes import lab_config, nothing_left, start
 
 from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
 from sdft_dist.export import export
 from sdft_dist.lab import world
-from sdft_dist.lab.base import shipped_base
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -22,24 +21,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def lab_config(folder, **sections):
-    rows = [row._asdict() for row in world.rows("t35", "a", 64, seed=0)]
-    tree = {
-        "run_dir": str(folder / "run"),
-        "steps": 4,
-        "model": {"path": str(shipped_base()), "max_length": 64},
-        "data": {"train": str(write_jsonl(folder / "train.jsonl", rows))},
-        "prompt": {"template": world.TEACHER_TEMPLATE},
-        "rollout": {"prompts_per_step": 8, "max_completion_tokens": 12},
-        "optim": {"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0},
-        "learner": {"tokens_per_microbatch": 256},
-        "cluster": {"timeout_s": 120},
-    }
-    for name, value in sections.items():
-        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
-    return parse_config(tree)
 
 
 def losses(folder):

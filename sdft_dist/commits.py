@@ -1,0 +1,162 @@
+"""Which checkpoints of a run count: written beside, hashed, renamed into place, then marked.
+
+A folder `step-000100` counts when its COMMITTED file holds the hash of its manifest.json, which holds
+size and hash of every shard. Whatever a kill leaves behind has another name or no marker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sdft_dist.errors import Fault, UserError
+from sdft_dist.types import ShardFile
+
+MANIFEST, MARKER = "manifest.json", "COMMITTED"
+HEADROOM = 1.05  # of the space that a checkpoint needs
+
+
+class Saver(Protocol):
+    """What a checkpoint needs of the learner."""
+
+    def state_bytes(self) -> int: ...
+    def start_saving(self, folder: Path) -> None: ...
+    def finish_saving(self, *, wait: bool) -> list[ShardFile] | None: ...
+
+
+class Commits:
+    """The checkpoints below `folder`; `facts` go into every manifest."""
+
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, facts: dict[str, Any] | None = None):
+        self.folder, self._keep_last, self._keep_every, self._facts = folder, keep_last, keep_every, facts or {}
+        self._pending: tuple[int, Path] | None = None  # step, and where its shards are being written
+
+    def start(self, saver: Saver, step: int) -> None:
+        """Begin to save the state after `step` optimizer steps. Raises Fault where there is no space."""
+        self.finish(saver, wait=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = int(HEADROOM * saver.state_bytes()), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise Fault(
+                f"checkpoint of step {step}: needs {needed >> 20} MiB in {self.folder}, {free >> 20} MiB are free; "
+                "earlier checkpoints are intact"
+            )
+        beside = self.folder / f"writing-{step:06d}"
+        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        beside.mkdir()
+        saver.start_saving(beside)
+        self._pending = step, beside
+
+    def finish(self, saver: Saver, *, wait: bool) -> Path | None:
+        """Commit what `start` began, if it is written or `wait` says to wait for it; returns its folder.
+        Raises Fault where a shard could not be written."""
+        if self._pending is None:
+            return None
+        step, beside = self._pending
+        try:
+            files = saver.finish_saving(wait=wait)
+        except OSError as e:
+            self._pending = None
+            raise Fault(f"checkpoint of step {step}: {e}; earlier checkpoints are intact") from e
+        if files is None:
+            return None
+        self._pending = None
+        folder = self._commit(step, beside, files)
+        self._prune()
+        return folder
+
+    def _commit(self, step: int, beside: Path, files: Sequence[ShardFile]) -> Path:
+        shards = {f.name: {"bytes": f.bytes, "sha256": f.sha256} for f in files}
+        manifest = json.dumps({"step": step, "files": shards, **self._facts}, indent=1).encode()
+        _write_durably(beside / MANIFEST, manifest)
+        _sync(beside)
+        folder = self.path(step)
+        if folder.exists():  # of a history that this run has left
+            _remove(folder)
+        beside.rename(folder)
+        _sync(self.folder)
+        _write_durably(folder / MARKER, hashlib.sha256(manifest).hexdigest().encode())
+        _sync(folder)
+        return folder
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for step in steps[: -self._keep_last]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                _remove(self.path(step))
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimizer steps."""
+        return self.folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints with a marker, ascending."""
+        return sorted(int(p.parent.name.removeprefix("step-")) for p in self.folder.glob(f"step-*/{MARKER}"))
+
+    def drop_after(self, step: int) -> None:
+        """Remove later checkpoints: of a history that the run leaves by going back to `step`."""
+        for later in self.steps():
+            if later > step:
+                _remove(self.path(later))
+
+
+def check(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is read and hashed."""
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != (folder / MARKER).read_text().strip():
+            return f"{MANIFEST} is not the one that was committed"
+        for name, expected in json.loads(raw)["files"].items():
+            if (folder / name).stat().st_size != expected["bytes"]:
+                return f"{name} has {(folder / name).stat().st_size} bytes, not {expected['bytes']}"
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} is corrupt: its hash is not the one in {MANIFEST}"
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name} is missing"
+    return None
+
+
+def newest(commits: Commits) -> tuple[int | None, list[str]]:
+    """The newest sound checkpoint's step, and a line for each newer one that is not sound."""
+    broken: list[str] = []
+    for step in reversed(commits.steps()):
+        problem = check(commits.path(step))
+        if problem is None:
+            return step, broken
+        broken.append(f"checkpoint of step {step} is passed over: {problem}")
+    return None, broken
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint. Raises UserError where it is not sound."""
+    problem = check(folder)
+    if problem is not None:
+        raise UserError(f"{folder}: no sound checkpoint: {problem}")
+    return dict(json.loads((folder / MANIFEST).read_text()))
+
+
+def _remove(folder: Path) -> None:
+    """The marker first, so that a kill in between leaves nothing that counts."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""Random kills of a run's processes: `make chaos`, or `make chaos KILLS=50`.
+
+Trains the lab twice with the same seed, strictly on-policy: once undisturbed, once while generators,
+teachers and learner ranks are killed at random moments. Whatever was lost must have been done again
+exactly: the last checkpoints of both runs are compared bit by bit. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from processes import lab_config, marked, start
+
+from sdft_dist.runlog import read_metrics
+
+ROLES = {"generator": "ray::Generator", "teacher": "ray::Teacher", "learner rank": "ray::LearnerRank"}
+
+
+def lab(folder, steps, ranks):
+    """A small run with a checkpoint every five steps, in `folder`/run."""
+    folder.mkdir()
+    return lab_config(folder, steps=steps, checkpoint={"every": 5}, learner={"ranks": ranks})
+
+
+def steps_done(run):
+    """Training records so far; 0 before the first."""
+    path = run / "metrics.jsonl"
+    return len(read_metrics(run, "train")) if path.exists() else 0
+
+
+def wait_for(condition, process, seconds, what):
+    """Polls until `condition()`; fails where the run ends first or `seconds` pass."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended with {process.returncode} before {what}:\n{process.stdout.read()}")
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.05)
+
+
+def pids_of(role, mark):
+    """Processes of a role, of the run that carries `mark`."""
+    return [pid for pid, command in marked(mark) if command.startswith(ROLES[role])]
+
+
+def recovery(run, process, since):
+    """Seconds until the run has done a step that was recorded after `since` (a file's time)."""
+    path = run / "metrics.jsonl"
+    before = steps_done(run)
+
+    def got_on():
+        try:
+            now = steps_done(run)
+        except ValueError:  # read while it is written
+            return False
+        return path.stat().st_mtime > since and (now > before or now < before)
+
+    wait_for(got_on, process, 120, "recovery")
+    return time.time() - since
+
+
+def under_fire(config, folder, kills, seed):
+    """Run `config` and kill; returns (role, seconds until the next step) for each kill, and the exit code."""
+    rng, run, found = random.Random(seed), Path(config.run_dir), []
+    process, mark = start(config, folder)
+    for _ in range(kills):
+        goal = steps_done(run) + rng.randint(1, 4)
+        wait_for(lambda goal=goal: steps_done(run) >= goal, process, 120, f"step {goal}")
+        time.sleep(rng.random())
+        role = rng.choice(list(ROLES))
+        victims = pids_of(role, mark)
+        if not victims:
+            continue
+        now = time.time()
+        os.kill(rng.choice(victims), signal.SIGKILL)
+        found.append((role, recovery(run, process, now)))
+        print(f"{len(found):3} {role}: next step after {found[-1][1]:.1f} s", file=sys.stderr, flush=True)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return found
+
+
+def last_checkpoint(config):
+    """All tensors of the last checkpoint, by file and key."""
+    from safetensors.torch import load_file
+
+    folder = sorted((Path(config.run_dir) / "checkpoints").glob("step-*"))[-1]
+    return {(p.name, key): t for p in sorted(folder.glob("*.safetensors")) for key, t in load_file(p).items()}
+
+
+def differing(one, other):
+    """Keys at which two checkpoints are not bit-equal."""
+    import torch
+
+    return [
+        key
+        for key in one.keys() | other.keys()
+        if key not in one or key not in other or not torch.equal(one[key], other[key])
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        steps = 5 * args.kills + 10
+        quiet = lab(folder / "quiet", steps, args.ranks)
+        process, _ = start(quiet, folder / "quiet")
+        output, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, output
+        config = lab(folder / "fire", steps, args.ranks)
+        found = under_fire(config, folder / "fire", args.kills, args.seed)
+        different = differing(last_checkpoint(quiet), last_checkpoint(config))
+        log = (Path(config.run_dir) / "run.log").read_text()
+        records = [m["step"] for m in read_metrics(Path(config.run_dir), "train")]
+    print(f"{len(found)} kills in one run of {steps} steps, {args.ranks} learner rank(s):\n")
+    print("| killed | times | next step after, median (longest) |\n|---|---|---|")
+    for role in ROLES:
+        times = [seconds for killed, seconds in found if killed == role]
+        if times:
+            print(f"| {role} | {len(times)} | {statistics.median(times):.1f} s ({max(times):.1f} s) |")
+    again = [float(s) for s in re.findall(r"serve version \d+ again, after ([\d.]+) s", log)]
+    if again:
+        print(f"\nengines served verified weights again after {statistics.median(again):.1f} s ({max(again):.1f} s)")
+    print(f"every step recorded once: {records == list(range(1, steps + 1))}")
+    print(f"last checkpoint equals that of the undisturbed run bit by bit: {not different}")
+    sys.exit(bool(different) or records != list(range(1, steps + 1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A learner that goes on from a checkpoint is, bit by bit, the one that never stopped."""
+
+import pytest
+import ray
+import torch
+from harness import config_for, demonstration_items, save
+from helpers import assert_relative, tiny_model
+from safetensors.torch import load_file
+
+from learner.checkpoint import read_full
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def config(model, stage, num_ranks):
+    return config_for(
+        model,
+        method="sft",
+        learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": 64},
+        teacher={"kind": "ema", "ema_rate": 0.1},
+        optim={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
+    )
+
+
+def steps(group, problems, first, last):
+    return [group.update(step, 6, demonstration_items(problems, step))["loss"] for step in range(first, last)]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, problems, model, tmp_path_factory):
+    """For a stage and a number of ranks: the folder of a checkpoint after 3 steps, the losses of 3 more,
+    and the folder of the state after those."""
+    made = {}
+
+    def make(stage, num_ranks):
+        if (stage, num_ranks) not in made:
+            middle, end = (tmp_path_factory.mktemp("checkpoint") for _ in range(2))
+            group = ranks.group(config(model, stage, num_ranks), problems)
+            steps(group, problems, 0, 3)
+            save(group, middle)
+            losses = steps(group, problems, 3, 6)
+            save(group, end)
+            group.stop()
+            made[stage, num_ranks] = middle, losses, end
+        return made[stage, num_ranks]
+
+    return make
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)])
+def test_resumed_is_bit_equal_to_uninterrupted(ranks, problems, model, saved, tmp_path, stage, num_ranks):
+    """Weights, both moments, the average, the count of updates, and random state."""
+    middle, losses, end = saved(stage, num_ranks)
+    group = ranks.group(config(model, stage, num_ranks), problems, resume=middle)
+    save(group, tmp_path / "again")
+    assert steps(group, problems, 3, 6) == losses
+    save(group, tmp_path / "end")
+    group.stop()
+    for rank in range(num_ranks):
+        name = f"rank-{rank:03d}.safetensors"
+        for found, expected in ((tmp_path / "again", middle), (tmp_path / "end", end)):
+            one, other = load_file(found / name), load_file(expected / name)
+            assert one.keys() == other.keys()
+            assert {key.split("|")[0] for key in one} == {"master", "exp_avg", "exp_avg_sq", "ema", "rng"}
+            for key, tensor in one.items():
+                assert torch.equal(tensor, other[key]), key
+
+
+@pytest.mark.parametrize(("before", "after"), [((3, 2), (2, 1)), ((0, 1), (3, 2))])
+def test_another_stage_and_number_of_ranks_goes_on_from_the_same_state(
+    ranks, problems, model, saved, tmp_path, before, after
+):
+    middle, losses, _ = saved(*before)
+    group = ranks.group(config(model, *after), problems, resume=middle)
+    shapes = {
+        name: s
+        for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
+        for name, s in zip(bucket.names, bucket.shapes, strict=True)
+    }
+    save(group, tmp_path)
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        one, other = (read_full(folder, kind, shapes) for folder in (middle, tmp_path))
+        assert all(torch.equal(one[name], other[name]) for name in shapes), kind
+    again = steps(group, problems, 3, 6)
+    group.stop()
+    assert again == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_frozen_teacher_stays_the_base_when_the_student_is_resumed(ranks, problems, model, saved, tmp_path):
+    """Its weights come from model.path, not from the checkpoint's student."""
+    middle, _, _ = saved(2, 1)
+    frozen = config(model, 2, 1).model_copy(update={"method": "sdft"})
+    frozen = frozen.model_copy(update={"teacher": frozen.teacher.model_copy(update={"kind": "base"})})
+    group = ranks.group(frozen, problems, resume=middle)
+    (head,) = ray.get([group.ranks[0].teacher_head.remote()])
+    group.stop()
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model).get_output_embeddings().weight.detach()
+    assert_relative(torch.from_numpy(head), base, 1e-7)

@@ -1,0 +1,150 @@
+"""Checkpoints that count: whole ones only, whatever interrupts the writing or damages a file."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sdft_dist import commits
+from sdft_dist.commits import Commits, check, newest
+from sdft_dist.errors import Fault, UserError
+from sdft_dist.types import ShardFile
+
+
+class FakeSaver:
+    """Two ranks that write a few bytes each."""
+
+    def __init__(self, size=1000):
+        self.size, self.folder, self.done = size, None, True
+
+    def state_bytes(self):
+        return self.size
+
+    def start_saving(self, folder):
+        self.folder = folder
+
+    def finish_saving(self, *, wait):
+        if not (self.done or wait):
+            return None
+        files = []
+        for rank in range(2):
+            content = os.urandom(self.size // 2)
+            (self.folder / f"rank-{rank:03d}.safetensors").write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            files.append(ShardFile(name=f"rank-{rank:03d}.safetensors", bytes=len(content), sha256=digest))
+        return files
+
+
+def save(store, step, saver=None):
+    saver = saver or FakeSaver()
+    store.start(saver, step)
+    return store.finish(saver, wait=True)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Commits(tmp_path / "checkpoints", keep_last=3)
+
+
+def test_the_newest_counts_and_old_ones_go(tmp_path):
+    store = Commits(tmp_path, keep_last=2, keep_every=20)
+    for step in (10, 20, 30, 40, 50):
+        save(store, step)
+    assert store.steps() == [20, 40, 50]
+    assert newest(store) == (50, [])
+
+
+def test_training_goes_on_while_shards_are_written(store):
+    saver = FakeSaver()
+    saver.done = False
+    store.start(saver, 10)
+    assert store.finish(saver, wait=False) is None
+    assert store.steps() == []
+    saver.done = True
+    assert store.finish(saver, wait=False) == store.path(10)
+    assert store.finish(saver, wait=True) is None, "nothing more is pending"
+
+
+class Killed(BaseException):
+    pass
+
+
+PHASES = ["shards", "manifest", "its folder", "rename", "the parent", "marker", "marker's folder"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_at_any_phase_leaves_a_whole_checkpoint_the_newest(store, monkeypatch, phase):
+    """Phases are the calls that change the disk, in order; the kill comes before the one named. Afterwards
+    the next checkpoint succeeds."""
+    save(store, 10)
+    calls = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) > PHASES.index(phase):
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeSaver, "finish_saving", counted(FakeSaver.finish_saving))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        for name in ("_write_durably", "_sync"):
+            patch.setattr(commits, name, counted(getattr(commits, name)))
+        with pytest.raises(Killed):
+            save(store, 20)
+    again = Commits(store.folder)
+    step, broken = newest(again)
+    assert step == (20 if phase == "marker's folder" else 10)
+    assert broken == []
+    assert check(again.path(step)) is None
+    save(again, 30)
+    assert newest(again) == (30, [])
+
+
+DAMAGE = {
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ["rank-001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed_and_an_older_checkpoint_is_taken(store, damage, name):
+    save(store, 10)
+    DAMAGE[damage](save(store, 20) / name)
+    step, (line,) = newest(store)
+    assert step == 10
+    assert "step 20 is passed over" in line
+    assert name in line
+    with pytest.raises(UserError, match=name):
+        commits.read_manifest(store.path(20))
+
+
+def test_a_full_disk_leaves_what_there_is(store, monkeypatch):
+    save(store, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(Fault, match=r"step 20: needs 0 MiB in .*, 0 MiB are free; earlier checkpoints are intact"):
+        save(store, 20)
+    monkeypatch.undo()
+
+    def fail(self, *, wait):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FakeSaver, "finish_saving", fail)
+    with pytest.raises(Fault, match="No space left on device; earlier checkpoints are intact"):
+        save(store, 20)
+    assert newest(store) == (10, [])
+
+
+def test_going_back_forgets_what_came_after(store):
+    for step in (10, 20, 30):
+        save(store, step)
+    store.drop_after(10)
+    assert store.steps() == [10]

@@ -1,0 +1,111 @@
+"""Who may write into a run's folder, and where a run begins."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_commits import FakeSaver
+
+from sdft_dist.config import parse_config
+from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.fingerprint import fingerprint
+from sdft_dist.rundir import RunDir, Start
+
+
+def config_in(folder, **sections):
+    tree = {"run_dir": str(folder), "model": {"path": "m"}, "data": {"train": "d"}, "steps": 40}
+    return parse_config({**tree, **sections})
+
+
+def claim(config, resume=None, *, allow_changes=False):
+    facts = {"fingerprint": fingerprint(config, [])}
+    return RunDir.claim(config, resume, facts, allow_changes=allow_changes)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run with checkpoints of steps 10 and 20 and metrics up to step 23, of which the last is cut."""
+    config = config_in(tmp_path / "run")
+    run, start = claim(config)
+    assert start == Start()
+    for step in (10, 20):
+        saver = FakeSaver()
+        run.commits.start(saver, step)
+        run.commits.finish(saver, wait=True)
+    lines = [json.dumps({"kind": "train", "step": step}) for step in range(1, 23)]
+    (run.path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
+    run.release()
+    return config
+
+
+def test_a_used_folder_is_refused_with_what_to_do(finished):
+    with pytest.raises(UserError, match="already in use: go on from step 20 with --resume auto, give another"):
+        claim(finished)
+
+
+def test_resume_auto_begins_at_the_newest_and_forgets_later_metrics(finished):
+    run, start = claim(finished, "auto")
+    assert start == Start(20, run.commits.path(20))
+    steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21))
+
+
+def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
+    assert claim(config_in(tmp_path / "new"), "auto")[1] == Start()
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint_and_a_named_one_fails(finished, capsys):
+    run = RunDir.open(Path(finished.run_dir))
+    (run.commits.path(20) / "rank-000.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no sound checkpoint: rank-000.safetensors is missing"):
+        claim(finished, "step=20")
+    assert claim(finished, "auto")[1].step == 10
+    assert "checkpoint of step 20 is passed over" in capsys.readouterr().err
+    assert "passed over" in (run.path / "run.log").read_text()
+
+
+def test_resume_auto_does_not_begin_anew_over_checkpoints_that_are_all_damaged(finished):
+    for step in (10, 20):
+        (Path(finished.run_dir) / "checkpoints" / f"step-{step:06d}" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="none of its checkpoints is sound"):
+        claim(finished, "auto")
+
+
+def test_going_back_to_a_step_forgets_later_checkpoints(finished):
+    run, start = claim(finished, "step=10")
+    assert start.step == 10
+    assert run.commits.steps() == [10]
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [("step=15", r"no finished checkpoint of step 15; there are \[10, 20\]"), ("step=x", "expected step=N")],
+)
+def test_a_step_that_is_not_there(finished, resume, message):
+    with pytest.raises(UserError, match=message):
+        claim(finished, resume)
+
+
+def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_path):
+    fork, start = claim(config_in(tmp_path / "fork"), str(Path(finished.run_dir)))
+    assert (fork.path, start.step) == (tmp_path / "fork", 20)
+    one = Path(finished.run_dir) / "checkpoints" / "step-000010"
+    assert claim(config_in(tmp_path / "fork-2"), str(one))[1] == Start(10, one)
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        claim(config_in(tmp_path / "fork-3"), str(tmp_path / "nowhere"))
+
+
+def test_other_settings_are_refused_by_name_unless_allowed(finished):
+    changed = config_in(Path(finished.run_dir), optim={"learning_rate": 2e-5}, cluster={"generators": 2})
+    with pytest.raises(ConfigError) as e:
+        claim(changed, "auto")
+    assert str(e.value).splitlines()[1:] == ["optim.learning_rate: was 1e-05, is 2e-05"]
+    assert claim(changed, "auto", allow_changes=True)[1].step == 20
+
+
+def test_a_folder_that_is_being_written_to_is_refused_and_free_again_afterwards(tmp_path):
+    first, _ = claim(config_in(tmp_path / "run"))
+    with pytest.raises(UserError, match="is being written to by process"):
+        claim(config_in(tmp_path / "run"), "auto")
+    first.release()
+    claim(config_in(tmp_path / "run"), "auto")
