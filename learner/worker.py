@@ -64,6 +64,9 @@ class LearnerRank:
         )
         import deepspeed
 
+        # Compiled at run time under a file lock, which a killed rank leaves behind: later runs would wait for
+        # ever. It serves DeepSpeed's inference only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=self.config.cluster.timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
