@@ -16,6 +16,11 @@ from sdft_dist.remote import Events
 from sdft_dist.types import Sample, WeightManifest
 
 
+def _reason(error: Exception) -> str:
+    """The first sentence of an error; Ray's go on for a page."""
+    return str(error).strip().splitlines()[-1].split(". ")[0]
+
+
 class Pool:
     """Actors of one role ("generators" or "teachers")."""
 
@@ -53,7 +58,7 @@ class Pool:
             self._dead.add(index)
         elif not isinstance(error, NotServing):
             raise error
-        self.lost.setdefault(index, str(error).strip().splitlines()[-1])
+        self.lost.setdefault(index, _reason(error))
 
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""

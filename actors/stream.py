@@ -87,6 +87,8 @@ class Stream:
         while not self._all_there(keys):
             if self._lost():
                 self._mend()
+            homeless, self._homeless = self._homeless, []
+            self.submit(homeless)
             self._dispatch()
             try:
                 self._events.run_until(
@@ -99,6 +101,17 @@ class Stream:
         items = [self._items.pop(key) for key in keys]
         self._held -= sum(item.num_completion_tokens for item in items)
         return items
+
+    def abandon_lost(self) -> None:
+        """Take what lost engines were given away from them: others, or those in their places, do it again."""
+        for g in self._generators.lost:
+            self._homeless += sorted(self._decoding[g])
+            self._decoding[g], self._rolling[g] = set(), 0
+        for t in self._teachers.lost:
+            for call in self._scoring[t]:
+                self._waiting += call.samples
+                self._held -= sum(sample.num_completion_tokens for sample in call.samples)
+            self._scoring[t] = []
 
     def oldest_teacher_version(self) -> int:
         """No sample that is not yet taken can come with targets of an older teacher."""
@@ -118,10 +131,8 @@ class Stream:
                 ("generators", self._generators.lost) if self._generators.lost else ("teachers", self._teachers.lost)
             )
             raise RuntimeError(f"{role} are lost: {lost}")
+        self.abandon_lost()
         self.mend()
-        keys, self._homeless = self._homeless, []
-        if keys:
-            self.submit(keys)
 
     def _kill_silent(self, error: TimeoutError) -> None:
         """End the engines that were asked and did not answer. Raises `error` where there are none."""
@@ -136,17 +147,11 @@ class Stream:
         if self._generators.actors[g] is not actor:
             return  # a late answer of one that has been replaced
         self._generators.lose(g, error)
-        self._homeless += sorted(self._decoding[g])
-        self._decoding[g], self._rolling[g] = set(), 0
 
     def _teacher_failed(self, t: int, actor: Any, error: Exception) -> None:
         if self._teachers.actors[t] is not actor:
             return
         self._teachers.lose(t, error)
-        for call in self._scoring[t]:
-            self._waiting += call.samples
-            self._held -= sum(sample.num_completion_tokens for sample in call.samples)
-        self._scoring[t] = []
 
     def _roll(self, g: int, keys: Sequence[SampleKey]) -> None:
         self._rolling[g] += 1

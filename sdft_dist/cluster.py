@@ -72,6 +72,7 @@ class Fleet:
             raise Fault(f"engines were lost {self.mends} times in one step, more than cluster.max_restarts: {reasons}")
         self.on_event(f"lost {reasons}")
         started = time.monotonic()
+        self.rollouts.abandon_lost()
         pool.replace_lost()
         self.learner.open_push(pool)
         if pool is self.generators:

@@ -255,3 +255,17 @@ def test_without_anybody_who_mends_a_loss_is_an_error():
     path.submit(keys(0))
     with pytest.raises(RuntimeError, match=r"generators are lost: \{0: 'killed'\}"):
         path.take(keys(0))
+
+
+def test_what_is_known_to_be_lost_before_its_calls_fail_is_sampled_again():
+    """A push to a dead generator fails before the rollouts that it was given."""
+    events = FakeEvents()
+    lost = generator()
+    path = mending(stream([lost], [teacher()], events), generator=generator)
+    path.submit(keys(0))
+    path.pools[0].lose(0, RuntimeError("a push failed"))
+    late = events.pending.popleft()
+    assert len(path.take(keys(0))) == 4
+    _, _, failed = late
+    failed(RuntimeError("killed"))
+    assert not path.pools[0].lost, "the new one is well"

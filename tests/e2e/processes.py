@@ -54,14 +54,14 @@ def marked(value):
     return found
 
 
-def start(config, folder):
+def start(config, folder, *options):
     """`sdft train` on `config` in a process group of its own, and the mark that its processes carry."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(dump_config(config))
     mark = uuid.uuid4().hex
     environment = os.environ | {MARK: mark, "PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "sdft_dist.cli", "train", str(recipe)],
+        [sys.executable, "-m", "sdft_dist.cli", "train", str(recipe), *options],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
     return process, mark
