@@ -42,7 +42,8 @@ class Events:
         while waiting:
             ready = self._next(list(waiting | self._handlers.keys()), deadline)
             if ready is None:
-                raise TimeoutError(f"{what}: {len(waiting)} of {len(refs)} workers gave no answer in {timeout_s:g} s")
+                silent = ", ".join(str(i) for i, ref in enumerate(refs) if ref in waiting)
+                raise TimeoutError(f"{what}: no answer in {timeout_s:g} s from {silent} of 0 … {len(refs) - 1}")
             waiting.discard(ready)
             self._handle(ready)
         return list(ray.get(list(refs)))

@@ -97,12 +97,15 @@ class RunLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers among it to TensorBoard."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         seconds = round(time.monotonic() - self._started, 3)
         self._metrics.write(json.dumps({"kind": kind, "step": step, "seconds": seconds, **values}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        # All numbers in one event: add_scalar costs a tenth of a millisecond for each.
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in numbers.items()]
+        self._events.file_writer.add_summary(Summary(value=points), step)
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -269,3 +269,14 @@ def test_what_is_known_to_be_lost_before_its_calls_fail_is_sampled_again():
     _, _, failed = late
     failed(RuntimeError("killed"))
     assert not path.pools[0].lost, "the new one is well"
+
+
+def test_an_engine_that_hangs_is_ended_and_its_samples_are_done_by_another():
+    """Its calls are never answered: after the deadline it is killed, and mended like a dead one."""
+    events, hanging = FakeEvents(), generator()
+    hanging.rollout = SimpleNamespace(remote=lambda *args: (hanging, None))
+    on = events.on
+    events.on = lambda call, *handlers: None if call[1] is None else on(call, *handlers)
+    path = mending(stream([hanging], [teacher()], events), generator=generator)
+    path.submit(keys(3))
+    assert len(path.take(keys(3))) == 4
