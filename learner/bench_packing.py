@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.recipe, args.overrides)
     tokenizer = load_tokenizer(config)
     problems = encode_problems(config, tokenizer, load_training_rows(config.data, "sft")).problems

@@ -34,8 +34,9 @@ def rows(num_tokens: Sequence[int], *, width: int) -> list[list[int]]:
     """Lay sequences one behind the other in rows of equal length; returns the sequences of each row.
 
     Where attention keeps sequences apart by a mask, a row of R tokens costs about R · (R + 8 · width)
-    (`width` is the model's; measured with sdpa). So many short rows are cheap in attention and few long
-    ones leave fewer slots free; the cheapest of n, 4n/5, 16n/25, … balanced rows is taken.
+    (`width` is the model's; measured with sdpa); with one sequence in each row there is no mask, and causal
+    attention skips half. So many short rows are cheap in attention and few long ones leave fewer slots free;
+    the cheapest of n, 4n/5, 16n/25, … balanced rows is taken.
     """
     if not num_tokens:
         return []
@@ -43,7 +44,8 @@ def rows(num_tokens: Sequence[int], *, width: int) -> list[list[int]]:
     count = len(num_tokens)
     while count:
         found, slots = _balanced(num_tokens, count)
-        cost = count * slots * (slots + 8.0 * width)
+        attention = slots / 2 if count == len(num_tokens) else slots
+        cost = count * slots * (attention + 8.0 * width)
         if best is None or cost < best[0]:
             best = cost, found
         count = count * 4 // 5

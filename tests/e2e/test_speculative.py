@@ -22,8 +22,8 @@ COPIES, TOKENS, SLOTS, VOCAB, TEMPERATURE = 6000, 8, 1024, 12, 1.5
 
 @pytest.fixture(scope="module")
 def sampled(ray_cluster, ranks, tmp_path_factory):
-    """Model folder, prompt, samples of it, and the decoding steps that they took. With few tokens to
-    choose from, many drafts are accepted and many rejected."""
+    """Model folder, prompt, samples of it, and the decoding steps until the first of them was done. With few
+    tokens to choose from, many drafts are accepted and many rejected."""
     model = tiny_model(tmp_path_factory.mktemp("model"), vocab_size=VOCAB, eos_token_id=None, pad_token_id=0)
     # Repeats itself, so that there is something to draft from.
     prompt = np.array([1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2], dtype=np.int32)
@@ -42,9 +42,10 @@ def sampled(ray_cluster, ranks, tmp_path_factory):
     group.stop()
     refs = ray.get(actor.rollout.remote([SampleKey(0, 0, copy) for copy in range(COPIES)], 0.0)).samples
     steps = 1
-    while len(refs) < COPIES:
+    while not refs:
         refs += ray.get(actor.rollout.remote([], 0.0)).samples
         steps += 1
+    refs += ray.get(actor.rollout.remote([], None)).samples
     ray.kill(actor)
     return model, prompt, fetch([r.sample for r in refs]), steps
 
@@ -88,6 +89,6 @@ def test_log_probs_are_those_of_the_distribution_sampled_from(sampled):
 
 def test_drafts_save_decoding_steps(sampled):
     _, _, samples, steps = sampled
-    print(f"{steps} steps for {len(samples)} samples of {TOKENS} tokens")
+    print(f"the first of {len(samples)} samples of {TOKENS} tokens was done after {steps} steps")
     assert {len(s.completion_ids) for s in samples} == {TOKENS}
-    assert steps < 0.95 * TOKENS * len(samples) / SLOTS, "without drafts each step gives one token to each slot"
+    assert steps < TOKENS, "without drafts a step gives one token"
