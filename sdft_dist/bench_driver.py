@@ -1,8 +1,9 @@
 """What the driver itself costs: `python -m sdft_dist.bench_driver`.
 
 The real loop, stream, log and Ray, with generators and teachers that answer at once and a learner that
-does nothing: the whole step is then the driver and Ray's messages. Printed are the wall time and the
-driver's own processor time per step, and its memory over many steps.
+does nothing: the whole step is then the driver and Ray's messages. Printed are, per step, the wall time,
+the processor time of the driver's process with the threads in which Ray moves messages, and that of the
+driver's own thread; then its memory over many steps.
 """
 
 from __future__ import annotations
@@ -78,19 +79,21 @@ class Nothing:
     def to_teachers(self, version: int) -> None: ...
 
 
-def measure(config: Config, steps: int) -> tuple[list[float], list[float], list[int]]:
-    """Wall and processor seconds of each step, and resident bytes after each."""
+def measure(config: Config, steps: int) -> tuple[list[list[float]], list[int]]:
+    """Wall, process and thread seconds of each step, and resident bytes after each."""
     import ray
 
     ids = np.arange(1, 5)
     problems = ProblemSet([Problem(prompt_ids=ids, teacher_prompt_ids=ids, demonstration_ids=ids)] * 4096)
     actors = [ray.remote(cls).options(num_cpus=0).remote() for cls in (Generator, Teacher)]
-    wall, processor, memory = [time.perf_counter()], [time.process_time()], []
+    clocks = (time.perf_counter, time.process_time, time.thread_time)
+    times: list[list[float]] = [[clock()] for clock in clocks]
+    memory: list[int] = []
 
     def after_step(step: int) -> None:
-        wall.append(time.perf_counter())
-        processor.append(time.process_time())
         memory.append(_resident_bytes())
+        for clock, ends in zip(clocks, times, strict=True):
+            ends.append(clock())
 
     with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), title="", console=Console(quiet=True)) as log:
         generators, teachers = (SimpleNamespace(actors=[actor], lost={}) for actor in actors)
@@ -99,7 +102,7 @@ def measure(config: Config, steps: int) -> tuple[list[float], list[float], list[
         train(config, problems, path, Nothing(), Nothing(), log, after_step=after_step)
     for actor in actors:
         ray.kill(actor)
-    return _differences(wall), _differences(processor), memory
+    return [_differences(ends) for ends in times], memory
 
 
 def _differences(values: Sequence[float]) -> list[float]:
@@ -116,12 +119,12 @@ def main() -> None:
     args = parser.parse_args()
     tree = {"model": {"path": "none"}, "data": {"train": "none"}, "loss": {"support": "sampled"}}
     with ray_session(parse_config(tree)):
-        print(f"{'samples':>8} {'wall ms/step':>13} {'driver ms/step':>15}   medians of {args.steps} steps")
+        print(f"{'samples':>8} {'wall ms':>9} {'process ms':>11} {'own thread ms':>14}   medians of {args.steps} steps")
         for n in args.samples:
             config = parse_config({**tree, "rollout": {"prompts_per_step": n}})
-            wall, processor, _ = measure(config, args.steps)
-            print(f"{n:8} {1e3 * statistics.median(wall):13.1f} {1e3 * statistics.median(processor):15.1f}", flush=True)
-        *_, memory = measure(parse_config({**tree, "rollout": {"prompts_per_step": 32}}), args.memory_steps)
+            wall, process, thread = (1e3 * statistics.median(t) for t in measure(config, args.steps)[0])
+            print(f"{n:8} {wall:9.1f} {process:11.1f} {thread:14.1f}", flush=True)
+        _, memory = measure(parse_config({**tree, "rollout": {"prompts_per_step": 32}}), args.memory_steps)
         tenth = args.memory_steps // 10
         print(f"driver's memory: {memory[tenth] / 2**20:.1f} MiB after {tenth} steps, "
               f"{memory[-1] / 2**20:.1f} MiB after {args.memory_steps}")  # fmt: skip
