@@ -70,6 +70,10 @@ class Commits:
         self._prune()
         return folder
 
+    def abandon(self) -> None:
+        """Forget what was begun by a learner that is no more."""
+        self._pending = None
+
     def _commit(self, step: int, beside: Path, files: Sequence[ShardFile]) -> Path:
         shards = {f.name: {"bytes": f.bytes, "sha256": f.sha256} for f in files}
         manifest = json.dumps({"step": step, "files": shards, **self._facts}, indent=1).encode()

@@ -104,6 +104,7 @@ def _survive(
             if restarts > prepared.config.cluster.max_restarts:
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
             start = now
+            rundir.commits.abandon()
             rundir.rewind(start.step)
             rundir.say(f"starting anew from step {start.step}")
 

@@ -68,6 +68,15 @@ def test_training_goes_on_while_shards_are_written(store):
     assert store.finish(saver, wait=True) is None, "nothing more is pending"
 
 
+def test_what_a_lost_learner_had_begun_is_forgotten(store):
+    lost = FakeSaver()
+    lost.done = False
+    store.start(lost, 10)
+    store.abandon()
+    save(store, 20)
+    assert newest(store) == (20, [])
+
+
 class Killed(BaseException):
     pass
 
