@@ -53,7 +53,7 @@ class RunDir:
         keep = config.checkpoint
         run.commits = Commits(run.commits.folder, keep_last=keep.keep_last, keep_every=keep.keep_every, facts=facts)
         here = resume == "auto" or (resume or "").startswith("step=")
-        if not here:
+        if not here or not (run.path / "config.yaml").exists():
             run._refuse_used()
         run.path.mkdir(parents=True, exist_ok=True)
         run._take_lock()
@@ -175,7 +175,7 @@ class RunDir:
         kept = []
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if 0 < step >= json.loads(line)["step"]:
                     kept.append(line)
             except ValueError:  # the last line of a killed run
                 continue

@@ -54,6 +54,20 @@ def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
     assert claim(config_in(tmp_path / "new"), "auto")[1] == Start()
 
 
+def test_resume_auto_does_not_take_a_folder_that_is_no_runs(tmp_path):
+    (tmp_path / "thesis.tex").write_text("words")
+    with pytest.raises(UserError, match="already in use: give another"):
+        claim(config_in(tmp_path), "auto")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    run, _ = claim(config_in(tmp_path / "run"))
+    (run.path / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "train", "step": 1}\n')
+    run.release()
+    assert claim(config_in(tmp_path / "run"), "auto")[1] == Start()
+    assert (run.path / "metrics.jsonl").read_text() == ""
+
+
 def test_resume_auto_passes_over_a_damaged_checkpoint_and_a_named_one_fails(finished, capsys):
     run = RunDir.open(Path(finished.run_dir))
     (run.commits.path(20) / "rank-000.safetensors").unlink()
