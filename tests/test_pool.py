@@ -1,0 +1,56 @@
+"""What a pool knows of its actors: which serve, which are lost and why, and what takes their places."""
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import RayActorError
+
+from actors.pool import Pool
+from sdft_dist.errors import NotServing
+
+
+class FakeActor:
+    """Answers at once and writes down what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+        for name in ("ready", "forget"):
+            setattr(self, name, SimpleNamespace(remote=lambda name=name: self.asked.append(name)))
+
+
+def pool(size=2):
+    events = SimpleNamespace(wait_all=lambda refs, **_: refs)
+    return Pool("generators", [FakeActor() for _ in range(size)], 1.0, events, FakeActor)
+
+
+def test_the_dead_are_replaced_and_the_tainted_forget():
+    one = pool(3)
+    before = list(one.actors)
+    one.lose(0, RayActorError())
+    one.push_failed(1, before[1], RuntimeError("checksum of the bucket a … b is wrong"))
+    assert one.lost.keys() == {0, 1}
+    assert one.lost[1] == "checksum of the bucket a … b is wrong"
+    one.replace_lost()
+    assert one.lost == {}
+    assert one.actors[0] is not before[0]
+    assert one.actors[0].asked == ["ready"]
+    assert one.actors[1:] == before[1:]
+    assert [actor.asked for actor in before[1:]] == [["forget"], []]
+
+
+def test_a_push_that_an_actor_missed_by_its_death_replaces_it():
+    one = pool()
+    one.push_failed(0, one.actors[0], RayActorError())
+    gone = one.actors[0]
+    one.replace_lost()
+    assert one.actors[0] is not gone
+    one.push_failed(0, gone, RayActorError())
+    assert one.lost == {}, "what befell the old one is no matter of the new one"
+
+
+def test_an_error_of_the_program_is_no_loss():
+    one = pool()
+    with pytest.raises(KeyError):
+        one.lose(0, KeyError("a bug"))
+    one.lose(0, NotServing("a push must succeed before it serves"))
+    assert 0 in one.lost
