@@ -5,6 +5,7 @@ Every method except `address` is a collective: the driver calls it on all ranks 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -128,7 +129,7 @@ class LearnerRank:
             slots += batch.input_ids.numel()
             tally.add(losses, batch, [len(s.completion_ids) for s in sequences], skip)
         grad_norm, self._moved = step_and_norm(self.engine), True
-        if self.ema is not None:
+        if self.ema is not None and math.isfinite(grad_norm):
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
         spans = (Span("fetch", started, waited), Span("train", waited, time.time()))
         return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, slots=slots, spans=spans)

@@ -102,12 +102,16 @@ def _stage3_fragment(engine: Any, name: str, param: Any, rank: int) -> Fragment:
 
 
 def step_and_norm(engine: Any) -> float:
-    """Take the optimizer step; returns the global gradient norm before clipping."""
+    """Take the optimizer step; returns the global gradient norm before clipping. Where that is not a finite
+    number, on all ranks alike, the step is left out and weights and moments stay as they are."""
     norm = None
-    if not engine.zero_optimization() and not engine.bfloat16_enabled():
-        # Stage 0 in fp32 clips without keeping the norm; the gradients are reduced already.
+    if not engine.zero_optimization():
+        # Stage 0 clips without keeping the norm, and steps whatever it is; the gradients are reduced already.
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        if not norm.isfinite():
+            engine.optimizer.zero_grad()
+            return float(norm)
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
 

@@ -154,6 +154,9 @@ class OptimConfig(_Section):
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment rates.")
+    max_skipped: int = Field(
+        3, ge=0, description="Steps in a row that may be left out because loss or gradient are no finite numbers."
+    )
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
 
 

@@ -60,6 +60,7 @@ def train(
     if step == 0:
         after_step(step)
     submitted = step  # rollouts of all earlier steps are done or under way
+    skipped = 0  # steps in a row
     while step < num_steps:
         with log.timer("step"):
             keys = batch_keys(config, problems, step)
@@ -74,13 +75,15 @@ def train(
                 items = demonstrations(problems, keys)
             with log.timer("learn"):
                 metrics = learner.update(step, num_steps, items)  # θ ← θ − ∇ D(q ‖ p_θ); φ ← EMA(θ)
-            refuse_divergence(step, metrics)
+            skipped = 0 if is_finite(metrics) else skipped + 1  # the learner has left the step out
+            if skipped > config.optim.max_skipped:
+                raise diverged(step, skipped, metrics, keys)
             step += 1
             with log.timer("push"):
                 if step % config.teacher.sync_every == 0:
                     push.to_teachers(step)
                 push.to_generators(step)
-        log.step(step, num_steps, {**metrics, "dropped": len(keys) - len(items)}, items)
+        log.step(step, num_steps, {**metrics, "dropped": len(keys) - len(items), "skipped": int(skipped > 0)}, items)
         after_step(step)
 
 
@@ -127,13 +130,19 @@ def fresh(config: Config, step: int, items: list[TrainItem]) -> list[TrainItem]:
     return left
 
 
-def refuse_divergence(step: int, metrics: dict[str, Any]) -> None:
-    """Raises Diverged where the loss or the gradient is not a finite number."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
-            raise Diverged(
-                f"step {step}: {name} is {metrics[name]}: lower optim.learning_rate, or look at the rows of this step"
-            )
+def is_finite(metrics: dict[str, Any]) -> bool:
+    """Whether loss and gradient are numbers."""
+    return all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm"))
+
+
+def diverged(step: int, skipped: int, metrics: dict[str, Any], keys: Sequence[SampleKey]) -> Diverged:
+    """The error that names the step, what was not a number, and the rows."""
+    rows = sorted({key.problem for key in keys})
+    return Diverged(
+        f"step {step}: loss is {metrics['loss']}, grad_norm is {metrics['grad_norm']}, the {skipped}. step in a row "
+        f"(optim.max_skipped={skipped - 1}): lower optim.learning_rate, or look at the rows of this step, counted "
+        f"from 0: {rows}"
+    )
 
 
 def demonstrations(problems: ProblemSet, keys: Sequence[SampleKey]) -> list[TrainItem]:

@@ -108,11 +108,16 @@ def test_cut_completions_are_kept_dropped_or_refused():
         uncut(policies["drop"], [item(key, finish_reason="length")] * 2)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_pushed(problems, tmp_path):
+def test_steps_without_finite_numbers_are_left_out_counted_and_at_last_an_error(problems, tmp_path):
     fakes = Fakes(loss=float("nan"))
-    with RunLog(tmp_path, title="test") as log, pytest.raises(Diverged, match="step 0: loss is nan"):
-        train(config(), problems, fakes, fakes, fakes, log, after_step=lambda step: None)
-    assert fakes.calls[-1][0] == "update"
+    settings = config(steps=9, optim={"max_skipped": 2})
+    with (
+        RunLog(tmp_path, title="test") as log,
+        pytest.raises(Diverged, match=r"step 2: loss is nan, .* the 3. step in a row .*counted from 0: \[\d, \d\]"),
+    ):
+        train(settings, problems, fakes, fakes, fakes, log, after_step=lambda step: None)
+    assert [m["skipped"] for m in read_metrics(tmp_path, "train")] == [1, 1]
+    assert ("push generators", 2) in fakes.calls, "the run went on"
 
 
 def test_rollouts_of_later_steps_are_in_flight_up_to_the_staleness_allowed(problems, tmp_path):

@@ -49,6 +49,19 @@ class ReusableRank(LearnerRank):
 
         self.engine.step = step_and_keep
 
+    def poison(self, on: bool) -> None:
+        """Make losses and gradients NaN on this rank from now on, or sound again."""
+        if not on:
+            del self.student.forward
+            return
+        forward = self.student.forward
+
+        def poisoned(batch: Any) -> Any:
+            losses = forward(batch)
+            return losses._replace(total=losses.total * float("nan"))
+
+        self.student.forward = poisoned
+
     def teacher_head(self) -> np.ndarray:
         """The output head that a push to the teachers would send, fp32."""
         name = self.head_name()

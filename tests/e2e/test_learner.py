@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import ray
+import torch
 from harness import config_for, demonstration_items, save
 from helpers import assert_relative, tiny_model
+from safetensors.torch import load_file
 
 from learner.checkpoint import read_full
 
@@ -128,3 +130,25 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_pa
         assert_relative(other_moment[name], moment[name], 1e-5)
         # Adam's first step divides by the gradient's own size, which magnifies rounding.
         assert_relative(other_master[name], master[name], 1e-3)
+
+
+@pytest.mark.parametrize(("num_ranks", "stage"), [(1, 0), (1, 1), (2, 2), (2, 3)])
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
+    ranks, problems, model, tmp_path, num_ranks, stage
+):
+    config = config_for(model, method="sft", learner={"zero_stage": stage, "ranks": num_ranks})
+    group = ranks.group(config, problems)
+    group.update(0, 3, demonstration_items(problems))
+    save(group, tmp_path / "before")
+    ray.get(group.ranks[-1].poison.remote(True))
+    metrics = group.update(1, 3, demonstration_items(problems))
+    assert not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    save(group, tmp_path / "after")
+    ray.get(group.ranks[-1].poison.remote(False))
+    metrics = group.update(2, 3, demonstration_items(problems))
+    group.stop()
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    for rank in range(num_ranks):
+        before, after = (load_file(tmp_path / name / f"rank-{rank:03d}.safetensors") for name in ("before", "after"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
