@@ -1,0 +1,117 @@
+"""Scorers on cases that a person has judged, and on real rows."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from sdft_dist.evaluate import load_scorer
+from sdft_dist.scorers import letter, text, tool_calls
+
+REAL = os.environ.get("SDFT_REAL_DATA")
+
+LETTERS = [
+    ("<answer>\nD\n</answer>", "D", True),
+    ("<answer>D</answer>", "D", True),
+    ("<ANSWER> d </ANSWER>", "D", True),
+    ("<answer>D: 2713.000</answer>", "D", True),
+    ("<answer>(D)</answer>", "D", True),
+    ("<answer>**D**</answer>", "D", True),
+    ("<reasoning>A is wrong, <answer>B</answer> no</reasoning><answer>C</answer>", "C", True),
+    ("<answer>Dog</answer>", "D", False),
+    ("<answer></answer>", "D", False),
+    ("<answer>none of them</answer> The answer is D", "D", False),
+    ("<answer>C</answer>", "D", False),
+    ("<answer>D", "D", False),
+    ("The answer is D.", "D", True),
+    ("The correct answer is (B), since it is heavier.", "B", True),
+    ("**Answer: B**", "B", True),
+    ("answer: option C", "C", True),
+    ("Option A is wrong. The right choice is B", "B", True),
+    ("First I thought the answer is A, but the answer is C", "C", True),
+    ("\\boxed{B}", "B", True),
+    ("so \\boxed{\\text{B}}", "B", True),
+    ("D", "D", True),
+    (" D. ", "D", True),
+    ("A dog has four legs", "A", False),
+    ("The answer is a matter of taste", "A", False),
+    ("I don't know", "A", False),
+    ("", "A", False),
+    ("A, B or C", "A", False),
+]
+
+ONE = '[{"Action": "find", "Action_Input": "{\\"a\\": 1, \\"b\\": {\\"c\\": [1, 2]}}"}]'
+TWO = '[{"Action": "f", "Action_Input": "{}"}, {"Action": "g", "Action_Input": "{\\"x\\": \\"1\\"}"}]'
+CALLS = [
+    ('Action: find\nAction Input: {"a": 1, "b": {"c": [1, 2]}}', ONE, True),
+    ('Thought: easy\nAction: find\nAction Input: {"b": {"c": [1, 2]}, "a": 1}', ONE, True),
+    ('Action: find\nAction Input: {"a": 1.0, "b": {"c": [1, 2]}}\nObservation: x', ONE, True),
+    ('  Action:   find  \n\nAction Input:\n{\n "a": 1,\n "b": {"c": [1, 2]}}', ONE, True),
+    ('Action: find\nAction_Input: {"a": 1, "b": {"c": [1, 2]}}', ONE, True),
+    ('Action: find\nAction Input: {"a": 1, "b": {"c": [2, 1]}}', ONE, False),
+    ('Action: find\nAction Input: {"a": "1", "b": {"c": [1, 2]}}', ONE, False),
+    ('Action: find\nAction Input: {"a": 1}', ONE, False),
+    ('Action: find\nAction Input: {"a": 1, "b": {"c": [1, 2]}, "d": null}', ONE, False),
+    ('Action: Find\nAction Input: {"a": 1, "b": {"c": [1, 2]}}', ONE, False),
+    ('Action: find\nAction Input: {"a": 1, "b": {"c": [1, 2]}', ONE, False),
+    ("Action: find\nAction Input: {'a': 1, 'b': {'c': [1, 2]}}", ONE, False),
+    ("Action: find\nAction Input:", ONE, False),
+    ("Action: find", ONE, False),
+    ('find {"a": 1, "b": {"c": [1, 2]}}', ONE, False),
+    ("", ONE, False),
+    ('Action: f\nAction Input: {}\nAction: g\nAction Input: {"x": "1"}', TWO, True),
+    ('Action: g\nAction Input: {"x": "1"}\nAction: f\nAction Input: {}', TWO, False),
+    ("Action: f\nAction Input: {}", TWO, False),
+    (
+        'Action: f\nAction Input: {}\nAction: g\nAction Input: {"x": "1"}\nAction: g\nAction Input: {"x": "1"}',
+        TWO,
+        False,
+    ),
+    ('Action: f\nAction Input: {"x"\nAction: g\nAction Input: {"x": "1"}', TWO, False),
+    ("Action: f\nAction Input: {}", "Action: f\nAction Input: {}", True),
+]
+
+TEXTS = [
+    (" Paris.", "paris", True),
+    ("New\n  York", "new york", True),
+    ("ﬁne", "fine", True),
+    ("New York City", "New York", False),
+    ("", "x", False),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer", "right"), LETTERS)
+def test_letters(completion, answer, right):
+    assert letter(completion, answer) is right
+
+
+@pytest.mark.parametrize(("completion", "answer", "right"), CALLS)
+def test_tool_calls(completion, answer, right):
+    assert tool_calls(completion, answer) is right
+
+
+@pytest.mark.parametrize(("completion", "answer", "right"), TEXTS)
+def test_texts(completion, answer, right):
+    assert text(completion, answer) is right
+
+
+@pytest.mark.skipif(not REAL, reason="SDFT_REAL_DATA names no folder with real rows")
+@pytest.mark.parametrize(
+    ("name", "scorer", "chance"), [("science", "letter", (0.15, 0.35)), ("tooluse", "tool_calls", (0.0, 0.1))]
+)
+def test_real_rows_score_full_marks_on_their_own_answers_and_chance_on_others(name, scorer, chance):
+    score = load_scorer(f"sdft_dist.scorers:{scorer}")
+    rows = [json.loads(line) for line in (Path(REAL) / f"{name}.jsonl").open()]
+    if name == "science":
+        pairs = [(row["output_text"], row["answer"]) for row in rows]
+    else:
+        pairs = [("\n".join(row["golden_response"]), json.dumps(row["golden_answer"])) for row in rows]
+    wrong = [completion for completion, answer in pairs if not score(completion, answer)]
+    assert wrong == []
+    answers = [answer for _, answer in pairs]
+    random.Random(0).shuffle(answers)
+    share = sum(score(c, a) for (c, _), a in zip(pairs, answers, strict=True)) / len(pairs)
+    print(f"{name}: shuffled answers {100 * share:.0f}%")
+    assert chance[0] <= share <= chance[1]
