@@ -84,8 +84,10 @@ class Sender:
             sent.exception()
 
     def close(self) -> None:
-        """Ends the thread; what has not left is dropped."""
+        """Ends the thread; what has not left is dropped, and receivers that wait for it are told by their
+        connections' end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._group = None
 
 
 def manifest(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from chaos import ROLES, differing, lab, last_checkpoint, pids_of, recovery, steps_done, wait_for
-from processes import nothing_left, start
+from processes import lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
 
@@ -73,4 +73,24 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     finished_alike(config, undisturbed)
+    assert nothing_left(mark)
+
+
+def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path):
+    """The other goes on; every step is done once, with all its samples, none too stale."""
+    (tmp_path / "fire").mkdir()
+    ahead = {"prompts_per_step": 8, "max_completion_tokens": 12, "max_staleness": 2}
+    config = lab_config(tmp_path / "fire", steps=STEPS, rollout=ahead, cluster={"generators": 2, "timeout_s": 120})
+    run = Path(config.run_dir)
+    process, mark = start(config, tmp_path / "fire")
+    for step, which in ((2, 0), (6, -1)):
+        wait_for(lambda step=step: steps_done(run) >= step, process, 150, f"step {step}")
+        print(f"next step after {recovery(run, process, sorted(pids_of('generator', mark))[which]):.1f} s")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    records = read_metrics(run, "train")
+    assert [m["step"] for m in records] == list(range(1, STEPS + 1))
+    assert {(m["samples"], m["dropped"]) for m in records} == {(8, 0)}
+    assert max(m["staleness_max"] for m in records) <= 2
+    assert (run / "run.log").read_text().count("generators serve version") >= 2
     assert nothing_left(mark)
