@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from sdft_dist.errors import ConfigError, DataError
 from sdft_dist.prompts import encode_prompts
 
 Scorer = Callable[[str, str], bool]
+Z = 1.959964  # of the normal distribution, for 95%
 
 
 class Completer(Protocol):
@@ -30,6 +32,14 @@ class EvalSet:
     name: str
     prompts: list[np.ndarray]  # int32 [P] each
     answers: list[str]
+
+
+class Judged(NamedTuple):
+    """One held-out row."""
+
+    completion: str
+    answer: str
+    right: bool
 
 
 def exact_match(completion: str, answer: str) -> bool:
@@ -59,15 +69,28 @@ def load_eval_sets(config: EvalConfig, tokenizer: Any) -> list[EvalSet]:
     return sets
 
 
-def accuracy(
+def evaluate(
     sets: Sequence[EvalSet], completer: Completer, tokenizer: Any, scorer: Scorer, max_tokens: int
-) -> dict[str, float]:
-    """Share of right answers of each set, 0 to 1."""
+) -> dict[str, list[Judged]]:
+    """Every row of each set with its greedy completion and whether that is right."""
     prompts = [p for s in sets for p in s.prompts]
     completions = iter(completer.complete(prompts, max_tokens))
     out = {}
     for s in sets:
         texts = [tokenizer.decode(next(completions), skip_special_tokens=True) for _ in s.prompts]
-        right = [scorer(text, answer) for text, answer in zip(texts, s.answers, strict=True)]
-        out[s.name] = sum(right) / len(right)
+        out[s.name] = [Judged(t, a, bool(scorer(t, a))) for t, a in zip(texts, s.answers, strict=True)]
     return out
+
+
+def accuracy(judged: Sequence[Judged]) -> float:
+    """Share of right answers, 0 to 1."""
+    return sum(row.right for row in judged) / len(judged)
+
+
+def interval(judged: Sequence[Judged]) -> tuple[float, float]:
+    """The 95% interval of the accuracy by Wilson's score (J. Am. Stat. Assoc. 22, 1927), which also holds at
+    0 and 1, where the normal approximation has no width."""
+    n, share = len(judged), accuracy(judged)
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,6 +1,6 @@
 """The run directory: its layout, who may write into it, and where a run begins.
 
-config.yaml · metrics.jsonl · run.log · events/ · checkpoints/step-000100/ · model/ · lock
+config.yaml · metrics.jsonl · run.log · events/ · eval/ · checkpoints/step-000100/ · model/ · lock
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sdft_dist import commits
 from sdft_dist.commits import Commits
 from sdft_dist.config import Config, dump_config
 from sdft_dist.errors import UserError
+from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import refuse_changes
 
 
@@ -97,6 +98,15 @@ class RunDir:
                 f"see {self.path / 'rows.txt'}",
                 file=sys.stderr,
             )
+
+    def note_evaluation(self, step: int, judged: dict[str, list[Judged]]) -> None:
+        """Write every held-out row, with its completion, into `eval/step-NNNNNN.jsonl`."""
+        folder = self.path / "eval"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"step-{step:06d}.jsonl").open("w") as file:
+            for name, rows in judged.items():
+                for i, row in enumerate(rows):
+                    file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
 
     def say(self, text: str) -> None:
         """One line about the run's life, into run.log."""

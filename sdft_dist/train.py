@@ -16,7 +16,7 @@ from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted
-from sdft_dist.evaluate import EvalSet, accuracy, load_eval_sets, load_scorer
+from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer
 from sdft_dist.fingerprint import fingerprint
 from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
@@ -125,8 +125,10 @@ def _attempt(
         every, last = config.eval.every, step == prepared.num_steps
         if every and (step % every == 0 or last):
             limit = config.rollout.max_completion_tokens
-            scores = accuracy(prepared.eval_sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit)
-            log.write("eval", step, scores)
+            judged = evaluate(prepared.eval_sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit)
+            rundir.note_evaluation(step, judged)
+            intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
+            log.write("eval", step, {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals})
         every = config.checkpoint.every
         if last or (every and step and step % every == 0):
             with log.timer("checkpoint"):

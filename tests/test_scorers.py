@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_dist.evaluate import load_scorer
+from sdft_dist.evaluate import Judged, accuracy, interval, load_scorer
 from sdft_dist.scorers import letter, text, tool_calls
 
 REAL = os.environ.get("SDFT_REAL_DATA")
@@ -115,3 +115,14 @@ def test_real_rows_score_full_marks_on_their_own_answers_and_chance_on_others(na
     share = sum(score(c, a) for (c, _), a in zip(pairs, answers, strict=True)) / len(pairs)
     print(f"{name}: shuffled answers {100 * share:.0f}%")
     assert chance[0] <= share <= chance[1]
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (81, 263, 0.2553, 0.3662)],
+)
+def test_the_interval_of_an_accuracy(right, rows, low, high):
+    """The last row is Newcombe's example (Stat. Med. 17, 1998)."""
+    judged = [Judged("", "", i < right) for i in range(rows)]
+    assert accuracy(judged) == right / rows
+    assert interval(judged) == pytest.approx((low, high), abs=1e-4)

@@ -43,6 +43,8 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     assert len(set(first)) == 4
     assert nothing_left(mark)
     assert [m["step"] for m in read_metrics(rundir.path, "eval")] == [0, 2, 4]
+    (judged,) = (rundir.path / "eval" / "step-000004.jsonl").read_text().splitlines()
+    assert json.loads(judged).keys() == {"set", "row", "completion", "answer", "right"}
     assert yaml.safe_load((rundir.path / "config.yaml").read_text())["steps"] == 4
     assert list((rundir.path / "events").iterdir())
 
