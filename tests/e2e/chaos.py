@@ -37,14 +37,23 @@ def steps_done(run):
     return len(read_metrics(run, "train")) if path.exists() else 0
 
 
-def wait_for(condition, process, seconds, what):
-    """Polls until `condition()`; fails where the run ends first or `seconds` pass."""
+def wait_until(condition, seconds, what):
+    """Polls until `condition()`; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended with {process.returncode} before {what}:\n{process.stdout.read()}")
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
         time.sleep(0.05)
+
+
+def wait_for(condition, process, seconds, what):
+    """The same; also fails where the run ends first."""
+
+    def met():
+        if not condition() and process.poll() is not None:
+            raise AssertionError(f"the run ended with {process.returncode} before {what}:\n{process.stdout.read()}")
+        return condition()
+
+    wait_until(met, seconds, what)
 
 
 def pids_of(role, mark):
