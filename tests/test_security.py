@@ -23,6 +23,7 @@ def test_insecure_serialization_is_not_switched_on_by_imports():
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in os.environ
 
 
+@pytest.mark.e2e
 def test_a_local_ray_has_no_dashboard(ray_cluster):
     import ray
 
