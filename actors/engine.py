@@ -48,7 +48,10 @@ class Engine:
         from vllm.config import PoolerConfig, WeightTransferConfig
         from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+        from sdft_dist.vector_math import settle
+
         if device == "cpu":
+            settle()
             _keep_plain_weights()
             drafts.mend_cpu_sampling()
         if "gloo" not in WeightTransferEngineFactory._registry:

@@ -18,6 +18,7 @@ from learner import fused, liger
 from learner.fused import Losses, Objective, Targets
 from sdft_dist.config import LearnerConfig, ModelConfig
 from sdft_dist.errors import UserError
+from sdft_dist.vector_math import settle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +73,7 @@ def load_causal_lm(config: ModelConfig) -> Any:
     """The model of `config.path` in training mode. Raises UserError where the folder holds none."""
     from transformers import AutoModelForCausalLM
 
+    settle()
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             config.path,

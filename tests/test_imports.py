@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "logits", "watch"}
+PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "logits", "watch", "vector_math"}
 MAY_IMPORT_ACTORS_AND_LEARNER = {"cluster"}
 HEAVY = {"vllm", "deepspeed"}
 

@@ -1,0 +1,33 @@
+"""Vector functions are settled before anything is computed from a model's weights."""
+
+import pytest
+
+from sdft_dist import vector_math
+from sdft_dist.config import parse_config
+
+
+def test_settling_takes_every_function_through_both_types(monkeypatch):
+    seen = []
+    monkeypatch.setattr(vector_math, "FUNCTIONS", [lambda x: seen.append((x.numel(), str(x.dtype)))])
+    vector_math.settle()
+    # One element: a single thread makes the call.
+    assert seen == [(1, "torch.float32"), (1, "torch.float64")]
+
+
+def test_a_learner_settles_before_it_loads(monkeypatch):
+    import transformers
+
+    from learner import model
+
+    order = []
+    monkeypatch.setattr(model, "settle", lambda: order.append("settle"))
+
+    def load(*args, **options):
+        order.append("load")
+        raise OSError("enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    config = parse_config({"model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x"})
+    with pytest.raises(ValueError, match="enough"):
+        model.load_causal_lm(config.model)
+    assert order == ["settle", "load"]
