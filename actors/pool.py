@@ -11,14 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sdft_dist.errors import NotServing
+from sdft_dist.errors import NotServing, brief
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, WeightManifest
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error; Ray's go on for a page."""
-    return str(error).strip().splitlines()[-1].split(". ")[0]
 
 
 class Pool:
@@ -58,7 +53,7 @@ class Pool:
             self._dead.add(index)
         elif not isinstance(error, NotServing):
             raise error
-        self.lost.setdefault(index, _reason(error))
+        self.lost.setdefault(index, brief(error))
 
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""
@@ -79,11 +74,16 @@ class Pool:
         """New actors for the dead ones; the others forget what they were doing. None serves before the
         next push."""
         assert self._make is not None
-        for index in self._dead:
-            self.actors[index] = self._make()
-        self._wait([self.actors[i].ready.remote() for i in self._dead], "start anew")
-        self._wait([self.actors[i].forget.remote() for i in self.lost if i not in self._dead], "forget")
-        self._dead, self.lost = set(), {}
+        while self.lost:  # others may be lost meanwhile
+            dead = set(self._dead)
+            tainted = self.lost.keys() - dead
+            for index in dead:
+                self.actors[index] = self._make()
+            self._wait([self.actors[i].ready.remote() for i in dead], "start anew")
+            self._wait([self.actors[i].forget.remote() for i in tainted], "forget")
+            self._dead -= dead
+            done = (dead | tainted) - self._dead
+            self.lost = {i: why for i, why in self.lost.items() if i not in done}
 
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]:
         """Ask every actor to join the push group, and to keep the weight of that name as received;

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from learner.ema import Ema
@@ -62,7 +62,10 @@ class ShardWriter:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ShardFile:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        raise OSError(f"{path}: {e}") from e  # what is wrong with the disk is in its text only
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from actors.stream import Stream
 from learner.group import LearnerGroup
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
-from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError
+from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError, brief
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
 from sdft_dist.types import OnSpan
@@ -149,7 +149,7 @@ def launch(
         raise
     except Exception as error:
         if isinstance(error, TimeoutError) or _any_dead(actors):
-            raise ActorLost(str(error).strip().splitlines()[-1]) from error
+            raise ActorLost(brief(error)) from error
         raise
     finally:
         for actor in actors:

@@ -47,7 +47,8 @@ class Commits:
                 "earlier checkpoints are intact"
             )
         beside = self.folder / f"writing-{step:06d}"
-        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        for left in self.folder.glob("writing-*"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir()
         saver.start_saving(beside)
         self._pending = step, beside

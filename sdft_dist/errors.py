@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def brief(error: BaseException) -> str:
+    """The first sentence of an error's last line, or its type where it says nothing; Ray's go on for a page."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].split(". ")[0] if lines else type(error).__name__
+
+
 class UserError(ValueError):
     """Configuration, data or a model folder is wrong. The message names the field or the row, the
     value found, the value expected, and what to do. Exit code 2."""

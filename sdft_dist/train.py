@@ -15,7 +15,7 @@ from rich.console import Console
 from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet, load_training_rows
-from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted
+from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted, UserError, brief
 from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer
 from sdft_dist.fingerprint import fingerprint
 from sdft_dist.loop import train
@@ -57,13 +57,17 @@ def run(
     try:
         rundir.note_rows(encoded.dropped, encoded.truncated)
         rundir.say(f"{config.method} begins at step {start.step} of {prepared.num_steps}")
+        if start.step >= prepared.num_steps and not rundir.commits.steps():
+            raise UserError(
+                f"--resume: {start.checkpoint} is of step {start.step}: give more steps than {prepared.num_steps}"
+            )
         if start.step < prepared.num_steps:
             with ray_session(config), _sigterm() as asked:
                 _survive(prepared, rundir, start, title or config.method, console, asked)
         rundir.say("training is done")
         _export(rundir)
-    except BaseException as error:
-        rundir.say(f"ended: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
+    except BaseException as error:  # Ctrl-C too is an end that the log tells of
+        rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
         raise
     finally:
         rundir.release()
