@@ -86,6 +86,7 @@ class Engine:
             if config.model.dtype != "float32":
                 options["hf_overrides"] = {"head_dtype": "model"}
         self._llm = LLM(**options)
+        self.device = device
         self._stop_ids = list(stop_ids)
         self._next_id = 0
         self._num_top: dict[str, int] = {}  # of each unfinished request
@@ -109,6 +110,7 @@ class Engine:
                 logprobs=how.num_top,
                 flat_logprobs=True,  # a tenth of the Python time of one dictionary a token
                 stop_token_ids=self._stop_ids,
+                ignore_eos=True,  # besides those: what the model's folder names is among them where it counts
                 detokenize=False,
             )
             # The salt keeps prefixes computed under other weights out of the cache's answers.

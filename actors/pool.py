@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sdft_dist.errors import NotServing, brief
+from sdft_dist.errors import NotServing
+from sdft_dist.last_words import obituary
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, WeightManifest
 
@@ -44,6 +45,10 @@ class Pool:
         """Greedy completions, int32 [C] each, in the prompts' order. Generators only."""
         return self._spread(prompts, lambda actor, part: actor.complete.remote(part, max_tokens), "complete")
 
+    def peak_gib(self) -> float:
+        """Peak memory of the actor that has needed most; 0 where there is none."""
+        return max(self._wait([a.peak_gib.remote() for a in self.actors], "peak memory"), default=0.0)
+
     def lose(self, index: int, error: Exception) -> None:
         """Note that an actor has died, or that it serves nothing after a push that failed. Raises `error`
         where it is neither."""
@@ -53,7 +58,7 @@ class Pool:
             self._dead.add(index)
         elif not isinstance(error, NotServing):
             raise error
-        self.lost.setdefault(index, brief(error))
+        self.lost.setdefault(index, obituary(error))
 
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from actors import pieces
 from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
-from sdft_dist.remote import fetch
+from sdft_dist.memory import own_peak_gib
+from sdft_dist.pieces import fetch, put
 from sdft_dist.types import Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
 
 
@@ -79,6 +79,10 @@ class Generator:
         self.engine.abort()
         self._keys, self._finished = {}, {}
 
+    def peak_gib(self) -> float:
+        """Peak memory of this actor."""
+        return own_peak_gib(self.engine.device)
+
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""
         self.engine.join_push(init_info)
@@ -108,5 +112,5 @@ class Generator:
                 policy_versions=sample.policy_versions,
                 sample=piece,
             )
-            for sample, piece in zip(samples, pieces.put(samples), strict=True)
+            for sample, piece in zip(samples, put(samples), strict=True)
         ]

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from actors import pieces
 from actors.choose import choose
 from actors.engine import Engine
 from sdft_dist.config import Config
 from sdft_dist.logits import LogitTransform, logit_transform
-from sdft_dist.remote import fetch
+from sdft_dist.memory import own_peak_gib
+from sdft_dist.pieces import fetch, put
 from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, TrainItem, WeightManifest
 
 
@@ -59,7 +59,7 @@ class Teacher:
                 sample=r.sample,
                 targets=piece,
             )
-            for r, piece in zip(refs, pieces.put(targets), strict=True)
+            for r, piece in zip(refs, put(targets), strict=True)
         ]
         return Scored(items=items, span=Span("score", started, time.time()))
 
@@ -83,6 +83,10 @@ class Teacher:
 
     def forget(self) -> None:
         """Nothing is under way between two calls."""
+
+    def peak_gib(self) -> float:
+        """Peak memory of this actor."""
+        return own_peak_gib(self.engine.device)
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""

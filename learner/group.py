@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from learner.microbatch import trained_tokens
+from learner.roofline import Roofline
 from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
@@ -132,6 +133,15 @@ class LearnerGroup:
         writing raised."""
         files = self._all("finish_saving", wait)
         return None if None in files else files
+
+    def roofline(self) -> Roofline:
+        """What the device of rank 0 reaches."""
+        (found,) = self._wait([self.ranks[0].roofline.remote()], "learner roofline")
+        return found
+
+    def peak_gib(self) -> float:
+        """Peak memory of the rank that has needed most."""
+        return max(self._all("peak_gib"))
 
     def stop(self) -> None:
         """End the ranks' process group."""

@@ -24,6 +24,7 @@ from learner.microbatch import TrainSequence, build, token_weight
 from learner.model import Student, load_causal_lm, tune
 from learner.objective import divergence
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source
+from learner.roofline import Roofline, measure
 from learner.schedule import learning_rate
 from learner.tally import RankMetrics, Tally
 from learner.zero import deepspeed_config, fragments, make_optimizer_state, optimizer_step, step_and_norm
@@ -31,7 +32,8 @@ from sdft_dist.batching import one_after_another, rows
 from sdft_dist.config import Config, LossConfig
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
-from sdft_dist.remote import fetch
+from sdft_dist.memory import own_peak_gib
+from sdft_dist.pieces import fetch
 from sdft_dist.types import Sample, ShardFile, Span, TeacherTargets, TrainItem, WeightManifest
 
 
@@ -69,7 +71,8 @@ class LearnerRank:
         # ever. It serves DeepSpeed's inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=self.config.cluster.timeout_s)
+        # Before the driver loses patience: who is still silent when the others have given up is the one that hangs.
+        timeout = timedelta(seconds=0.8 * self.config.cluster.timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
         lm = load_causal_lm(self.config.model)
@@ -202,6 +205,14 @@ class LearnerRank:
         """Size of this rank's part of a checkpoint."""
         kinds = 3 + (self.ema is not None)  # weights and two moments
         return 4 * kinds * sum(f.master.numel() for f in self._fragments())
+
+    def roofline(self) -> Roofline:
+        """What this rank's device reaches."""
+        return measure(self.device, getattr(torch, self.config.model.dtype))
+
+    def peak_gib(self) -> float:
+        """Peak memory of this rank."""
+        return own_peak_gib(self.device.type)
 
     def stop(self) -> None:
         """Shut the engine and the process group down; ZeRO-3 aborts at exit otherwise."""

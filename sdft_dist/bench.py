@@ -12,13 +12,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
+from sdft_dist.account import Machine, accounts, mean_lengths
 from sdft_dist.cluster import launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, load_training_rows
@@ -50,16 +51,19 @@ class Ours:
     vocab_size: int
     stop_ids: list[int]
     folder: Path
+    machines: list[Machine] = field(default_factory=list)  # one, when it has come to its end
 
     def __call__(self, num_steps: int, after_step: Callable[[int], None]) -> None:
         config = self.config.model_copy(update={"steps": num_steps})
         self.folder.mkdir(parents=True, exist_ok=True)
         console = Console(quiet=True)
         with (
-            RunLog(self.folder, title=self.name, console=console, trace=True) as log,
+            RunLog(self.folder, title=self.name, console=console, trace=self.folder / "trace.json") as log,
             launch(config, self.problems, self.vocab_size, self.stop_ids, on_span=log.span) as fleet,
         ):
+            roofline = fleet.learner.roofline()
             train(config, self.problems, fleet.rollouts, fleet.learner, fleet, log, after_step=after_step)
+            self.machines.append(Machine(**roofline._asdict(), peak_gib=fleet.peak_gib()))
 
 
 class Turns:
@@ -128,39 +132,60 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
 
     `fixed` runs every completion to `rollout.max_completion_tokens`. Raises UserError as a run would.
     """
-    if (out / "sdft").exists():
-        raise UserError(f"--out: {out} is already in use")
-    out.mkdir(parents=True, exist_ok=True)
+    new_folder(out)
     least = max(SKIPPED + 2, config.rollout.max_staleness + 1)
     if segment < least:
         raise UserError(f"--segment: {segment} steps are too few: give {least}, of which {SKIPPED} are not counted")
-    tokenizer = load_tokenizer(config)
-    rows = load_training_rows(config.data, config.method)
-    problems = encode_problems(config, tokenizer, rows).problems
-    ends = [] if fixed else stop_ids(tokenizer, config.model.path, config.model.revision)
-    contestants: list[Any] = []
-    for method in ("sdft", "sft"):
-        own = parse_config({**config.model_dump(), "method": method, "run_dir": str(out / method)})
-        set_ = _imitating(problems, config.rollout.max_completion_tokens) if fixed and method == "sft" else problems
-        contestants.append(
-            Ours(name=method, config=own, problems=set_, vocab_size=len(tokenizer), stop_ids=ends, folder=out / method)
-        )
+    contestants: list[Any] = [contestant(config, method, out, fixed=fixed) for method in ("sdft", "sft")]
     if peer == "sync":
         rollout = config.rollout.model_copy(update={"max_staleness": 0})
         on_policy = contestants[0].config.model_copy(update={"rollout": rollout})
-        contestants.append(replace(contestants[0], name="sync", config=on_policy, folder=out / "sync"))
+        contestants.append(replace(contestants[0], name="sync", config=on_policy, folder=out / "sync", machines=[]))
     if peer == "trl":
         from sdft_dist.bench_peer import Trl
 
+        tokenizer, rows = load_tokenizer(config), load_training_rows(config.data, config.method)
         contestants.append(Trl(config=config, tokenizer=tokenizer, rows=rows, fixed=fixed, folder=out / "trl"))
     # Not counted are the first segment of each, which warms up, and the last, whose rollouts end early.
     turns = Turns([c.name for c in contestants], segment, segment * (pairs + 2))
     with ray_session(config):
         turns.run(contestants)
-    report = _report(config, turns, out, fixed)
+    report = _report(config, turns, contestants[:2], out, fixed)
     (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
     timeline(out / "sdft" / "trace.json", out / "timeline.png")
     return report
+
+
+def new_folder(out: Path) -> None:
+    """Make `out`. Raises UserError where a measurement is in it already."""
+    if (out / "bench.json").exists() or (out / "sdft").exists():
+        raise UserError(f"--out: {out} is already in use")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
+    """One of our methods on the recipe's rows. With `fixed` all completions have
+    `rollout.max_completion_tokens`, and the demonstrations that are imitated too."""
+    tokenizer = load_tokenizer(config)
+    rows = load_training_rows(config.data, config.method)
+    problems = encode_problems(config, tokenizer, rows).problems
+    return Ours(
+        name=method,
+        config=parse_config({**config.model_dump(), "method": method, "run_dir": str(out / method)}),
+        problems=_imitating(problems, config.rollout.max_completion_tokens) if fixed else problems,
+        vocab_size=len(tokenizer),
+        stop_ids=[] if fixed else stop_ids(tokenizer, config.model.path, config.model.revision),
+        folder=out / method,
+    )
+
+
+def devices(config: Config) -> dict[str, int]:
+    """How many each role has, and "all" together. On CPU they share one."""
+    cluster, ranks = config.cluster, config.learner.ranks
+    if resolve_device(config) == "cpu":
+        return {"generator": 1, "teacher": 1, "learner": 1, "all": 1}
+    split = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": ranks}
+    return {**split, "all": sum(split.values())}
 
 
 def synthetic(out: Path, shape: str, lengths: str, num_rows: int, dtype: str) -> dict[str, Any]:
@@ -197,31 +222,55 @@ def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
     )
 
 
-def _report(config: Config, turns: Turns, out: Path, fixed: bool) -> dict[str, Any]:
+def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed: bool) -> dict[str, Any]:
     batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
     rates = {name: [_rate(ends, batch) for ends in segments[1:-1]] for name, segments in turns.ends.items()}
-    devices = {"sdft": 1, "sft": 1, "sync": 1, "trl": 1}
-    if resolve_device(config) == "cuda":
-        cluster, ranks = config.cluster, config.learner.ranks
-        split = cluster.generators + cluster.teachers + ranks
-        devices = {"sdft": split, "sft": ranks, "sync": split, "trl": 1}
-    cost = {name: [devices[name] / r for r in found] for name, found in rates.items()}
-    metrics = read_metrics(out / "sdft", "train")
+    split = devices(config)
+    used = {"sdft": split["all"], "sft": split["learner"], "sync": split["all"], "trl": 1}
+    cost = {name: [used[name] / r for r in found] for name, found in rates.items()}
+    metrics = {method: read_metrics(out / method, "train") for method in ("sdft", "sft")}
+    busy = {method: _busy(metrics[method], turns.ends[method]) for method in metrics}
+    completion = statistics.median(m["completion_tokens_mean"] for m in metrics["sdft"])
     report: dict[str, Any] = {
-        "sdft_over_sft": _summary([a / b for a, b in zip(cost["sdft"], cost["sft"], strict=True)]),
-        "samples_per_s": {name: _summary(found) for name, found in rates.items()},
-        "devices": {name: devices[name] for name in rates},
+        "sdft_over_sft": summary([a / b for a, b in zip(cost["sdft"], cost["sft"], strict=True)]),
+        "samples_per_s": {name: summary(found) for name, found in rates.items()},
+        "devices": {name: used[name] for name in rates},
         "batch": batch,
         "segments": len(rates["sdft"]),
         "fixed_lengths": fixed,
-        "completion_tokens": statistics.median(m["completion_tokens_mean"] for m in metrics),
+        "completion_tokens": completion,
         "max_staleness": config.rollout.max_staleness,
-        "staleness_mean": statistics.mean(m["staleness_mean"] for m in metrics),
-        "busy_share": _busy(metrics, turns.ends["sdft"]),
+        "staleness_mean": statistics.mean(m["staleness_mean"] for m in metrics["sdft"]),
+        "busy_share": busy["sdft"],
+        "roles": _roles(config, turns, ours, busy, completion),
     }
     for peer in rates.keys() & {"sync", "trl"}:
-        report[f"sdft_over_{peer}_speed"] = _summary([a / b for a, b in zip(rates["sdft"], rates[peer], strict=True)])
+        report[f"sdft_over_{peer}_speed"] = summary([a / b for a, b in zip(rates["sdft"], rates[peer], strict=True)])
     return report
+
+
+def _roles(
+    config: Config, turns: Turns, ours: Sequence[Ours], busy: dict[str, dict[str, float]], completion: float
+) -> dict[str, dict[str, float]]:
+    """Each role's account: the time in which it worked, whatever the others did meanwhile."""
+    sdft, sft = ours
+    batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
+    in_flight = batch * (1 + config.rollout.max_staleness) / config.cluster.generators
+
+    def per_sample(method: str, what: str) -> float:
+        segments = turns.ends[method][1:-1]
+        wall = sum(ends[-1] - ends[0] for ends in segments)
+        return busy[method][what] * wall / (batch * sum(len(ends) - 1 for ends in segments))
+
+    what = {"generator": "decode", "teacher": "score", "learner": "train"}
+    device_s = {role: per_sample("sdft", name) for role, name in what.items()}
+    lengths = mean_lengths(sdft.problems, completion)
+    found = accounts(config, lengths, sdft.machines[0], device_s, min(in_flight, config.cluster.max_sequences))
+    imitated = statistics.mean(len(p.demonstration_ids) for p in sft.problems)
+    alone = accounts(
+        config, mean_lengths(sft.problems, imitated), sft.machines[0], {"sft": per_sample("sft", "train")}, 1
+    )
+    return found | alone
 
 
 def _rate(ends: Sequence[float], batch: int) -> float:
@@ -238,35 +287,48 @@ def _busy(metrics: Sequence[dict[str, Any]], segments: Sequence[Sequence[float]]
     return {name.removeprefix("busy/"): sum(m.get(name, 0.0) for m in warm) / wall for name in names}
 
 
-def _summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def spread(found: dict[str, float], digits: int) -> str:
+    """A summary as text."""
+    return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} – {found['high']:.{digits}f})"
+
+
 def show(report: dict[str, Any], console: Console) -> None:
-    """The report as a table."""
-    ratio = report["sdft_over_sft"]
+    """The report as two tables."""
     table = Table(title=f"{report['segments']} segments each, taking turns; median (lowest – highest)")
     for column in ("", "samples/s", "devices"):
         table.add_column(column)
     for name, r in report["samples_per_s"].items():
-        table.add_row(name, f"{r['median']:.1f} ({r['low']:.1f} – {r['high']:.1f})", str(report["devices"][name]))
+        table.add_row(name, spread(r, 1), str(report["devices"][name]))
     console.print(table)
-    console.print(
-        f"device-seconds per sample, SDFT / SFT: {ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
-    )
+    console.print(f"device-seconds per sample, SDFT / SFT: {spread(report['sdft_over_sft'], 2)}")
     for peer, what in (("trl", "ours / TRL"), ("sync", "asynchronous / synchronous")):
         if f"sdft_over_{peer}_speed" in report:
-            faster = report[f"sdft_over_{peer}_speed"]
-            console.print(f"samples/s, {what}: {faster['median']:.2f} ({faster['low']:.2f} – {faster['high']:.2f})")
+            console.print(f"samples/s, {what}: {spread(report[f'sdft_over_{peer}_speed'], 2)}")
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in report["busy_share"].items())
     console.print(f"share of the wall clock, SDFT: {shares}", highlight=False)
+    table = Table(title="At work: device-ms per sample, utilisation, peak memory of one actor")
+    for column in ("", "measured", "predicted", "MFU", "GiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for role, a in report["roles"].items():
+        numbers = (f"{1e3 * a['device_s']:.2f}", f"{1e3 * a['predicted_s']:.2f}", f"{100 * a['mfu']:.1f}%")
+        table.add_row(role, *numbers, f"{a['peak_gib']:.2f}")
+    console.print(table)
 
 
 def regression(report: dict[str, Any], baseline: dict[str, Any]) -> str | None:
-    """What has become more than 10% worse than in `baseline`, or None."""
-    before, now = (r["sdft_over_sft"]["median"] for r in (baseline, report))
+    """What has become more than 10% worse than in `baseline`, or None. Raises UserError where that is of
+    something else."""
+    measure, name = ("batch_s", f"{report['role']} seconds") if "role" in report else ("sdft_over_sft", "SDFT / SFT")
+    if report.get("role") != baseline.get("role") or measure not in baseline:
+        raise UserError("--baseline: is not of the same kind of measurement")
+    before, now = (r[measure]["median"] for r in (baseline, report))
     if now > 1.1 * before:
-        return f"SDFT / SFT was {before:.2f} and is {now:.2f}"
+        return f"{name} was {before:.3g} and is {now:.3g}"
     return None
 
 

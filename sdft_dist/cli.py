@@ -91,7 +91,12 @@ def _add_measuring(commands: Commands) -> None:
         "--synthetic-model", metavar="SHAPE", help="lab, qwen3-0.6b, qwen3-4b or qwen3-8b, random weights"
     )
     bench.add_argument("--lengths", default="300/400/400", help="with it: prompt/demonstration/completion, tokens")
-    bench.add_argument("--peer", choices=["trl", "sync"], help="also TRL's SDFTTrainer, or SDFT at max_staleness 0")
+    only = bench.add_mutually_exclusive_group()
+    only.add_argument("--peer", choices=["trl", "sync"], help="also TRL's SDFTTrainer, or SDFT at max_staleness 0")
+    for role in ("generator", "teacher", "learner"):
+        only.add_argument(
+            f"--{role}-only", dest="only", action="store_const", const=role, help=f"the {role} by itself, PAIRS batches"
+        )
     bench.add_argument("--baseline", type=Path, help="an earlier bench.json; exit 1 where this run is 10%% worse")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
@@ -197,15 +202,20 @@ def _bench(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, overrides)
     from rich.console import Console
 
-    from sdft_dist.bench import bench, regression, show
+    from sdft_dist import bench, bench_roles
 
-    fixed = bool(args.synthetic_model)
-    report = bench(config, args.out, pairs=args.pairs, segment=args.segment, fixed=fixed, peer=args.peer)
+    fixed, pairs = bool(args.synthetic_model), args.pairs
+    if args.only:
+        report = bench_roles.bench_role(config, args.out, args.only, repeats=pairs, fixed=fixed)
+        show = bench_roles.show
+    else:
+        report = bench.bench(config, args.out, pairs=pairs, segment=args.segment, fixed=fixed, peer=args.peer)
+        show = bench.show
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         show(report, Console())
-    worse = regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
+    worse = bench.regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
     if worse:
         print(f"sdft: regression: {worse}", file=sys.stderr)
         sys.exit(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from learner.group import LearnerGroup
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
 from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError, brief
+from sdft_dist.last_words import obituary
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
 from sdft_dist.types import OnSpan
@@ -57,6 +58,14 @@ class Fleet:
             return  # mended, and pushed to, when they are needed
         if self.teachers.actors and (self.teacher_moves or version == self.start):
             self._push_to_teachers(version, wait=version == self.start)
+
+    def peak_gib(self) -> dict[str, float]:
+        """Peak memory of one actor of each role that there is."""
+        pools = {"generator": self.generators, "teacher": self.teachers}
+        return {
+            **{role: pool.peak_gib() for role, pool in pools.items() if pool.actors},
+            "learner": self.learner.peak_gib(),
+        }
 
     def mend(self) -> None:
         """Put lost engines right, between two optimizer steps: they serve again when a whole push has been
@@ -123,13 +132,14 @@ def launch(
     vocab_size: int,
     stop_ids: list[int],
     *,
-    with_teachers: bool = True,
+    engines: Collection[str] = ("generators", "teachers"),
     on_span: OnSpan = lambda role, index, span: None,
     on_event: Callable[[str], None] = lambda text: None,
     start: Start = FROM_THE_BEGINNING,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Fleet]:
-    """All actors of a run, ready and connected, with the learner at `start`; they end with the block.
+    """All actors of a run, ready and connected, with the learner at `start`; they end with the block. Of the
+    engines that the run needs, those that `engines` names are started.
 
     `on_span` hears what they do, `on_event` what befalls them; `stop` says whether to stop. Raises ActorLost
     where an actor's end or silence is behind an error.
@@ -139,17 +149,18 @@ def launch(
     device = resolve_device(config)
     actors: list[Any] = []
     try:
-        num_teachers = config.cluster.teachers if config.method == "sdft" and with_teachers else 0
-        fleet = _build(
-            config, problems, vocab_size, stop_ids, device, num_teachers, on_span, on_event, start, stop, actors
-        )
+        fleet = _build(config, problems, vocab_size, stop_ids, device, engines, on_span, on_event, start, stop, actors)
         yield fleet
         fleet.learner.stop()
     except (UserError, Fault, Preempted, Diverged):
         raise
     except Exception as error:
-        if isinstance(error, TimeoutError) or _any_dead(actors):
-            raise ActorLost(brief(error)) from error
+        if isinstance(error, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
+            raise Fault(f"Ray's object store is full and cannot spill to disk: {brief(error)}") from error
+        # What a process group says when a rank hangs; the note tells which one.
+        hangs = isinstance(error, TimeoutError) or "timed out" in str(error).lower()
+        if hangs or _any_dead(actors):
+            raise ActorLost(obituary(error)) from error
         raise
     finally:
         for actor in actors:
@@ -176,7 +187,7 @@ def _build(
     vocab_size: int,
     stop_ids: list[int],
     device: str,
-    num_teachers: int,
+    engines: Collection[str],
     on_span: OnSpan,
     on_event: Callable[[str], None],
     start: Start,
@@ -189,7 +200,7 @@ def _build(
     from actors.teacher import Teacher
     from learner.worker import LearnerRank
 
-    table, events = ray.put(problems), Events(stop)
+    table, events = ray.put(problems), Events(stop, config.checkpoint.grace_s)
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
     together = 2 if sdft and config.rollout.max_staleness else 1
 
@@ -198,7 +209,8 @@ def _build(
         actors.append(actor)
         return actor
 
-    num_generators = cluster.generators if sdft or config.eval.every else 0
+    num_generators = cluster.generators if (sdft or config.eval.every) and "generators" in engines else 0
+    num_teachers = cluster.teachers if sdft and "teachers" in engines else 0
 
     def pool(role: str, size: int, make: Callable[[], Any]) -> Pool:
         return Pool(role, [make() for _ in range(size)], cluster.timeout_s, events, make)
@@ -269,4 +281,5 @@ def _resources(device: str, sharing: int) -> dict[str, Any]:
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {"num_cpus": 0, "runtime_env": {"env_vars": env}}
+    # Without a resource to ask for, all would be put on one node.
+    return {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": {"env_vars": env}}

@@ -216,6 +216,9 @@ class CheckpointConfig(_Section):
     )
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     keep_every: int = Field(0, ge=0, description="Also keep those of steps that are multiples of this; 0 is none.")
+    grace_s: float = Field(
+        60.0, gt=0, description="Seconds to save in after SIGTERM, or when a node of the run is drained."
+    )
 
 
 class Config(_Section):
@@ -226,7 +229,7 @@ class Config(_Section):
     )
     run_dir: str = Field("runs/sdft", description="Folder for everything that the run writes.")
     trace: bool = Field(
-        False, description="Write trace.json, a timeline of all roles for Perfetto or chrome://tracing."
+        False, description="Write attempts/NNN/trace.json, a timeline of all roles for Perfetto or chrome://tracing."
     )
     seed: int = Field(0, ge=0, description="Decides data order and every sampled token.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; default: `epochs` over the data.")

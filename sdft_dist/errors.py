@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 
-def brief(error: BaseException) -> str:
-    """The first sentence of an error's last line, or its type where it says nothing; Ray's go on for a page."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].split(". ")[0] if lines else type(error).__name__
-
-
 class UserError(ValueError):
     """Configuration, data or a model folder is wrong. The message names the field or the row, the
     value found, the value expected, and what to do. Exit code 2."""
@@ -40,3 +34,17 @@ class Fault(RuntimeError):
 
 class Diverged(RuntimeError):
     """The loss is not a number any more. Exit code 5."""
+
+
+OURS = (UserError, NotServing, ActorLost, Preempted, Fault, Diverged)
+
+
+def brief(error: BaseException) -> str:
+    """One line: the first of our own errors; the first sentence of the last line of others (Ray's go on for a
+    page), with their notes; the type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, OURS):
+        return lines[0]
+    return "; ".join([lines[-1].split(". ")[0], *getattr(error, "__notes__", ())])

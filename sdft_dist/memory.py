@@ -1,8 +1,9 @@
-"""Peak memory of this process and all its descendants, sampled from /proc."""
+"""Peak memory: of this process, and of a tree of processes by sampling /proc."""
 
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,15 @@ class PeakMemory:
             total = tree_bytes(os.getpid())
             if total is not None:
                 self.gib = max(self.gib or 0.0, total / 2**30)
+
+
+def own_peak_gib(device: str) -> float:
+    """Of this process since its start: allocated on its GPU for "cuda", else resident."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def tree_bytes(root: int) -> int | None:

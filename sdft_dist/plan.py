@@ -125,6 +125,17 @@ def dimensions(settings: dict[str, Any]) -> Dimensions:
     )
 
 
+def flops(m: Dimensions, n: Lengths) -> dict[str, float]:
+    """Floating-point operations per sample that each role's model needs; recomputation earns no credit."""
+    sft = 3 * m.forward_flops(n.prompt + n.completion) + 6 * m.head * n.completion
+    return {
+        "sft": sft,
+        "learner": sft + 2 * m.head * n.completion,
+        "generator": m.forward_flops(n.prompt + n.completion) + 2 * m.head * n.completion,
+        "teacher": m.forward_flops(n.prompt + n.demonstration + n.completion),
+    }
+
+
 def seconds(
     m: Dimensions,
     n: Lengths,
@@ -137,15 +148,15 @@ def seconds(
     """The model of the module's docstring. Completions of one prompt share the student's prefill; the
     teacher's engine does not read its prefix cache."""
     learner, speed, bandwidth = LEARNER_MFU * gpu.peak_flops, efficiency * gpu.product_flops, efficiency * gpu.bandwidth
-    sft = 3 * m.forward_flops(n.prompt + n.completion) + 6 * m.head * n.completion
+    work = flops(m, n)
     weights = 2 * (m.body + m.head)  # bytes, and operations per token
     token = max(weights / (decode_batch * bandwidth), weights / speed)
     token += m.kv_bytes * (n.prompt + n.completion / 2) / bandwidth
     return Seconds(
-        sft=sft / learner,
-        learner=(sft + 2 * m.head * n.completion) / learner,
+        sft=work["sft"] / learner,
+        learner=work["learner"] / learner,
         generator=m.forward_flops(n.prompt) / completions_per_prompt / speed + token * n.completion,
-        teacher=m.forward_flops(n.prompt + n.demonstration + n.completion) / speed,
+        teacher=work["teacher"] / speed,
     )
 
 

@@ -6,12 +6,12 @@ to the teachers while the driver waits for the learner. One thread, no locks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sdft_dist.errors import Preempted
-from sdft_dist.types import Piece
 
 Handler = Callable[[Any], None]
 LOOK_S = 1.0  # how often a wait looks whether the run was asked to stop
@@ -19,11 +19,12 @@ LOOK_S = 1.0  # how often a wait looks whether the run was asked to stop
 
 class Events:
     """Object references under way, and what to do with their results. `stop` says whether the run was
-    asked to stop."""
+    asked to stop; no wait goes on for longer than `grace_s` after that."""
 
-    def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, stop: Callable[[], bool] = lambda: False, grace_s: float = math.inf) -> None:
         self._handlers: dict[Any, tuple[Handler, Handler]] = {}
-        self._stop = stop
+        self._stop, self._grace_s = stop, grace_s
+        self._stop_by = math.inf
 
     def on(self, ref: Any, handler: Handler, failed: Handler | None = None) -> None:
         """Call `handler(result)` when `ref` is there, or `failed(error)`. Without `failed` the error is
@@ -34,18 +35,28 @@ class Events:
         """Results of `refs`, in order.
 
         Raises the first failure without waiting for the rest: in a collective, the others wait for the
-        one that failed. Raises TimeoutError that names `what` after `timeout_s` seconds.
+        one that failed, or it has waited for them; a note names those. Raises TimeoutError that names `what`
+        after `timeout_s` seconds.
         """
         import ray
 
         waiting, deadline = set(refs), time.monotonic() + timeout_s
+
+        def silent() -> str:
+            return ", ".join(str(i) for i, ref in enumerate(refs) if ref in waiting) + f" of 0 … {len(refs) - 1}"
+
         while waiting:
             ready = self._next(list(waiting | self._handlers.keys()), deadline)
+            if ready is None and time.monotonic() < min(deadline, self._patience()):
+                continue
             if ready is None:
-                silent = ", ".join(str(i) for i, ref in enumerate(refs) if ref in waiting)
-                raise TimeoutError(f"{what}: no answer in {timeout_s:g} s from {silent} of 0 … {len(refs) - 1}")
+                raise TimeoutError(f"{what}: no answer in {timeout_s:g} s from {silent()}")
             waiting.discard(ready)
-            self._handle(ready)
+            try:
+                self._handle(ready)
+            except Exception as error:
+                error.add_note(f"{what}: no answer yet from {silent()}" if waiting else what)
+                raise
         return list(ray.get(list(refs)))
 
     def run_until(self, done: Callable[[], bool], *, timeout_s: float, who: Callable[[], str]) -> None:
@@ -55,7 +66,7 @@ class Events:
         while not done():
             if self._stop():
                 raise Preempted("asked to stop")
-            ready = self._next(list(self._handlers), min(deadline, time.monotonic() + LOOK_S))
+            ready = self._next(list(self._handlers), deadline)
             if ready is not None:
                 self._handle(ready)
                 deadline = time.monotonic() + timeout_s
@@ -78,8 +89,14 @@ class Events:
 
         if not refs:
             return None
-        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
         return ready[0] if ready else None
+
+    def _patience(self) -> float:
+        """Until when the run may go on, once it was asked to stop."""
+        if self._stop_by == math.inf and self._stop():
+            self._stop_by = time.monotonic() + self._grace_s
+        return self._stop_by
 
 
 def _ignore(result: Any) -> None:
@@ -88,12 +105,3 @@ def _ignore(result: Any) -> None:
 
 def _raise(error: Exception) -> None:
     raise error
-
-
-def fetch(pieces: Sequence[Piece]) -> list[Any]:
-    """The records that `pieces` name, in order; each object is fetched once."""
-    import ray
-
-    refs = list(dict.fromkeys(piece.ref for piece in pieces))
-    objects = dict(zip(refs, ray.get(refs), strict=True))
-    return [objects[piece.ref][piece.row] for piece in pieces]

@@ -1,6 +1,6 @@
 """The run directory: its layout, who may write into it, and where a run begins.
 
-config.yaml · metrics.jsonl · run.log · events/ · eval/ · checkpoints/step-000100/ · model/ · lock
+config.yaml · metrics.jsonl · run.log · events/ · eval/ · attempts/001/ · checkpoints/step-000100/ · model/ · lock
 """
 
 from __future__ import annotations
@@ -108,10 +108,19 @@ class RunDir:
                 for i, row in enumerate(rows):
                     file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
 
+    def new_attempt(self, config: Config) -> Path:
+        """A folder for what belongs to one attempt only, numbered from 001: its settings, and its trace."""
+        attempts = self.path / "attempts"
+        attempts.mkdir(exist_ok=True)
+        folder = attempts / f"{1 + len(list(attempts.iterdir())):03d}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dump_config(config))
+        return folder
+
     def say(self, text: str) -> None:
-        """One line about the run's life, into run.log."""
+        """One line about the run's life, into run.log; further lines of `text` are indented below it."""
         with (self.path / "run.log").open("a") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} " + text.replace("\n", "\n    ") + "\n")
 
     def newest(self) -> Start:
         """The newest sound checkpoint, or the beginning where there is none at all. Says which ones were

@@ -19,10 +19,17 @@ from sdft_dist.watch import Watch, item_metrics
 
 
 class RunLog:
-    """Writes `metrics.jsonl` and `events/` below `folder`. Use as a context manager."""
+    """Writes `metrics.jsonl` and `events/` below `folder`, and a trace to the file `trace`. Use as a context
+    manager."""
 
     def __init__(
-        self, folder: Path, *, title: str, console: Console | None = None, trace: bool = False, first_step: int = 1
+        self,
+        folder: Path,
+        *,
+        title: str,
+        console: Console | None = None,
+        trace: Path | None = None,
+        first_step: int = 1,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +38,7 @@ class RunLog:
         self._started = time.monotonic()
         self._times: dict[str, float] = {}
         self._busy: dict[str, float] = {}
-        self._trace = Trace(folder / "trace.json") if trace else None
+        self._trace = Trace(trace) if trace else None
         self._watch = Watch()
         self._progress = Progress(
             TextColumn("{task.description}"),

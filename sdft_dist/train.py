@@ -4,9 +4,7 @@ from the newest checkpoint when a part of it is lost."""
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +20,7 @@ from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 from sdft_dist.rundir import RunDir, Start
 from sdft_dist.runlog import RunLog
+from sdft_dist.stop import asked_to_stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def run(
                 f"--resume: {start.checkpoint} is of step {start.step}: give more steps than {prepared.num_steps}"
             )
         if start.step < prepared.num_steps:
-            with ray_session(config), _sigterm() as asked:
+            with ray_session(config), asked_to_stop() as asked:
                 _survive(prepared, rundir, start, title or config.method, console, asked)
         rundir.say("training is done")
         _export(rundir)
@@ -104,6 +103,10 @@ def _survive(
         except ActorLost as error:
             rundir.say(f"lost the learner or its engines: {error}")
             now = rundir.newest()
+            if asked():
+                raise Preempted(
+                    f"asked to stop, and lost: {error}\nGo on from step {now.step} with --resume auto"
+                ) from error
             restarts = 0 if now.step > start.step else restarts + 1
             if restarts > prepared.config.cluster.max_restarts:
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
@@ -117,11 +120,13 @@ def _attempt(
     prepared: Prepared, rundir: RunDir, start: Start, title: str, console: Console | None, asked: Callable[[], bool]
 ) -> None:
     config, at = prepared.config, start.step
-    runlog = RunLog(rundir.path, title=title, console=console, trace=config.trace, first_step=start.step + 1)
+    attempt = rundir.new_attempt(config)
+    trace = attempt / "trace.json" if config.trace else None
+    runlog = RunLog(rundir.path, title=title, console=console, trace=trace, first_step=start.step + 1)
 
     def event(text: str) -> None:
         rundir.say(text)
-        log.say(text)
+        log.say(text.splitlines()[0])
 
     def after_step(step: int) -> None:
         nonlocal at
@@ -193,24 +198,3 @@ def _export(rundir: RunDir) -> None:
     export(rundir, beside)
     shutil.rmtree(rundir.path / "model", ignore_errors=True)
     beside.rename(rundir.path / "model")
-
-
-@contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come: what schedulers send before they take a machine away."""
-    asked = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-
-    before: Any = None
-    try:
-        before = signal.signal(signal.SIGTERM, note)
-    except ValueError:  # not the main thread, where somebody else minds signals
-        yield lambda: asked
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -23,6 +23,22 @@ def test_ranks_are_balanced():
     assert max(loads) / (sum(loads) / len(loads)) < 1.03
 
 
+def test_few_items_a_rank_are_balanced_by_exchanges():
+    rng = random.Random(2)
+    shares = []
+    for _ in range(20):
+        lengths = [int(rng.lognormvariate(5.5, 0.5)) for _ in range(32)]
+        loads = [sum(lengths[i] for m in rank for i in m) for rank in pack(lengths, num_ranks=8, budget=8192)]
+        assert sum(loads) == sum(lengths)
+        shares.append(1 - sum(loads) / (8 * max(loads)))
+    assert sum(shares) / len(shares) < 0.015
+
+
+def test_one_long_item_is_left_alone():
+    (plan,) = pack([1000, 10, 20, 30], num_ranks=1, budget=1000)
+    assert [0] in plan
+
+
 def test_fewer_items_than_ranks_leave_empty_micro_batches():
     assert sorted(pack([5], num_ranks=2, budget=10)) == [[[]], [[0]]]
 

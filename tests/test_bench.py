@@ -4,13 +4,17 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 
+from sdft_dist.account import Machine, accounts, mean_lengths
 from sdft_dist.bench import SKIPPED, Turns, _rate, regression, timeline
+from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
+from sdft_dist.plan import Lengths, read_dimensions
 from sdft_dist.synthetic import SHAPES, parse_lengths, write_model, write_rows
 from sdft_dist.trace import Trace
-from sdft_dist.types import Span
+from sdft_dist.types import Problem, Span
 
 
 class Fake:
@@ -55,7 +59,41 @@ def test_a_regression_is_over_ten_percent():
         return {"sdft_over_sft": {"median": ratio}}
 
     assert regression(report(2.19), report(2.0)) is None
-    assert "was 2.00 and is 2.21" in regression(report(2.21), report(2.0))
+    assert "was 2 and is 2.21" in regression(report(2.21), report(2.0))
+    role = {"role": "teacher", "batch_s": {"median": 1.0}}
+    assert regression(role, role) is None
+    assert "teacher seconds was 0.5 and is 1" in regression(role, {**role, "batch_s": {"median": 0.5}})
+    for other in (report(2.0), {**role, "role": "learner"}):
+        with pytest.raises(UserError, match="same kind"):
+            regression(role, other)
+
+
+def test_an_account_sets_a_role_beside_its_device_and_the_plan(tmp_path):
+    model = write_model(tmp_path / "model", "lab", "float32", 64)
+    config = parse_config({"model": {"path": str(model)}, "data": {"train": "x"}, "run_dir": "x"})
+    problem = Problem(
+        prompt_ids=np.zeros(10, np.int32), teacher_prompt_ids=np.zeros(25, np.int32), demonstration_ids=np.zeros(5)
+    )
+    lengths = mean_lengths([problem, problem], 8.4)
+    assert lengths == Lengths(prompt=10, demonstration=15, completion=8)
+    machine = Machine(device="cpu", product_flops=1e11, bandwidth=1e10, peak_gib={"learner": 2.0, "teacher": 1.0})
+    found = accounts(config, lengths, machine, {"teacher": 1e-3, "sft": 2e-3}, decode_batch=4)
+    m = read_dimensions(config)
+    assert found["teacher"]["mfu"] == pytest.approx(m.forward_flops(33) / 1e-3 / 1e11)
+    assert found["teacher"]["peak_gib"] == 1.0
+    sft = 3 * m.forward_flops(18) + 6 * m.head * 8
+    assert found["sft"]["mfu"] == pytest.approx(sft / 2e-3 / 1e11)
+    assert found["sft"]["predicted_s"] == pytest.approx(sft / (0.45 * 1e11))
+    assert found["sft"]["peak_gib"] == 2.0
+
+
+def test_an_account_knows_the_data_sheets_of_gpus(tmp_path):
+    model = write_model(tmp_path / "model", "lab", "bfloat16", 64)
+    config = parse_config({"model": {"path": str(model)}, "data": {"train": "x"}, "run_dir": "x"})
+    machine = Machine(device="NVIDIA H200", product_flops=7e14, bandwidth=4e12, peak_gib={"teacher": 1.0})
+    lengths = Lengths(prompt=10, demonstration=15, completion=8)
+    found = accounts(config, lengths, machine, {"teacher": 1e-6}, decode_batch=4)
+    assert found["teacher"]["mfu"] == pytest.approx(read_dimensions(config).forward_flops(33) / 1e-6 / 989e12)
 
 
 def test_a_trace_opens_as_json_and_gives_a_picture(tmp_path):

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "logits", "watch", "vector_math"}
+PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "pieces", "logits", "watch"}
+PURE |= {"memory", "vector_math", "last_words"}  # of a process
 MAY_IMPORT_ACTORS_AND_LEARNER = {"cluster"}
 HEAVY = {"vllm", "deepspeed"}
 

@@ -123,3 +123,15 @@ def test_a_folder_that_is_being_written_to_is_refused_and_free_again_afterwards(
         claim(config_in(tmp_path / "run"), "auto")
     first.release()
     claim(config_in(tmp_path / "run"), "auto")
+
+
+def test_every_attempt_has_a_folder_and_the_log_indents_last_words(tmp_path):
+    config = config_in(tmp_path / "run")
+    run, _ = claim(config)
+    first, second = run.new_attempt(config), run.new_attempt(config)
+    assert [first.name, second.name] == ["001", "002"]
+    assert (second / "config.yaml").read_text() == (run.path / "config.yaml").read_text()
+    run.say("lost teachers 0: it died; its last words:\nFatal Python error: Aborted")
+    said, words = (run.path / "run.log").read_text().splitlines()
+    assert said.endswith("its last words:")
+    assert words == "    Fatal Python error: Aborted"

@@ -10,7 +10,7 @@ from harness import config_for, engine_pools, exported, rollouts
 from learner.model import load_causal_lm
 from sdft_dist.errors import UserError
 from sdft_dist.lab.tokenizer import build_tokenizer
-from sdft_dist.remote import fetch
+from sdft_dist.pieces import fetch
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

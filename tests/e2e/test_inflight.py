@@ -5,7 +5,7 @@ import pytest
 import ray
 from harness import config_for, rollouts
 
-from sdft_dist.remote import fetch
+from sdft_dist.pieces import fetch
 from sdft_dist.types import SampleKey
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from harness import config_for, exported, rollouts
 
-from sdft_dist.remote import fetch
+from sdft_dist.pieces import fetch
 
 RATE = 0.3
 

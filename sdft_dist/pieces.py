@@ -1,4 +1,4 @@
-"""Records into Ray's object store: small ones share an object, because each costs a fixed price."""
+"""Records into Ray's object store and out of it: small ones share an object, because each costs a fixed price."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def put(records: Sequence[Any]) -> list[Piece]:
             pieces += [Piece(ref, row) for row in range(len(pending))]
             pending, size = [], 0
     return pieces
+
+
+def fetch(pieces: Sequence[Piece]) -> list[Any]:
+    """The records that `pieces` name, in order; each object is fetched once."""
+    import ray
+
+    refs = list(dict.fromkeys(piece.ref for piece in pieces))
+    objects = dict(zip(refs, ray.get(refs), strict=True))
+    return [objects[piece.ref][piece.row] for piece in pieces]
 
 
 def _num_bytes(record: Any) -> int:

@@ -1,0 +1,74 @@
+"""What a role took beside what it could: utilisation, the plan's prediction, peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sdft_dist.config import Config
+from sdft_dist.plan import GPUS, Gpu, Lengths, flops, read_dimensions, seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """The devices of one run: what one reaches, as rank 0 of the learner has measured it, and what the
+    busiest actor of each role has held at most."""
+
+    device: str
+    product_flops: float  # per second
+    bandwidth: float  # bytes/s
+    peak_gib: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """One role, per sample. `mfu` is the share of the device's peak (by its data sheet where plan.GPUS has it,
+    else of a large product) that the model's own operations need."""
+
+    device_s: float
+    predicted_s: float
+    mfu: float
+    peak_gib: float
+
+
+def mean_lengths(problems: Sequence[Any], completion: float) -> Lengths:
+    """Of `problems`, with completions of `completion` tokens; what the teacher reads besides prompt and
+    completion counts as the demonstration."""
+    prompt = sum(len(p.prompt_ids) for p in problems) / len(problems)
+    teacher = sum(len(p.teacher_prompt_ids) for p in problems) / len(problems)
+    return Lengths(prompt=round(prompt), demonstration=round(teacher - prompt), completion=round(completion))
+
+
+def accounts(
+    config: Config, lengths: Lengths, machine: Machine, device_s: Mapping[str, float], decode_batch: float
+) -> dict[str, dict[str, float]]:
+    """An Account for each role of `device_s`, which holds device-seconds per sample by role ("sft": the
+    learner's without a teacher)."""
+    m, gpu = read_dimensions(config), _gpu(config, machine)
+    work = flops(m, lengths)
+    predicted = seconds(
+        m, lengths, gpu, decode_batch=decode_batch, completions_per_prompt=config.rollout.completions_per_prompt
+    )
+    return {
+        role: asdict(
+            Account(
+                device_s=taken,
+                predicted_s=getattr(predicted, role),
+                mfu=work[role] / taken / gpu.peak_flops,
+                peak_gib=machine.peak_gib["learner" if role == "sft" else role],
+            )
+        )
+        for role, taken in device_s.items()
+    }
+
+
+def _gpu(config: Config, machine: Machine) -> Gpu:
+    """The device for the plan's arithmetic, which takes a weight to have two bytes."""
+    known = next((gpu for name, gpu in GPUS.items() if name in machine.device.lower()), None)
+    return Gpu(
+        peak_flops=known.peak_flops if known else machine.product_flops,
+        product_flops=machine.product_flops,
+        bandwidth=machine.bandwidth / (2 if config.model.dtype == "float32" else 1),
+        memory_gib=known.memory_gib if known else 0.0,
+    )

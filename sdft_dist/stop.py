@@ -1,0 +1,50 @@
+"""Whether a run is asked to stop: by SIGTERM, or because a node of it is about to be taken away."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LOOK_S = 5.0  # how often Ray is asked about draining nodes
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """A function that tells. Needs Ray; takes SIGTERM over in the main thread, until the block's end."""
+    told, looked = False, time.monotonic()
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal told
+        told = True
+
+    def asked() -> bool:
+        nonlocal told, looked
+        if not told and time.monotonic() > looked + LOOK_S:
+            told, looked = bool(leaving_nodes()), time.monotonic()
+        return told
+
+    try:
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:  # not the main thread, where somebody else minds signals
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leaving_nodes() -> set[str]:
+    """Ids of nodes that are being drained, as before a preemption, and that this run has actors on."""
+    import ray
+
+    state = ray._private.state
+    leaving = set(state.state.get_draining_nodes())
+    if not leaving:
+        return set()
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    mine = state.actors(job_id=job, actor_state_name="ALIVE").values()
+    return leaving & {actor["Address"]["NodeID"] for actor in mine}
