@@ -27,7 +27,7 @@ from learner.push import Sender, WeightSource, ema_source, manifest, push, stude
 from learner.roofline import Roofline, measure
 from learner.schedule import learning_rate
 from learner.tally import RankMetrics, Tally
-from learner.zero import deepspeed_config, fragments, make_optimizer_state, optimizer_step, step_and_norm
+from learner.zero import deepspeed_config, fragments, make_optimizer_state, optimizer_step, set_timeouts, step_and_norm
 from sdft_dist.batching import one_after_another, rows
 from sdft_dist.config import Config, LossConfig
 from sdft_dist.errors import UserError
@@ -90,6 +90,7 @@ class LearnerRank:
         self.engine, *_ = deepspeed.initialize(
             model=self.student, model_parameters=self.student.parameters(), config=deepspeed_config(self.config)
         )
+        set_timeouts(timeout)
         self._named = dict(named)
         self._moved, teacher = resume is not None, self.config.teacher  # whether the student is at model.path
         self.ema = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn the errors that a user can mend into one message."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     from sdft_dist.errors import Diverged, Fault, Preempted, UserError
 
     try:
@@ -37,6 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sdft: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also come after options, where argparse does not look for them."""
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    strange = [word for word in more if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if more:
+        args.overrides = [*args.overrides, *more]
+    return args
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -155,16 +155,25 @@ def launch(
     except (UserError, Fault, Preempted, Diverged):
         raise
     except Exception as error:
-        if isinstance(error, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
-            raise Fault(f"Ray's object store is full and cannot spill to disk: {brief(error)}") from error
-        # What a process group says when a rank hangs; the note tells which one.
-        hangs = isinstance(error, TimeoutError) or "timed out" in str(error).lower()
-        if hangs or _any_dead(actors):
-            raise ActorLost(obituary(error)) from error
-        raise
+        explained = explain(error, actors)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def explain(error: Exception, actors: list[Any]) -> Exception | None:
+    """What is behind an error, in this project's terms; None where it is nothing that machines did."""
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
+    if isinstance(error, OutOfDiskError | ObjectStoreFullError):
+        return Fault(f"Ray's object store is full and has no disk to spill to; checkpoints are intact: {brief(error)}")
+    # The second is what a process group says when a rank hangs; the error's note names the rank.
+    if isinstance(error, TimeoutError) or "timed out" in str(error).lower() or _any_dead(actors):
+        return ActorLost(obituary(error))
+    return None
 
 
 def _any_dead(actors: list[Any]) -> bool:

@@ -197,6 +197,33 @@ class ClusterConfig(_Section):
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
 
 
+JUDGE_TEMPLATE = """Question:
+{prompt}
+
+Reference answer:
+{answer}
+
+Answer to judge:
+{completion}
+
+Does the answer to judge agree with the reference answer in substance? Think briefly, then end with one word: CORRECT \
+or INCORRECT."""
+
+
+class JudgeConfig(_Section):
+    url: str | None = Field(None, description="Base of an OpenAI-compatible endpoint, such as https://host/v1.")
+    model: str | None = Field(None, description="The judge's name at that endpoint.")
+    key_variable: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key.")
+    template: str = Field(
+        JUDGE_TEMPLATE,
+        description="Question with {prompt}, {answer} and {completion}; the last CORRECT or INCORRECT counts.",
+    )
+    parallel: int = Field(8, ge=1, description="Calls at a time.")
+    retries: int = Field(5, ge=0, description="Further attempts of a call that failed.")
+    timeout_s: float = Field(60, gt=0, description="Longest wait for one reply, seconds.")
+    cache: str | None = Field(None, description="File that keeps the verdicts, for evaluations that are repeated.")
+
+
 class EvalConfig(_Section):
     every: int = Field(0, ge=0, description="Optimizer steps between evaluations; 0 is never.")
     sets: dict[str, str] = Field(
@@ -204,8 +231,10 @@ class EvalConfig(_Section):
     )
     scorer: str = Field(
         "sdft_dist.evaluate:exact_match",
-        description="module:function that takes (completion, answer) as text and returns whether it is right.",
+        description="module:function that takes (completion, answer), or (completion, answer, prompt), as text and "
+        "returns whether it is right; or judge.",
     )
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
 
 
 class CheckpointConfig(_Section):

@@ -1,8 +1,9 @@
-"""Accuracy on held-out rows: greedy completions of the plain prompt, scored by a Python function."""
+"""Accuracy on held-out rows: greedy completions of the plain prompt, scored by a Python function or a judge."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import numpy as np
 from sdft_dist.config import EvalConfig
 from sdft_dist.data import load_rows
 from sdft_dist.errors import ConfigError, DataError
+from sdft_dist.judge import Case, Judge
 from sdft_dist.prompts import encode_prompts
 
-Scorer = Callable[[str, str], bool]
+Scorer = Callable[[Sequence[Case]], list[bool]]
 Z = 1.959964  # of the normal distribution, for 95%
 
 
@@ -31,6 +33,7 @@ class EvalSet:
 
     name: str
     prompts: list[np.ndarray]  # int32 [P] each
+    questions: list[str]  # the last message of each prompt, for scorers that want it
     answers: list[str]
 
 
@@ -47,13 +50,21 @@ def exact_match(completion: str, answer: str) -> bool:
     return completion.strip() == answer.strip()
 
 
-def load_scorer(spec: str) -> Scorer:
-    """The function that `module:function` names. Raises ConfigError."""
-    module, _, name = spec.partition(":")
+def load_scorer(config: EvalConfig) -> Scorer:
+    """What `eval.scorer` names, for many cases at once. Raises ConfigError."""
+    if config.scorer == "judge":
+        return Judge(config.judge)
+    module, _, name = config.scorer.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ConfigError(f"eval.scorer: {spec!r} is not a function as module:function: {e}") from e
+        function = getattr(importlib.import_module(module), name)
+        wants_prompt = len(inspect.signature(function).parameters) == 3
+    except (ImportError, AttributeError, TypeError, ValueError) as e:
+        raise ConfigError(f"eval.scorer: {config.scorer!r} is not a function as module:function: {e}") from e
+
+    def score(cases: Sequence[Case]) -> list[bool]:
+        return [bool(function(c.completion, c.answer, *([c.prompt] if wants_prompt else []))) for c in cases]
+
+    return score
 
 
 def load_eval_sets(config: EvalConfig, tokenizer: Any) -> list[EvalSet]:
@@ -65,7 +76,8 @@ def load_eval_sets(config: EvalConfig, tokenizer: Any) -> list[EvalSet]:
         if lacking:
             raise DataError(f"{lacking[0]}: answer: is missing; eval.sets.{name} needs it in every row")
         answers = [row.answer or "" for row in rows]
-        sets.append(EvalSet(name=name, prompts=encode_prompts(tokenizer, rows), answers=answers))
+        questions = [row.messages[-1]["content"] for row in rows]
+        sets.append(EvalSet(name=name, prompts=encode_prompts(tokenizer, rows), questions=questions, answers=answers))
     return sets
 
 
@@ -78,7 +90,8 @@ def evaluate(
     out = {}
     for s in sets:
         texts = [tokenizer.decode(next(completions), skip_special_tokens=True) for _ in s.prompts]
-        out[s.name] = [Judged(t, a, bool(scorer(t, a))) for t, a in zip(texts, s.answers, strict=True)]
+        right = scorer([Case(*row) for row in zip(s.questions, texts, s.answers, strict=True)])
+        out[s.name] = [Judged(*row) for row in zip(texts, s.answers, right, strict=True)]
     return out
 
 

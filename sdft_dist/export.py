@@ -8,14 +8,15 @@ from pathlib import Path
 from sdft_dist.commits import read_manifest
 from sdft_dist.config import load_config
 from sdft_dist.errors import UserError
+from sdft_dist.model_card import model_card
 from sdft_dist.rundir import RunDir
 
 
 def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | None = None) -> Path:
     """Write the model of a checkpoint (the newest, unless `step` is given) into `out`.
 
-    `weights` is "student" or "ema", its average. The folder loads with
-    transformers and with vLLM. Raises UserError where there is no such checkpoint or `out` is in use.
+    `weights` is "student" or "ema", its average. The folder loads with transformers and with vLLM, and its
+    README tells where it comes from. Raises UserError where there is no such checkpoint or `out` is in use.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -28,7 +29,7 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
         raise UserError(f"--out: {out} is already in use")
     config = load_config(rundir.path / "config.yaml")
     checkpoint = rundir.checkpoint(step)
-    read_manifest(checkpoint)  # raises where it is not sound
+    manifest = read_manifest(checkpoint)  # raises where it is not sound
     settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
     dtype = getattr(torch, config.model.dtype)
     lm = AutoModelForCausalLM.from_config(settings, dtype=dtype)
@@ -44,4 +45,5 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     disable_progress_bar()
     lm.save_pretrained(out)
     load_tokenizer(config).save_pretrained(out)
+    (out / "README.md").write_text(model_card(rundir, config, manifest, weights))
     return out

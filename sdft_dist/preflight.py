@@ -21,6 +21,7 @@ from sdft_dist.cluster import Fleet, launch, ray_session
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, Row, load_training_rows
 from sdft_dist.evaluate import load_scorer
+from sdft_dist.judge import Case
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 
 
@@ -145,12 +146,15 @@ def _accuracy(
     known = [i for i, row in enumerate(rows) if row.answer is not None]
     if not known:
         return None
-    scorer, limit = load_scorer(config.eval.scorer), config.rollout.max_completion_tokens
+    scorer, limit = load_scorer(config.eval), config.rollout.max_completion_tokens
     found = []
     for view in ("prompt_ids", "teacher_prompt_ids"):
         completions = fleet.generators.complete([getattr(problems[i], view) for i in known], limit)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-        found.append([float(scorer(t, rows[i].answer or "")) for i, t in zip(known, texts, strict=True)])
+        cases = [
+            Case(rows[i].messages[-1]["content"], t, rows[i].answer or "") for i, t in zip(known, texts, strict=True)
+        ]
+        found.append([float(right) for right in scorer(cases)])
     return compare(*found)
 
 

@@ -16,6 +16,7 @@ from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted, UserError, brief
 from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer
 from sdft_dist.fingerprint import fingerprint
+from sdft_dist.judge import Judge
 from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 from sdft_dist.rundir import RunDir, Start
@@ -84,7 +85,7 @@ def _prepare(config: Config) -> tuple[Prepared, Any]:
         tokenizer=tokenizer,
         problems=encoded.problems,
         eval_sets=load_eval_sets(config.eval, tokenizer),
-        scorer=load_scorer(config.eval.scorer),
+        scorer=load_scorer(config.eval),
         stop_ids=stop_ids(tokenizer, config.model.path, config.model.revision),
         num_steps=config.num_steps(len(encoded.problems)),
     )
@@ -137,7 +138,8 @@ def _attempt(
             judged = evaluate(prepared.eval_sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit)
             rundir.note_evaluation(step, judged)
             intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
-            log.write("eval", step, {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals})
+            cost = prepared.scorer.cost() if isinstance(prepared.scorer, Judge) else {}
+            log.write("eval", step, {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals, **cost})
         every = config.checkpoint.every
         if last or (every and step and step % every == 0):
             with log.timer("checkpoint"):

@@ -26,6 +26,20 @@ def test_help_is_fast():
     assert min(seconds() for _ in range(3)) < 1
 
 
+def test_overrides_may_come_before_and_after_options():
+    from sdft_dist.cli import _parse
+
+    args = _parse(["train", "r.yaml", "a.b=1", "--resume", "auto", "c.d=2", "--allow-changes", "e.f=3"])
+    assert (args.overrides, args.resume, args.allow_changes) == (["a.b=1", "c.d=2", "e.f=3"], "auto", True)
+    for wrong in (
+        ["train", "r.yaml", "--reusme=auto"],
+        ["ckpt", "ls", "run", "a=b"],
+        ["train", "r.yaml", "--resume", "auto", "b"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            _parse(wrong)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))

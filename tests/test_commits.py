@@ -108,6 +108,9 @@ def save_and_die(store, step, phase):
 
 @pytest.mark.parametrize("time", range(3))
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.fault(
+    "killed at a phase of a checkpoint", "SIGKILL before each of 7 phases, 3 times", "the newest whole one loads"
+)
 def test_a_kill_at_any_phase_leaves_a_whole_checkpoint_the_newest(store, phase, time):
     """Afterwards the next checkpoint succeeds."""
     save(store, 10)
@@ -129,6 +132,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", ["rank-001.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.fault("shard or manifest damaged", "flipped byte, cut, deleted", "noticed; an older checkpoint is taken")
 def test_damage_is_noticed_and_an_older_checkpoint_is_taken(store, damage, name):
     save(store, 10)
     DAMAGE[damage](save(store, 20) / name)
@@ -140,6 +144,7 @@ def test_damage_is_noticed_and_an_older_checkpoint_is_taken(store, damage, name)
         commits.read_manifest(store.path(20))
 
 
+@pytest.mark.fault("disk full at a checkpoint", "no space, failing writer", "exit 4, earlier ones intact")
 def test_a_full_disk_leaves_what_there_is(store, monkeypatch):
     save(store, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))

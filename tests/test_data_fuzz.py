@@ -4,6 +4,8 @@ import json
 import random
 import re
 
+import pytest
+
 from sdft_dist.data import load_rows
 from sdft_dist.errors import DataError
 
@@ -56,6 +58,7 @@ def in_bytes(rng, raw):
     )
 
 
+@pytest.mark.fault("bad data", "1,000 damaged files", "loaded right or reported as file:line and field")
 def test_a_thousand_damaged_files(tmp_path):
     rng, loaded, reported = random.Random(0), 0, 0
     path = tmp_path / "rows.jsonl"

@@ -96,6 +96,7 @@ def test_keys_are_unique_also_when_a_small_data_set_repeats(problems):
     assert len(keys) == len(set(keys)) == 24
 
 
+@pytest.mark.fault("completion cut at its limit", "fake samples", "kept, dropped or refused, as asked; counted")
 def test_cut_completions_are_kept_dropped_or_refused():
     key = SampleKey(3, 7, 0)
     samples = [item(key), item(key, finish_reason="length"), item(key)]
@@ -108,6 +109,7 @@ def test_cut_completions_are_kept_dropped_or_refused():
         uncut(policies["drop"], [item(key, finish_reason="length")] * 2)
 
 
+@pytest.mark.fault("NaN, again and again", "fake learner", "counted; exit 5 with the rows after optim.max_skipped")
 def test_steps_without_finite_numbers_are_left_out_counted_and_at_last_an_error(problems, tmp_path):
     fakes = Fakes(loss=float("nan"))
     settings = config(steps=9, optim={"max_skipped": 2})
@@ -130,6 +132,7 @@ def test_rollouts_of_later_steps_are_in_flight_up_to_the_staleness_allowed(probl
     ]  # fmt: skip
 
 
+@pytest.mark.fault("rollout too stale", "old versions", "dropped and counted")
 def test_samples_that_are_too_stale_are_dropped_and_counted():
     allowed = config(rollout={"max_staleness": 1})
     key = SampleKey(3, 0, 0)

@@ -67,6 +67,7 @@ def test_control_tokens_in_a_row_cannot_forge_a_turn(tokenizer):
     assert encode_completion(tokenizer, "a0 <|end|> a1").count(end) == 1
 
 
+@pytest.mark.fault("row over the context", "long rows", "every row named with both lengths")
 def test_too_long_names_every_row_and_both_lengths(model, tokenizer, tmp_path):
     long = {"prompt": "rev " + "a0 " * 60, "demonstration": "a0"}
     path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "rev a0", "demonstration": "a0"}, long, long])
@@ -120,6 +121,7 @@ def test_views_must_end_alike(tokenizer):
         check_views(tokenizer, row(), TEMPLATE)
 
 
+@pytest.mark.fault("no chat template", "a folder without", "refused at the start, says how to give one")
 def test_folders_without_tokenizer_or_template(model, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(config_for(tmp_path / "none"))

@@ -68,6 +68,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     assert (run.path / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.fault("damaged checkpoint is named", "--resume step=N", "refused with the reason")
 def test_resume_auto_passes_over_a_damaged_checkpoint_and_a_named_one_fails(finished, capsys):
     run = RunDir.open(Path(finished.run_dir))
     (run.commits.path(20) / "rank-000.safetensors").unlink()
@@ -109,6 +110,7 @@ def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_
         claim(config_in(tmp_path / "fork-3"), str(tmp_path / "nowhere"))
 
 
+@pytest.mark.fault("settings changed on resume", "edited fields", "refused by name")
 def test_other_settings_are_refused_by_name_unless_allowed(finished):
     changed = config_in(Path(finished.run_dir), optim={"learning_rate": 2e-5}, cluster={"generators": 2})
     with pytest.raises(ConfigError) as e:
@@ -117,6 +119,7 @@ def test_other_settings_are_refused_by_name_unless_allowed(finished):
     assert claim(changed, "auto", allow_changes=True)[1].step == 20
 
 
+@pytest.mark.fault("two runs, one directory", "two owners", "the second refused; the lock of a dead owner is free")
 def test_a_folder_that_is_being_written_to_is_refused_and_free_again_afterwards(tmp_path):
     first, _ = claim(config_in(tmp_path / "run"))
     with pytest.raises(UserError, match="is being written to by process"):

@@ -29,3 +29,21 @@ def test_a_local_ray_has_no_dashboard(ray_cluster):
 
     assert ray.get_runtime_context().gcs_address.startswith(ray.util.get_node_ip_address())
     assert not ray._private.worker.global_worker.node.webui_url
+
+
+def test_no_setting_holds_a_secret():
+    """Configurations are saved and shown as they are; what is secret belongs into the environment."""
+    import re
+
+    from sdft_dist.config import Config
+
+    def names(schema):
+        for name, field in schema.get("properties", {}).items():
+            yield name
+            yield from names(field)
+        for part in schema.get("$defs", {}).values():
+            yield from names(part)
+
+    found = set(names(Config.model_json_schema()))
+    assert {"learning_rate", "push_bucket_mib"} <= found
+    assert not [name for name in found if re.search(r"secret|passw|credential|api_?key|token$", name)]

@@ -1,5 +1,6 @@
 """The byte layout of a weight push."""
 
+import pytest
 import torch
 
 from sdft_dist.wire import bucket_bytes, checksum, pack, plan_buckets, unpack
@@ -21,6 +22,7 @@ def test_buckets_keep_the_order_and_the_size():
     assert [len(b.names) for b in buckets] == [2, 2, 2, 2, 2, 1]
 
 
+@pytest.mark.fault("tensor altered on the way", "flipped bit, swapped words", "noticed before anything is served")
 def test_checksum_sees_a_flipped_bit_and_swapped_words():
     payload = torch.arange(64, dtype=torch.uint8)
     flipped, swapped = payload.clone(), payload.clone()

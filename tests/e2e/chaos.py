@@ -22,6 +22,7 @@ from processes import lab_config, marked, start
 
 from sdft_dist.runlog import read_metrics
 
+STEPS = 12  # of a test's run
 ROLES = {"generator": "ray::Generator", "teacher": "ray::Teacher", "learner rank": "ray::LearnerRank"}
 
 
@@ -61,10 +62,18 @@ def pids_of(role, mark):
     return [pid for pid, command in marked(mark) if command.startswith(ROLES[role])]
 
 
-def recovery(run, process, victim):
-    """Kill the process `victim`; seconds until the run records a step that it has done afterwards."""
+def finished_alike(config, undisturbed):
+    """Asserts that every step was done once, and that the last checkpoint is that of the undisturbed run."""
+    records = read_metrics(Path(config.run_dir), "train")
+    assert [m["step"] for m in records] == list(range(1, STEPS + 1)), "every step once"
+    assert {m["samples"] for m in records} == {8}, "with all its samples"
+    assert differing(last_checkpoint(config), undisturbed) == []
+
+
+def recovery(run, process, victim, how=signal.SIGKILL):
+    """Send the process `victim` a signal; seconds until the run records a step that it has done afterwards."""
     path = run / "metrics.jsonl"
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, how)
     killed, size = time.time(), path.stat().st_size
 
     def got_on():

@@ -4,8 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from chaos import STEPS, lab, last_checkpoint
 from harness import Ranks, config_for, engine_pools, random_problems
 from helpers import tiny_model
+from processes import start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The last checkpoint of a run of STEPS steps that nobody touched."""
+    folder = tmp_path_factory.mktemp("quiet")
+    config = lab(folder / "quiet", STEPS, 1)
+    process, _ = start(config, folder / "quiet")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return last_checkpoint(config)
 
 
 @pytest.fixture(scope="session")

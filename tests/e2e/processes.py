@@ -54,11 +54,11 @@ def marked(value):
     return found
 
 
-def start(config, folder, *options):
+def start(config, folder, *options, mark=None):
     """`sdft train` on `config` in a process group of its own, and the mark that its processes carry."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(dump_config(config))
-    mark = uuid.uuid4().hex
+    mark = mark or uuid.uuid4().hex
     environment = os.environ | {MARK: mark, "PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen(
         [sys.executable, "-m", "sdft_dist.cli", "train", str(recipe), *options],

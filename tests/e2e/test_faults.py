@@ -1,52 +1,79 @@
 """Runs whose parts are killed, or that are told to stop, end as if nothing had happened: bit by bit."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
-from chaos import ROLES, differing, lab, last_checkpoint, pids_of, recovery, steps_done, wait_for, wait_until
+from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for, wait_until
 from processes import lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
 
-STEPS = 12
 
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The last checkpoint of a run that nobody touched."""
-    folder = tmp_path_factory.mktemp("quiet")
-    config = lab(folder / "quiet", STEPS, 1)
-    process, _ = start(config, folder / "quiet")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    return last_checkpoint(config)
-
-
-def finished_alike(config, undisturbed):
-    records = read_metrics(Path(config.run_dir), "train")
-    assert [m["step"] for m in records] == list(range(1, STEPS + 1)), "every step once"
-    assert {m["samples"] for m in records} == {8}, "with all its samples"
-    assert differing(last_checkpoint(config), undisturbed) == []
-
-
-def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path):
+@pytest.mark.fault(
+    "generator killed", "SIGKILL", "replaced, serves after a whole push; its samples done again, the end bit-equal"
+)
+@pytest.mark.fault(
+    "teacher crashes", "SIGABRT", "replaced; same tokens scored by the same version; last words in run.log"
+)
+@pytest.mark.fault("learner rank killed", "SIGKILL", "all start anew from the last checkpoint, the end bit-equal")
+def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path, record_property):
     config = lab(tmp_path / "fire", STEPS, 1)
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "fire")
-    for role, step in zip(ROLES, (2, 4, 7), strict=True):
+    faults = ("generator killed", "teacher crashes", "learner rank killed")
+    signals = (signal.SIGKILL, signal.SIGABRT, signal.SIGKILL)
+    for fault, role, step, how in zip(faults, ROLES, (2, 4, 7), signals, strict=True):
         wait_for(lambda step=step: steps_done(run) >= step, process, 150, f"step {step}")
-        seconds = recovery(run, process, pids_of(role, mark)[0])
-        print(f"{role}: next step after {seconds:.1f} s")
+        record_property(fault, recovery(run, process, pids_of(role, mark)[0], how))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     finished_alike(config, undisturbed)
     log = (run / "run.log").read_text()
-    for expected in ("lost generators 0", "generators serve version", "lost teachers 0", "teachers serve version",
-                     "starting anew from step 5", "committed step-000012", "training is done"):  # fmt: skip
+    for expected in (
+        "lost generators 0",
+        "generators serve version",
+        "lost teachers 0",
+        "its last words",
+        "Fatal Python error: Aborted",
+        "teachers serve version",
+        "starting anew from step 5",
+        "committed step-000012",
+        "training is done",
+    ):
         assert expected in log
     assert nothing_left(mark)
 
 
+@pytest.mark.fault("generator hangs", "SIGSTOP", "ended after cluster.timeout_s and replaced")
+@pytest.mark.fault(
+    "learner rank hangs", "SIGSTOP, rank 1 of 2", "the process group gives up, rank 1 is named, all start anew"
+)
+def test_hanging_engines_and_a_hanging_rank_are_ended(tmp_path, record_property):
+    """Stopped processes answer nothing and do not end; whoever waits for them runs out of patience."""
+    (tmp_path / "fire").mkdir()
+    config = lab_config(
+        tmp_path / "fire", steps=8, checkpoint={"every": 2}, learner={"ranks": 2}, cluster={"timeout_s": 45}
+    )
+    run = Path(config.run_dir)
+    process, mark = start(config, tmp_path / "fire")
+    wait_for(lambda: steps_done(run) >= 2, process, 150, "step 2")
+    record_property("generator hangs", recovery(run, process, pids_of("generator", mark)[0], signal.SIGSTOP))
+    wait_for(lambda: steps_done(run) >= 5, process, 150, "step 5")
+    ranks = sorted(pids_of("learner rank", mark))  # rank 0 was started first
+    record_property("learner rank hangs", recovery(run, process, ranks[1], signal.SIGSTOP))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert [m["step"] for m in read_metrics(run, "train")] == list(range(1, 9))
+    log = (run / "run.log").read_text()
+    assert "generators 0: nothing came for 45 s" in log
+    assert "from 1 of 0 … 1" in log, "the rank is named, whatever the other was doing"
+    assert nothing_left(mark)
+
+
+@pytest.mark.fault("preemption", "SIGTERM", "checkpoint, exit 3, resumed bit-equal")
+@pytest.mark.fault("driver killed", "SIGKILL", "no actor stays; resumed bit-equal")
 def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp_path):
     config = lab(tmp_path / "run", STEPS, 1)
     run = Path(config.run_dir)
@@ -77,7 +104,12 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     assert nothing_left(mark)
 
 
-def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path):
+@pytest.mark.fault(
+    "one of two generators killed, rollouts ahead",
+    "SIGKILL, twice",
+    "the other goes on; every step once, no sample too stale",
+)
+def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path, record_property):
     """The other goes on; every step is done once, with all its samples, none too stale."""
     (tmp_path / "fire").mkdir()
     ahead = {"prompts_per_step": 8, "max_completion_tokens": 12, "max_staleness": 2}
@@ -86,7 +118,8 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path):
     process, mark = start(config, tmp_path / "fire")
     for step, which in ((2, 0), (6, -1)):
         wait_for(lambda step=step: steps_done(run) >= step, process, 150, f"step {step}")
-        print(f"next step after {recovery(run, process, sorted(pids_of('generator', mark))[which]):.1f} s")
+        seconds = recovery(run, process, sorted(pids_of("generator", mark))[which])
+        record_property("one of two generators killed, rollouts ahead", seconds)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     records = read_metrics(run, "train")
@@ -94,4 +127,19 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path):
     assert {(m["samples"], m["dropped"]) for m in records} == {(8, 0)}
     assert max(m["staleness_max"] for m in records) <= 2
     assert (run / "run.log").read_text().count("generators serve version") >= 2
+    assert nothing_left(mark)
+
+
+@pytest.mark.fault("preemption while a rank hangs", "SIGTERM after SIGSTOP", "exit 3 after checkpoint.grace_s")
+def test_a_rank_that_hangs_does_not_hold_up_a_preempted_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = lab_config(tmp_path / "run", steps=STEPS, checkpoint={"every": 2, "grace_s": 5})
+    process, mark = start(config, tmp_path / "run")
+    wait_for(lambda: steps_done(Path(config.run_dir)) >= 3, process, 150, "step 3")
+    os.kill(pids_of("learner rank", mark)[0], signal.SIGSTOP)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)  # cluster.timeout_s is 120
+    assert process.returncode == 3, output
+    assert "asked to stop, and lost" in output
+    assert "Go on from step 2 with --resume auto" in output
     assert nothing_left(mark)

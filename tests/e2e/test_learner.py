@@ -133,6 +133,7 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_pa
 
 
 @pytest.mark.parametrize(("num_ranks", "stage"), [(1, 0), (1, 1), (2, 2), (2, 3)])
+@pytest.mark.fault("NaN in loss or gradient", "on one rank, ZeRO 0-3", "left out on all ranks, state unchanged")
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     ranks, problems, model, tmp_path, num_ranks, stage
 ):

@@ -70,6 +70,7 @@ def test_resumed_is_bit_equal_to_uninterrupted(ranks, problems, model, saved, tm
 
 
 @pytest.mark.parametrize(("before", "after"), [((3, 2), (2, 1)), ((0, 1), (3, 2))])
+@pytest.mark.fault("another number of ranks", "2 to 1, 1 to 2, other ZeRO stages", "goes on from the same state")
 def test_another_stage_and_number_of_ranks_goes_on_from_the_same_state(
     ranks, problems, model, saved, tmp_path, before, after
 ):

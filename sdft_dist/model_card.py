@@ -1,0 +1,74 @@
+"""The README of an exported model: what it was trained on, how, and what it scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sdft_dist import __version__
+from sdft_dist.config import Config, dump_config
+from sdft_dist.evaluate import Judged, accuracy, interval
+from sdft_dist.rundir import RunDir
+
+METHODS = {
+    "sdft": "self-distillation fine-tuning (SDFT, [arXiv 2601.19897](https://arxiv.org/abs/2601.19897)): the model, "
+    "shown the demonstration, teaches itself without it, on completions that it samples itself",
+    "sft": "supervised fine-tuning on the demonstrations",
+    "dft": "dynamic fine-tuning ([arXiv 2508.05629](https://arxiv.org/abs/2508.05629)) on the demonstrations",
+}
+
+
+def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights: str) -> str:
+    """Markdown for the weights ("student" or "ema") of the checkpoint with that manifest."""
+    step, print_ = manifest["step"], manifest["fingerprint"]
+    base = config.model.path
+    head = ["library_name: transformers", "tags: [sdft]"]
+    if not Path(base).is_absolute() and not base.startswith("."):
+        head.insert(0, f"base_model: {base}")
+    which = "its moving average" if weights == "ema" else "the student"
+    return "\n".join(
+        [
+            "---",
+            *head,
+            "---",
+            f"# {Path(base).name}, fine-tuned",
+            f"By {METHODS[config.method]}. Base: `{base}`"
+            + (f" at revision `{config.model.revision}`" if config.model.revision else "")
+            + f". These are the weights of {which} after {step} optimizer steps, made with sdft-dist {__version__}.",
+            "",
+            "## Scores",
+            *_scores(rundir, config, step, weights),
+            "",
+            "## Data",
+            f"`{config.data.train}`; SHA-256 of all token ids as they were trained on: `{print_['data (token ids)']}`.",
+            "",
+            "## Settings",
+            "```yaml",
+            dump_config(config).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _scores(rundir: RunDir, config: Config, step: int, weights: str) -> list[str]:
+    path = rundir.path / "eval" / f"step-{step:06d}.jsonl"
+    if weights != "student" or not path.is_file():
+        return ["None were measured for these weights."]
+    judged: dict[str, list[Judged]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        judged.setdefault(row["set"], []).append(Judged(row["completion"], row["answer"], row["right"]))
+    lines = [
+        f"Greedy, at most {config.rollout.max_completion_tokens} tokens, judged by `{config.eval.scorer}`; 95% "
+        "intervals by Wilson's score.",
+        "",
+        "| set | accuracy | 95% interval | rows |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in judged.items():
+        low, high = interval(rows)
+        spread = f"{100 * low:.1f} – {100 * high:.1f}%"
+        lines.append(f"| {name} | {100 * accuracy(rows):.1f}% | {spread} | {len(rows)} |")
+    return lines

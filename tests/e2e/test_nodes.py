@@ -1,0 +1,86 @@
+"""A cluster of several nodes, all on this machine: one is lost, one is drained."""
+
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for
+from processes import MARK, start
+from ray.cluster_utils import Cluster
+
+from sdft_dist.stop import LOOK_S
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A head and two more, whose processes carry `mark`."""
+    cluster_mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, cluster_mark)
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    for _ in range(2):
+        cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    cluster.mark = cluster_mark
+    yield cluster
+    cluster.shutdown()
+
+
+def homes(cluster):
+    """The node of each role's actor, of those besides the head, and the pid of the node's raylet."""
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+    found = {}
+    for role in ROLES:
+        for pid in pids_of(role, cluster.mark):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if parent in raylets:
+                found[role] = (raylets[parent], parent)
+    return found
+
+
+def joined(cluster, folder):
+    """A run on the cluster, and its process at step 2."""
+    config = lab(folder, STEPS, 1)
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": cluster.address})})
+    process, _ = start(config, folder, mark=cluster.mark)
+    wait_for(lambda: steps_done(Path(config.run_dir)) >= 2, process, 150, "step 2")
+    return config, process
+
+
+@pytest.mark.fault(
+    "node lost", "its raylet killed, one of three", "its actors are placed on other nodes, the end bit-equal"
+)
+def test_actors_of_a_lost_node_are_placed_on_others(undisturbed, nodes, tmp_path, record_property):
+    config, process = joined(nodes, tmp_path / "run")
+    where = homes(nodes)
+    assert len({raylet for _, raylet in where.values()}) == 2, "actors are spread over the nodes"
+    node, raylet = next(iter(where.values()))
+    nodes.worker_nodes.remove(node)  # the raylet's end is all that the cluster hears
+    record_property("node lost", recovery(Path(config.run_dir), process, raylet))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    finished_alike(config, undisturbed)
+
+
+@pytest.mark.fault("node drained", "ray drain-node", "checkpoint, exit 3, resumed bit-equal")
+def test_a_draining_node_ends_the_run_with_its_state_saved(undisturbed, nodes, tmp_path):
+    config, process = joined(nodes, tmp_path / "run")
+    node, _ = next(iter(homes(nodes).values()))
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address, "--node-id"]
+    drain += [node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "maintenance"]
+    process.send_signal(signal.SIGSTOP)  # the whole run takes less time than the command that drains
+    subprocess.run([*drain, "--deadline-remaining-seconds", "300"], check=True, capture_output=True, timeout=60)
+    time.sleep(LOOK_S)  # so that it looks as soon as it goes on
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    assert "is saved; go on with --resume auto" in output
+    process, _ = start(config, tmp_path / "run", "--resume", "auto", mark=nodes.mark)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    finished_alike(config, undisturbed)

@@ -1,0 +1,117 @@
+"""The judge, against a server of the OpenAI protocol over HTTP."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from sdft_dist.config import EvalConfig
+from sdft_dist.errors import ConfigError, Fault
+from sdft_dist.evaluate import load_scorer
+from sdft_dist.judge import Case
+
+CASES = [Case("2 + 2?", "four", "4"), Case("2 + 3?", "four", "5"), Case("2 + 5?", "hm", "7")]
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Finds "four" right where the reference is 4, does not commit itself on "hm", and fails as often as told."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.requests.append((self.path, self.headers["Authorization"], asked))
+            if server.failures:
+                self.send_response(server.failures.pop())
+                self.send_header("Retry-After", "0.01")
+                self.end_headers()
+                return
+            text = asked["messages"][0]["content"]
+            right = "Reference answer:\n4" in text
+            verdict = (
+                "Hard to say." if "hm" in text else f"Not incorrect as such: {'CORRECT' if right else 'INCORRECT'}"
+            )
+            body = {
+                "id": "1", "object": "chat.completion", "created": 0, "model": asked["model"],
+                "choices": [{
+                    "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": verdict}
+                }],
+                "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
+            }  # fmt: skip
+            raw = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.failures = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def judge(endpoint, **fields):
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    return load_scorer(
+        EvalConfig(scorer="judge", judge={"url": url, "model": "strict", "key_variable": "JUDGE_KEY", **fields})
+    )
+
+
+def test_verdicts_and_what_they_cost(endpoint):
+    scorer = judge(endpoint)
+    assert scorer(CASES) == [True, False, False]
+    assert (scorer.calls, scorer.prompt_tokens, scorer.completion_tokens, scorer.unclear) == (3, 30, 6, 1)
+    path, key, asked = endpoint.requests[0]
+    assert path == "/v1/chat/completions"
+    assert key == "Bearer s3cret"
+    assert asked["model"] == "strict"
+    assert asked["temperature"] == 0
+
+
+def test_failures_are_tried_again_and_at_last_an_error(endpoint):
+    endpoint.failures += [429, 500, 503]
+    assert judge(endpoint, parallel=1)(CASES) == [True, False, False]
+    assert len(endpoint.requests) == 6
+    endpoint.failures += [500] * 9
+    with pytest.raises(Fault, match=r"eval\.judge\.url"):
+        judge(endpoint, retries=1, parallel=1)(CASES)
+
+
+def test_a_cache_asks_once(endpoint, tmp_path):
+    cache = str(tmp_path / "verdicts.jsonl")
+    assert judge(endpoint, cache=cache)(CASES) == [True, False, False]
+    cut = Path(cache).read_text() + '{"key": "cut'
+    Path(cache).write_text(cut)
+    again = judge(endpoint, cache=cache)
+    assert again(CASES) == [True, False, False]
+    assert again.calls == 0
+    assert "s3cret" not in Path(cache).read_text()
+    other = judge(endpoint, cache=cache, model="lenient")
+    other(CASES[:1])
+    assert other.calls == 1
+
+
+def test_what_is_missing_is_named(endpoint, monkeypatch):
+    with pytest.raises(ConfigError, match="url and model"):
+        load_scorer(EvalConfig(scorer="judge"))
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ConfigError, match="the environment has no JUDGE_KEY"):
+        judge(endpoint)
+
+
+def test_a_function_may_want_the_prompt(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text("def asked(completion, answer, prompt):\n    return completion in prompt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_scorer(EvalConfig(scorer="mine:asked"))([Case("four?", "four", ""), Case("a", "b", "")]) == [
+        True,
+        False,
+    ]
