@@ -41,9 +41,18 @@ class Pool:
         """One completion for each problem index, as the records themselves; for checks. Generators only."""
         return self._spread(problems, lambda actor, part: actor.sample.remote(part), "sample")
 
-    def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
-        """Greedy completions, int32 [C] each, in the prompts' order. Generators only."""
-        return self._spread(prompts, lambda actor, part: actor.complete.remote(part, max_tokens), "complete")
+    def complete(
+        self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """Completions, int32 [C] each, in the prompts' order: greedy, or with `seeds` sampled as rollouts are.
+        Generators only."""
+        work = list(zip(prompts, seeds or [0] * len(prompts), strict=True))
+
+        def send(actor: Any, part: Sequence[Any]) -> Any:
+            own = [seed for _, seed in part] if seeds is not None else None
+            return actor.complete.remote([prompt for prompt, _ in part], max_tokens, own)
+
+        return self._spread(work, send, "complete")
 
     def peak_gib(self) -> float:
         """Peak memory of the actor that has needed most; 0 where there is none."""

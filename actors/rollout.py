@@ -67,9 +67,16 @@ class Generator:
         done = self.rollout([SampleKey(0, i, 0) for i in problems], None)
         return fetch([ref.sample for ref in done.samples])
 
-    def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]:
-        """Greedy completions (int32 [C] each) of `prompts`, for evaluation; rollouts go on meanwhile."""
-        names = self.engine.add(prompts, [0] * len(prompts), Sampling(max_tokens, 0.0))
+    def complete(
+        self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """Completions (int32 [C] each) of `prompts`, for evaluation: greedy, or with a seed for each sampled as
+        rollouts are. Rollouts go on meanwhile."""
+        rollout = self.config.rollout
+        how = Sampling(max_tokens, 0.0)
+        if seeds is not None:
+            how = Sampling(max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        names = self.engine.add(prompts, seeds or [0] * len(prompts), how)
         while not all(name in self._finished for name in names):
             self._finished |= self.engine.advance()
         return [self._finished.pop(name).token_ids for name in names]

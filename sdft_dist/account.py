@@ -12,8 +12,8 @@ from sdft_dist.plan import GPUS, Gpu, Lengths, flops, read_dimensions, seconds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """The devices of one run: what one reaches, as rank 0 of the learner has measured it, and what the
-    busiest actor of each role has held at most."""
+    """The devices of one run: what one reaches, as rank 0 of the learner measures it, and what the busiest actor of
+    each role has held at most."""
 
     device: str
     product_flops: float  # per second

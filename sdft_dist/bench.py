@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.account import Machine, accounts, mean_lengths
-from sdft_dist.cluster import launch, ray_session, resolve_device
+from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import UserError
@@ -61,9 +61,14 @@ class Ours:
             RunLog(self.folder, title=self.name, console=console, trace=self.folder / "trace.json") as log,
             launch(config, self.problems, self.vocab_size, self.stop_ids, on_span=log.span) as fleet,
         ):
-            roofline = fleet.learner.roofline()
             train(config, self.problems, fleet.rollouts, fleet.learner, fleet, log, after_step=after_step)
-            self.machines.append(Machine(**roofline._asdict(), peak_gib=fleet.peak_gib()))
+            self.machines.append(machine(fleet))
+
+
+def machine(fleet: Fleet) -> Machine:
+    """What the fleet has needed, and what its devices reach."""
+    peak_gib = fleet.peak_gib()  # first: measuring takes memory too
+    return Machine(**fleet.learner.roofline()._asdict(), peak_gib=peak_gib)
 
 
 class Turns:

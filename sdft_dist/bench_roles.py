@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 
 from sdft_dist import pieces
-from sdft_dist.account import Machine, accounts, mean_lengths
-from sdft_dist.bench import Ours, contestant, new_folder, spread, summary
+from sdft_dist.account import accounts, mean_lengths
+from sdft_dist.bench import Ours, contestant, machine, new_folder, spread, summary
 from sdft_dist.cluster import Fleet, launch, ray_session
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
@@ -45,14 +45,13 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     ours = contestant(config, config.method, out, fixed=fixed)
     start = launch(ours.config, ours.problems, ours.vocab_size, ours.stop_ids, engines=ENGINES[role])
     with ray_session(config), start as fleet:
-        roofline = fleet.learner.roofline()
         work = {"generator": _generating, "teacher": _scoring, "learner": _learning}[role](ours, fleet)
         taken, tokens = [], []
         for step in range(WARM + repeats):
             started = time.perf_counter()
             tokens.append(work(step))
             taken.append(time.perf_counter() - started)
-        machine = Machine(**roofline._asdict(), peak_gib=fleet.peak_gib())
+        used = machine(fleet)
     cluster, batch = config.cluster, len(batch_keys(config, ours.problems, 0))
     actors = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": config.learner.ranks}[role]
     lengths = mean_lengths(ours.problems, statistics.mean(tokens[WARM:]) / batch)
@@ -66,14 +65,14 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     )
     name = role if config.method == "sdft" else "sft"
     device_s = {name: actors * statistics.median(taken[WARM:]) / batch}
-    (account,) = accounts(config, lengths, machine, device_s, batch / cluster.generators).values()
+    (account,) = accounts(config, lengths, used, device_s, batch / cluster.generators).values()
     report = {
         "role": role,
         "method": config.method,
         "batch": batch,
         "repeats": repeats,
         "actors": actors,
-        "device": machine.device,
+        "device": used.device,
         "lengths": asdict(lengths),
         "batch_s": summary(taken[WARM:]),
         "tokens_per_s": summary([batch * processed / seconds for seconds in taken[WARM:]]),

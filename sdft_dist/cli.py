@@ -113,6 +113,12 @@ def _add_measuring(commands: Commands) -> None:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
 
+    page = commands.add_parser("report", help="one page about a run, or that compares several")
+    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    page.add_argument("--out", type=Path, required=True, help="new folder for index.html and its pictures")
+    page.add_argument("--new", metavar="SET", help="the held-out set of what is taught (default: the first)")
+    page.set_defaults(command=_report)
+
     what = "predict cost, memory and the split of GPUs, without starting anything"
     plan = _with_recipe(commands.add_parser("plan", help=what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
@@ -231,6 +237,12 @@ def _bench(args: argparse.Namespace) -> None:
     if worse:
         print(f"sdft: regression: {worse}", file=sys.stderr)
         sys.exit(1)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from sdft_dist.report import report
+
+    print(f"Report: {report(args.runs, args.out, args.new)}")
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -235,6 +235,9 @@ class EvalConfig(_Section):
         "returns whether it is right; or judge.",
     )
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    samples: int = Field(
+        0, ge=0, description="Completions of each row to sample as rollouts are, besides the greedy one, for pass@k."
+    )
 
 
 class CheckpointConfig(_Section):

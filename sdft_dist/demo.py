@@ -22,6 +22,7 @@ from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
 from sdft_dist.lab.teaching import write_teaching_set
 from sdft_dist.memory import PeakMemory
+from sdft_dist.report import report
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -53,7 +54,8 @@ def unused_folder() -> Path:
 def demo(
     out: Path | None, *, num_seeds: int = 1, steps: int | None = None, rebuild_base: bool = False
 ) -> list[Outcome]:
-    """Run all and print the table; writes `curves.png` and the runs into `out`, which must be unused."""
+    """Run all and print the table; writes `curves.png`, `report/` and the runs into `out`, which
+    must be unused."""
     console, out = Console(), out or unused_folder()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} is already in use: give another --out, or remove it")
@@ -81,9 +83,10 @@ def demo(
     )
     picture = out / "curves.png"
     plot(outcomes, picture)
+    page = report([Path(config.run_dir) for _, _, config in configs], out / "report")
     model = Path(configs[0][2].run_dir) / "model"
     console.print(
-        f"Curves: {picture}\nTrained model (Hugging Face folder): {model}\n\n"
+        f"Curves: {picture}\nReport: {page}\nTrained model (Hugging Face folder): {model}\n\n"
         f"Next: run one of them again with another setting, such as\n"
         f"  sdft train {out}/seed-0/sdft.yaml run_dir=runs/reverse loss.divergence=reverse_kl\n"
         f"or train your own model: see `sdft train --help` and deploy/recipes/.",

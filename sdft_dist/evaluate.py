@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,9 +22,11 @@ Z = 1.959964  # of the normal distribution, for 95%
 
 
 class Completer(Protocol):
-    """Whoever completes prompts greedily."""
+    """Whoever completes prompts: greedily, or with a seed for each as rollouts are sampled."""
 
-    def complete(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[np.ndarray]: ...
+    def complete(
+        self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[np.ndarray]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,9 @@ class Judged(NamedTuple):
     completion: str
     answer: str
     right: bool
+    prompt: str = ""  # its last message
+    samples: int = 0  # drawn besides the greedy completion
+    passed: int = 0  # how many of them are right
 
 
 def exact_match(completion: str, answer: str) -> bool:
@@ -82,17 +87,41 @@ def load_eval_sets(config: EvalConfig, tokenizer: Any) -> list[EvalSet]:
 
 
 def evaluate(
-    sets: Sequence[EvalSet], completer: Completer, tokenizer: Any, scorer: Scorer, max_tokens: int
+    sets: Sequence[EvalSet], completer: Completer, tokenizer: Any, scorer: Scorer, max_tokens: int, samples: int = 0
 ) -> dict[str, list[Judged]]:
-    """Every row of each set with its greedy completion and whether that is right."""
-    prompts = [p for s in sets for p in s.prompts]
-    completions = iter(completer.complete(prompts, max_tokens))
+    """Every row of each set with its greedy completion and whether that is right, and how many of `samples`
+    sampled ones are; the same ones whenever it is called."""
+
+    def texts(copies: int, seeds: Sequence[int] | None) -> Iterator[str]:
+        """Of all sets in one call, which keeps the decode batch full."""
+        prompts = [prompt for own in sets for prompt in own.prompts for _ in range(copies)]
+        done = completer.complete(prompts, max_tokens, seeds)
+        return (tokenizer.decode(ids, skip_special_tokens=True) for ids in done)
+
+    rows = sum(len(own.prompts) for own in sets)
+    greedy, sampled = texts(1, None), texts(samples, range(samples * rows)) if samples else iter(())
     out = {}
-    for s in sets:
-        texts = [tokenizer.decode(next(completions), skip_special_tokens=True) for _ in s.prompts]
-        right = scorer([Case(*row) for row in zip(s.questions, texts, s.answers, strict=True)])
-        out[s.name] = [Judged(*row) for row in zip(texts, s.answers, right, strict=True)]
+    for own in sets:
+        asked = list(zip(own.questions, own.answers, strict=True))
+        cases = [Case(question, next(greedy), answer) for question, answer in asked]
+        drawn = [Case(question, next(sampled), answer) for question, answer in asked for _ in range(samples)]
+        right, lucky = scorer(cases), scorer(drawn)
+        out[own.name] = [
+            Judged(c.completion, c.answer, right[i], c.prompt, samples, sum(lucky[i * samples : (i + 1) * samples]))
+            for i, c in enumerate(cases)
+        ]
     return out
+
+
+def pass_at(judged: Sequence[Judged]) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4, … and the number of samples: the chance that one of k drawn without
+    replacement is right, without bias (arXiv 2107.03374, equation 1). Empty where none were drawn."""
+    n = judged[0].samples
+    ks = sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)} - {0})
+    return {
+        k: sum(1 - math.comb(row.samples - row.passed, k) / math.comb(row.samples, k) for row in judged) / len(judged)
+        for k in ks
+    }
 
 
 def accuracy(judged: Sequence[Judged]) -> float:

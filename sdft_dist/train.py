@@ -14,7 +14,7 @@ from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted, UserError, brief
-from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer
+from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer, pass_at
 from sdft_dist.fingerprint import fingerprint
 from sdft_dist.judge import Judge
 from sdft_dist.loop import train
@@ -135,11 +135,14 @@ def _attempt(
         every, last = config.eval.every, step == prepared.num_steps
         if every and (step % every == 0 or last):
             limit = config.rollout.max_completion_tokens
-            judged = evaluate(prepared.eval_sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit)
+            sets, samples = prepared.eval_sets, config.eval.samples
+            judged = evaluate(sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit, samples)
             rundir.note_evaluation(step, judged)
             intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
             cost = prepared.scorer.cost() if isinstance(prepared.scorer, Judge) else {}
-            log.write("eval", step, {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals, **cost})
+            passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
+            found = {name: accuracy(rows) for name, rows in judged.items()}
+            log.write("eval", step, {**found, **intervals, **passes, **cost})
         every = config.checkpoint.every
         if last or (every and step and step % every == 0):
             with log.timer("checkpoint"):

@@ -45,6 +45,7 @@ def test_sources_give_the_same_rows(tmp_path):
     assert len(load_rows(str(jsonl), limit=2)) == 2
 
 
+@pytest.mark.fault("bad rows", "one of each kind", "all reported with line and field, before anything starts")
 def test_all_bad_rows_are_reported_with_line_and_field(tmp_path):
     path = tmp_path / "bad.jsonl"
     lines = [

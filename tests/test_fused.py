@@ -183,6 +183,7 @@ def test_a_small_case_by_finite_differences(inputs):
         assert reference_loss > 0
 
 
+@pytest.mark.fault("vocabulary padded to a round size", "huge weights in the padding", "padded ids take no part")
 def test_padded_vocabulary_rows_take_no_part(inputs):
     for kind in ("full", "chosen", "cross_entropy"):
         x = {k: v.clone() for k, v in inputs.items()}
@@ -203,6 +204,7 @@ def test_same_view_gives_no_loss_and_no_gradient(inputs):
         assert states.grad.abs().max() < 1e-5
 
 
+@pytest.mark.fault("completions without a trained token", "an empty batch", "zero loss and gradient, never 0/0")
 def test_no_tokens_give_zero_loss_and_zero_gradients():
     states, head = torch.zeros(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     targets = Targets(labels_T=torch.zeros(0, dtype=torch.int64), sequence_T=torch.zeros(0, dtype=torch.int64))

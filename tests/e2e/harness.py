@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from actors.pool import Pool
 from actors.rollout import Generator
 from actors.teacher import Teacher
 from learner.group import LearnerGroup
+from learner.push import manifest
 from learner.worker import LearnerRank
 from sdft_dist.cluster import _resources, stream
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet
 from sdft_dist.remote import Events
-from sdft_dist.types import Problem, SampleKey, Span, TrainItem
+from sdft_dist.types import Problem, SampleKey, Span, TrainItem, WeightManifest
+from sdft_dist.wire import pack
 
 EVENTS = Events()
 _retired: list[Any] = []  # engines replaced in a process: the end of one would end vLLM's groups for all
@@ -48,6 +51,27 @@ class ReusableRank(LearnerRank):
             step()
 
         self.engine.step = step_and_keep
+
+    def damaged_plan(self, how: str) -> WeightManifest:
+        """What a push of some messages consists of; "dropped" leaves a weight out."""
+        shapes = {
+            name: shape for name, shape in self._shapes.items() if how != "dropped" or name != "model.norm.weight"
+        }
+        return manifest(9, shapes, torch.float32, bucket_bytes=1 << 12)
+
+    def send_damaged(self, how: str, plan: WeightManifest) -> None:
+        """Send it to the generators; "altered" flips a bit on the way, "interrupted" goes after two messages."""
+        sender = self._senders["generators"]
+        for bucket in plan.buckets[: 2 if how == "interrupted" else None]:
+            message = pack(bucket, self._source("generators")(list(bucket.names)))
+            if how == "altered":
+                message[5] ^= 1
+            sender._sending.append(sender._thread.submit(lambda m=message: sender._group.broadcast(m, 0).wait()))
+            if how == "altered":
+                break  # the receiver gives up here
+        sender.flush()
+        if how == "interrupted":
+            sender.close()
 
     def poison(self, on: bool) -> None:
         """Make losses and gradients NaN on this rank from now on, or sound again."""

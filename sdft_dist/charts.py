@@ -1,0 +1,74 @@
+"""Pictures for reports: matplotlib figures in one style."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+class Curve(NamedTuple):
+    """Points to be joined; `low` and `high` are the ends of each point's interval, where there is one."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+class Point(NamedTuple):
+    """A run: where it began and ended, in percent."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+
+
+def curves(title: str, runs: Mapping[str, Curve], xlabel: str, ylabel: str, *, percent: bool = False) -> Any:
+    """A line for each run."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
+    for name, curve in runs.items():
+        (line,) = axis.plot(curve.x, curve.y, label=name, linewidth=1.6, marker="." if len(curve.x) < 40 else "")
+        if curve.low is not None and curve.high is not None:
+            axis.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    if percent:
+        axis.set_ylim(-3, 103)
+    if len(runs) > 1:
+        figure.legend(loc="outside lower center", ncols=min(len(runs), 3), frameon=False)
+    return figure
+
+
+def pareto(points: Mapping[str, Point], new: str) -> Any:
+    """What was learned against what was kept: an arrow for each run, from its start to its end."""
+    figure, axis = plt.subplots(figsize=(4.6, 4), layout="constrained")
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for i, (name, point) in enumerate(points.items()):
+        colour = colours[i % len(colours)]
+        axis.annotate("", point.end, point.start, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
+        axis.scatter(*point.end, color=colour, label=name, zorder=3)
+    axis.set(xlabel="other sets, mean accuracy, %", ylabel=f"{new}, accuracy, %", xlim=(-3, 104), ylim=(-3, 104))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left", frameon=False)
+    return figure
+
+
+def shares(runs: Mapping[str, Mapping[str, float]]) -> Any:
+    """Horizontal bars: share of the wall clock in which each thing was done. They may overlap in time."""
+    what = sorted({name for found in runs.values() for name in found})
+    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.22 * len(what) * len(runs)), layout="constrained")
+    height = 0.8 / len(runs)
+    for i, (name, found) in enumerate(runs.items()):
+        places = [row + i * height for row in range(len(what))]
+        axis.barh(places, [100 * found.get(w, 0.0) for w in what], height=height, label=name)
+    axis.set_yticks([row + 0.4 - height / 2 for row in range(len(what))], what)
+    axis.invert_yaxis()
+    axis.set(xlabel="% of the wall clock, over all actors")
+    axis.grid(alpha=0.3, axis="x")
+    if len(runs) > 1:
+        axis.legend(frameon=False)
+    return figure

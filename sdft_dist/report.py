@@ -1,0 +1,323 @@
+"""`sdft report RUN…`: one page that holds everything, and its pictures as PNG files beside it.
+
+Two or more runs are compared; fields in which their settings differ come first.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sdft_dist.charts import Curve, Point, curves, pareto, plt, shares
+from sdft_dist.config import Config, dump_config, load_config
+from sdft_dist.errors import UserError
+from sdft_dist.rundir import RunDir
+from sdft_dist.runlog import read_metrics
+
+ROWS = 4  # shown of each set
+STYLE = """
+:root { color-scheme: light; --line: #d8dce2; --soft: #5a6472; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1080px; padding: 1rem; color: #1c2128; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { max-width: 75ch; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; } .row { display: flex; flex-wrap: wrap; gap: .5rem; margin: .8rem 0; }
+.row img { width: 330px; flex: 1 1 300px; max-width: 460px; } img { max-width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem; max-width: 24rem; }
+.right { color: #116329; } .wrong { color: #a40e26; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+summary { cursor: pointer; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run directory tells."""
+
+    name: str
+    path: Path
+    config: Config
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the held-out sets."""
+        return list(self.config.eval.sets) if self.evals else []
+
+
+def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
+    """Write `out`/index.html about the runs in `paths`. `new` names the held-out set of what is taught, the
+    first one unless it is given. Raises UserError where a folder is no run, or `out` is in use."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is already in use")
+    runs = _read(paths)
+    names = list(dict.fromkeys(name for run in runs for name in run.sets))
+    if new is not None and new not in names:
+        raise UserError(
+            f"--new: got {new!r}, expected one of the held-out sets: {', '.join(names) or 'there are none'}"
+        )
+    new = new or (names[0] if names else None)
+    out.mkdir(parents=True, exist_ok=True)
+    page = [
+        f"<h1>{escape(' · '.join(run.name for run in runs))}</h1>",
+        _overview(runs),
+        *_accuracy(runs, new, out),
+        *_training(runs, out),
+        *_positions(runs, out),
+        *_time(runs, out),
+        *(_rows(run, new) for run in runs if run.evals),
+        _settings(runs),
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    title = escape(", ".join(run.name for run in runs))
+    html = f"<!doctype html>\n<html lang=en>{head}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(page)
+    (out / "index.html").write_text(html + "\n</html>\n")
+    return out / "index.html"
+
+
+def _read(paths: Sequence[Path]) -> list[Run]:
+    runs = []
+    for path in paths:
+        RunDir.open(path)
+        if not (path / "metrics.jsonl").is_file():
+            raise UserError(f"{path}: has no metrics.jsonl: nothing was trained yet")
+        runs.append(
+            Run(
+                name=path.resolve().name,
+                path=path,
+                config=load_config(path / "config.yaml"),
+                train=read_metrics(path, "train"),
+                evals=read_metrics(path, "eval"),
+            )
+        )
+    twice = {run.name for run in runs if sum(other.name == run.name for other in runs) > 1}
+    return [
+        Run(**{**vars(run), "name": str(Path(run.path.resolve().parent.name) / run.name)}) if run.name in twice else run
+        for run in runs
+    ]
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    head = ["run", "method", "model", "steps", "samples", "samples/s", "minutes"]
+    rows = [
+        [
+            run.name,
+            run.config.method,
+            Path(run.config.model.path).name,
+            str(len(run.train)),
+            str(sum(m["samples"] for m in run.train)),
+            f"{statistics.median(m['samples_per_s'] for m in run.train):.1f}" if run.train else "",
+            f"{sum(m['time/step'] for m in run.train) / 60:.1f}",
+        ]
+        for run in runs
+    ]
+    return _table(head, rows, numbers=range(3, 7))
+
+
+def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
+    judged = [run for run in runs if run.evals]
+    if not judged or new is None:
+        return ["<h2>Accuracy</h2><p class=soft>None was measured: give eval.every and eval.sets.</p>"]
+    names = list(dict.fromkeys(name for run in judged for name in run.sets))
+    others = [name for name in names if name != new]
+    head = ["run", "step", *names, *(["others, mean"] if others else [])]
+    rows = []
+    for run in judged:
+        for record in (run.evals[0], run.evals[-1]):
+            cells = [_percent(record, name) for name in names]
+            mean = [f"{100 * _mean(record, others):.1f}%"] if others else []
+            rows.append([run.name, str(record["step"]), *cells, *mean])
+    parts = [
+        "<h2>What was learned, what was kept</h2>",
+        f"<p class=soft>Greedy, scored by {escape(judged[0].config.eval.scorer)}; 95% intervals by Wilson's score. "
+        f"The set of what is taught: {escape(new)}.</p>",
+        _table(head, rows, numbers=range(1, len(head))),
+    ]
+    found = {run.name: _with_interval(run, new) for run in judged if new in run.sets}
+    pictures = [_curves(new, found, "accuracy, %", out, percent=True)]
+    if others:
+        ends = {
+            run.name: [(100 * _mean(run.evals[i], others), 100 * run.evals[i].get(new, 0.0)) for i in (0, -1)]
+            for run in judged
+        }
+        arrows = {name: Point(*pair) for name, pair in ends.items()}
+        pictures.insert(0, _picture(pareto(arrows, new), "pareto", "What was learned against what was kept", out))
+        means = {
+            run.name: Curve([e["step"] for e in run.evals], [100 * _mean(e, others) for e in run.evals])
+            for run in judged
+        }
+        pictures.append(_curves("others, mean", means, "accuracy, %", out, percent=True))
+    return [*parts, _side_by_side(pictures)]
+
+
+def _training(runs: Sequence[Run], out: Path) -> list[str]:
+    trained = [run for run in runs if run.train]
+    if not trained:
+        return []
+    pictures = []
+    for title, field in (("loss", "loss"), ("gradient norm", "grad_norm"), ("completion", "completion_tokens_mean")):
+        found = {run.name: Curve([m["step"] for m in run.train], [m[field] for m in run.train]) for run in trained}
+        pictures.append(_curves(title, found, "tokens, mean" if title == "completion" else "", out))
+    return ["<h2>Training</h2>", _side_by_side(pictures)]
+
+
+def _positions(runs: Sequence[Run], out: Path) -> list[str]:
+    """The divergence of the first positions and, after those, tenths of the completion."""
+    pictures = []
+    for run in runs:
+        known = [m for m in run.train if m.get("divergence_by_position")]
+        if run.config.method == "sdft" and known:
+            chosen = {m["step"]: m for m in (known[0], known[len(known) // 2], known[-1])}
+            found = {
+                f"step {step}": Curve(*zip(*_numbers(m["divergence_by_position"]), strict=True))
+                for step, m in chosen.items()
+            }
+            title = f"divergence by position, {run.name}"
+            pictures.append(_curves(title, found, "nats", out, "position: first tokens, then tenths of the rest"))
+    return ["<h2>Divergence by position</h2>", _side_by_side(pictures)] if pictures else []
+
+
+def _time(runs: Sequence[Run], out: Path) -> list[str]:
+    busy = {}
+    for run in runs:
+        wall = sum(m["time/step"] for m in run.train)
+        what = {name for m in run.train for name in m if name.startswith("busy/")}
+        if wall and what:
+            busy[run.name] = {w.removeprefix("busy/"): sum(m.get(w, 0.0) for m in run.train) / wall for w in what}
+    if not busy:
+        return []
+    return ["<h2>Where the time went</h2>", _picture(shares(busy), "time", "Share of the wall clock", out)]
+
+
+def _rows(run: Run, new: str | None) -> str:
+    """Held-out rows at the first and the last evaluation; of each set, those whose verdict changed first."""
+    first, last = (_judged(run, run.evals[i]["step"]) for i in (0, -1))
+    cells = []
+    for name in sorted(last, key=lambda n: (n != new, n)):
+        before = {row["row"]: row for row in first.get(name, [])}
+        pairs = [(before.get(row["row"], row), row) for row in last[name]]
+        for old, row in sorted(pairs, key=lambda pair: pair[0]["right"] == pair[1]["right"])[:ROWS]:
+            texts = (row.get("prompt", ""), row["answer"], old["completion"], row["completion"])
+            marks = ("", "", _mark(old["right"]), _mark(row["right"]))
+            tds = "".join(
+                f"<td class='text {mark}'>{escape(text)}</td>" for text, mark in zip(texts, marks, strict=True)
+            )
+            cells.append(f"<tr><td>{escape(name)}</td>{tds}</tr>")
+    if not cells:
+        return ""
+    steps = (run.evals[0]["step"], run.evals[-1]["step"])
+    head = "".join(f"<th>{h}</th>" for h in ("set", "question", "answer", f"step {steps[0]}", f"step {steps[1]}"))
+    return (
+        f"<h2>Held-out rows, {escape(run.name)}</h2><p class=soft>Green is right, red is wrong; rows whose verdict "
+        f"changed come first.</p><div class=wide><table><tr>{head}</tr>{''.join(cells)}</table></div>"
+    )
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    flat = [_flat(run.config.model_dump(mode="json")) for run in runs]
+    differing = [key for key in flat[0] if len({json.dumps(f.get(key)) for f in flat}) > 1]
+    parts = ["<h2>Settings</h2>"]
+    if len(runs) > 1:
+        rows = [[key, *(json.dumps(f.get(key)) for f in flat)] for key in differing]
+        parts.append(_table(["differs", *(run.name for run in runs)], rows))
+    for run in runs:
+        parts.append(
+            f"<details><summary>{escape(run.name)}, all settings</summary><pre>{escape(dump_config(run.config))}</pre>"
+            "</details>"
+        )
+    return "\n".join(parts)
+
+
+def _judged(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
+    path = run.path / "eval" / f"step-{step:06d}.jsonl"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        row = json.loads(line)
+        found.setdefault(row["set"], []).append(row)
+    return found
+
+
+def _with_interval(run: Run, name: str) -> Curve:
+    known = [e for e in run.evals if name in e]
+    spread = [e.get(f"{name}_interval", (e[name], e[name])) for e in known]
+    return Curve(
+        [e["step"] for e in known],
+        [100 * e[name] for e in known],
+        [100 * low for low, _ in spread],
+        [100 * high for _, high in spread],
+    )
+
+
+def _percent(record: Mapping[str, Any], name: str) -> str:
+    if name not in record:
+        return ""
+    shown = f"{100 * record[name]:.1f}%"
+    spread = record.get(f"{name}_interval")
+    return shown if spread is None else f"{shown} ({100 * spread[0]:.0f} – {100 * spread[1]:.0f})"
+
+
+def _mean(record: Mapping[str, Any], names: Sequence[str]) -> float:
+    known = [record[name] for name in names if name in record]
+    return statistics.mean(known) if known else 0.0
+
+
+def _numbers(values: Sequence[float | None]) -> list[tuple[int, float]]:
+    return [(i, value) for i, value in enumerate(values) if value is not None]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+def _mark(right: bool) -> str:
+    return "right" if right else "wrong"
+
+
+def _curves(
+    title: str,
+    runs: Mapping[str, Curve],
+    ylabel: str,
+    out: Path,
+    xlabel: str = "optimizer steps",
+    *,
+    percent: bool = False,
+) -> str:
+    name = "".join(c if c.isalnum() else "-" for c in title.lower())
+    return _picture(curves(title, runs, xlabel, ylabel, percent=percent), name, f"{title} against {xlabel}", out)
+
+
+def _side_by_side(pictures: Sequence[str]) -> str:
+    return f"<div class=row>{''.join(pictures)}</div>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if i in numbers else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
+        )
+
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{line('th', head)}</tr>{body}</table></div>"
+
+
+def _picture(figure: Any, name: str, alt: str, out: Path) -> str:
+    """The figure as a PNG file, and within the page."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=110)
+    plt.close(figure)
+    (out / f"{name}.png").write_bytes(raw.getvalue())
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
