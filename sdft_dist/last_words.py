@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sdft_dist.errors import brief
 
-LINES = 20  # a native crash prints a stack
+LINES, WIDTH = 20, 200  # a native crash prints a stack
+BEGINNINGS = ("Fatal Python error", r"Traceback|\bError\b|terminate called|SIG[A-Z]+ received|out of memory")
 
 
 def obituary(error: BaseException) -> str:
@@ -17,8 +18,8 @@ def obituary(error: BaseException) -> str:
 
 
 def last_words(error: BaseException) -> list[str]:
-    """The last lines on stderr of the actor whose death `error` tells of; none where it was killed without a
-    word, or lived on another node."""
+    """What the actor whose death `error` tells of wrote to stderr about an error of its own; nothing where it was
+    killed without a word, or lived on another node."""
     import ray
 
     pid = re.search(r"\bpid: (\d+)", str(error))
@@ -26,7 +27,14 @@ def last_words(error: BaseException) -> list[str]:
     if pid is None or node is None:
         return []
     for path in Path(node.get_logs_dir_path()).glob(f"worker-*-{pid[1]}.err"):
-        lines = path.read_text(errors="replace").splitlines()
-        said = [line.rstrip() for line in lines if line.strip() and not line.startswith(":")]  # Ray's own marks
-        return said[-LINES:]
+        return _about_an_error(path.read_text(errors="replace"))
+    return []
+
+
+def _about_an_error(text: str) -> list[str]:
+    lines = [line.rstrip()[:WIDTH] for line in text.splitlines() if line.strip()]
+    for beginning in BEGINNINGS:
+        for i, line in enumerate(lines):
+            if re.search(beginning, line):
+                return lines[i : i + LINES]
     return []

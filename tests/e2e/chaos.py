@@ -71,16 +71,15 @@ def finished_alike(config, undisturbed):
 
 
 def recovery(run, process, victim, how=signal.SIGKILL):
-    """Send the process `victim` a signal; seconds until the run records a step that it has done afterwards."""
-    path = run / "metrics.jsonl"
+    """Send the process `victim` a signal; seconds until the run is further than it was then."""
     os.kill(victim, how)
-    killed, size = time.time(), path.stat().st_size
+    killed, before = time.time(), steps_done(run)
 
-    def got_on():
+    def further():
         # What the driver had under way may still be recorded: a step at once is none that needed the dead.
-        return path.stat().st_size != size and path.stat().st_mtime > killed + 2
+        return (run / "metrics.jsonl").stat().st_mtime > killed + 2 and steps_done(run) > before
 
-    wait_for(got_on, process, 150, "recovery")
+    wait_for(further, process, 150, "recovery")
     return time.time() - killed
 
 
