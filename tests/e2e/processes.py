@@ -4,6 +4,7 @@ Every process of a run inherits a mark in its environment; /proc tells who still
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,8 @@ def start(config, folder, *options, mark=None):
     process = subprocess.Popen(
         [sys.executable, "-m", "sdft_dist.cli", "train", str(recipe), *options],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+        # Where the tests run in the background of a shell, SIGINT is ignored, and that would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     return process, mark
 
