@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sdft_dist.config import EvalConfig
 from sdft_dist.evaluate import Judged, accuracy, interval, load_scorer
+from sdft_dist.judge import Case
 from sdft_dist.scorers import letter, text, tool_calls
 
 REAL = os.environ.get("SDFT_REAL_DATA")
@@ -102,17 +104,17 @@ def test_texts(completion, answer, right):
     ("name", "scorer", "chance"), [("science", "letter", (0.15, 0.35)), ("tooluse", "tool_calls", (0.0, 0.1))]
 )
 def test_real_rows_score_full_marks_on_their_own_answers_and_chance_on_others(name, scorer, chance):
-    score = load_scorer(f"sdft_dist.scorers:{scorer}")
+    score_all = load_scorer(EvalConfig(scorer=f"sdft_dist.scorers:{scorer}"))
     rows = [json.loads(line) for line in (Path(REAL) / f"{name}.jsonl").open()]
     if name == "science":
         pairs = [(row["output_text"], row["answer"]) for row in rows]
     else:
         pairs = [("\n".join(row["golden_response"]), json.dumps(row["golden_answer"])) for row in rows]
-    wrong = [completion for completion, answer in pairs if not score(completion, answer)]
-    assert wrong == []
+    assert all(score_all([Case("", *pair) for pair in pairs]))
     answers = [answer for _, answer in pairs]
     random.Random(0).shuffle(answers)
-    share = sum(score(c, a) for (c, _), a in zip(pairs, answers, strict=True)) / len(pairs)
+    shuffled = [Case("", completion, answer) for (completion, _), answer in zip(pairs, answers, strict=True)]
+    share = sum(score_all(shuffled)) / len(pairs)
     print(f"{name}: shuffled answers {100 * share:.0f}%")
     assert chance[0] <= share <= chance[1]
 

@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     """One run here and one by the command line in a process of its own."""
     row = world.rows("t35", "a", 8, -1)[0]._asdict()
     sets = {"new": str(write_jsonl(tmp_path / "eval.jsonl", [row]))}
-    evaluation = {"every": 2, "sets": sets, "scorer": "sdft_dist.lab.world:score"}
+    evaluation = {"every": 2, "sets": sets, "scorer": "sdft_dist.lab.world:score", "samples": 2}
     config = lab_config(tmp_path, eval=evaluation)
     rundir = run(config)
     process, mark = start(config.model_copy(update={"run_dir": str(tmp_path / "other")}), tmp_path)
@@ -43,14 +43,16 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     assert len(set(first)) == 4
     assert nothing_left(mark)
     assert [m["step"] for m in read_metrics(rundir.path, "eval")] == [0, 2, 4]
+    assert all({"new_pass@1", "new_pass@2"} <= m.keys() for m in read_metrics(rundir.path, "eval"))
     (judged,) = (rundir.path / "eval" / "step-000004.jsonl").read_text().splitlines()
-    assert json.loads(judged).keys() == {"set", "row", "completion", "answer", "right"}
+    assert json.loads(judged).keys() == {"set", "row", "completion", "answer", "right", "prompt", "samples", "passed"}
     assert yaml.safe_load((rundir.path / "config.yaml").read_text())["steps"] == 4
     assert list((rundir.path / "events").iterdir())
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lm = AutoModelForCausalLM.from_pretrained(rundir.path / "model")
+    assert "self-distillation" in (rundir.path / "model" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(rundir.path / "model").chat_template
     assert lm.generation_config.eos_token_id == 98
     ema = AutoModelForCausalLM.from_pretrained(export(rundir, tmp_path / "ema", weights="ema"))
