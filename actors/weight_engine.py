@@ -73,6 +73,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 )
             with torch.no_grad():
                 self._loaded |= set(self.model.load_weights(self._keeping(unpack(bucket, payload))) or ())
+        # Here, not in finish_weight_update: after an error there, vLLM takes the update to be under way for ever.
+        missing = {name for name, _ in self.model.named_parameters()} - self._loaded
+        if self._loaded and missing:
+            raise RuntimeError(f"weight push: {len(missing)} parameters were not in it, such as {min(missing)}")
 
     def _keeping(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
@@ -81,10 +85,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             yield name, tensor
 
     def finish_weight_update(self) -> None:
-        expected = {name for name, _ in self.model.named_parameters()}
-        missing = expected - self._loaded
-        if self._loaded and missing:
-            raise RuntimeError(f"weight push: {len(missing)} parameters were not in it, such as {min(missing)}")
+        """Nothing is left to do."""
 
     def shutdown(self) -> None:
         self._group = None

@@ -95,7 +95,7 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
         ),
         pytest.param(
             "interrupted",
-            "",
+            None,
             marks=pytest.mark.fault("push interrupted", "the sender goes after two messages", NOT_SERVED),
         ),
     ],
