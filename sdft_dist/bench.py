@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.account import Machine, accounts, mean_lengths
+from sdft_dist.charts import timeline
 from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, load_training_rows
@@ -193,26 +194,6 @@ def devices(config: Config) -> dict[str, int]:
     return {**split, "all": sum(split.values())}
 
 
-def synthetic(out: Path, shape: str, lengths: str, num_rows: int, dtype: str) -> dict[str, Any]:
-    """Write a random model of `shape` and rows of `lengths`, "prompt/demonstration/completion" in tokens,
-    and return the overrides that a configuration needs for them."""
-    from sdft_dist.synthetic import SHAPES, parse_lengths, write_model, write_rows
-
-    if shape not in SHAPES:
-        raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
-    prompt, demonstration, completion = parse_lengths(lengths)
-    out.mkdir(parents=True, exist_ok=True)
-    context = prompt + demonstration + completion + 16
-    return {
-        "model.path": str(write_model(out / "model", shape, dtype, context)),
-        "model.dtype": dtype,
-        "model.max_length": context,
-        "data.train": str(write_rows(out / "rows.jsonl", shape, prompt, demonstration, num_rows)),
-        "prompt.template": "'{prompt} {demonstration}'",
-        "rollout.max_completion_tokens": completion,
-    }
-
-
 def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
     """The same prompts with demonstrations of as many tokens as SDFT's completions have."""
     import numpy as np
@@ -335,31 +316,3 @@ def regression(report: dict[str, Any], baseline: dict[str, Any]) -> str | None:
     if now > 1.1 * before:
         return f"{name} was {before:.3g} and is {now:.3g}"
     return None
-
-
-def timeline(trace: Path, out: Path, seconds: float = 2.0) -> None:
-    """A picture of who works and who waits: the last `seconds` of a trace before the rollouts end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    events = json.loads(trace.read_text())
-    names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
-    bars = [e for e in events if e.get("ph") == "X"]
-    end = max(e["ts"] for e in bars if e["name"] == "decode")
-    start = end - seconds * 1e6
-    bars = [e for e in bars if start < e["ts"] + e["dur"] and e["ts"] < end]
-    lanes = sorted({(names[e["pid"]], e["tid"]) for e in bars}, reverse=True)
-    shades = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    colours = dict(zip(sorted({e["name"] for e in bars}), shades, strict=False))
-    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(lanes)), layout="constrained")
-    for e in bars:
-        row = lanes.index((names[e["pid"]], e["tid"]))
-        axis.barh(row, e["dur"] / 1e6, left=(e["ts"] - start) / 1e6, color=colours[e["name"]], height=0.7)
-    axis.set_yticks(range(len(lanes)), [f"{name} {index}" for name, index in lanes])
-    axis.set(xlabel="seconds", xlim=(0, seconds))
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(patches, colours, loc="outside upper center", ncols=len(colours), frameon=False)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)

@@ -1,8 +1,10 @@
-"""Pictures for reports: matplotlib figures in one style."""
+"""Pictures for reports and benchmarks."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -72,3 +74,26 @@ def shares(runs: Mapping[str, Mapping[str, float]]) -> Any:
     if len(runs) > 1:
         axis.legend(frameon=False)
     return figure
+
+
+def timeline(trace: Path, out: Path, seconds: float = 2.0) -> None:
+    """A picture of who works and who waits: the last `seconds` of a trace before the rollouts end."""
+    events = json.loads(trace.read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
+    bars = [e for e in events if e.get("ph") == "X"]
+    end = max(e["ts"] for e in bars if e["name"] == "decode")
+    start = end - seconds * 1e6
+    bars = [e for e in bars if start < e["ts"] + e["dur"] and e["ts"] < end]
+    lanes = sorted({(names[e["pid"]], e["tid"]) for e in bars}, reverse=True)
+    shades = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colours = dict(zip(sorted({e["name"] for e in bars}), shades, strict=False))
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(lanes)), layout="constrained")
+    for e in bars:
+        row = lanes.index((names[e["pid"]], e["tid"]))
+        axis.barh(row, e["dur"] / 1e6, left=(e["ts"] - start) / 1e6, color=colours[e["name"]], height=0.7)
+    axis.set_yticks(range(len(lanes)), [f"{name} {index}" for name, index in lanes])
+    axis.set(xlabel="seconds", xlim=(0, seconds))
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(patches, colours, loc="outside upper center", ncols=len(colours), frameon=False)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

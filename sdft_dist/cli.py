@@ -212,7 +212,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     overrides = list(args.overrides)
     if args.synthetic_model:
-        from sdft_dist.bench import synthetic
+        from sdft_dist.synthetic import synthetic
 
         dtype = next((o.partition("=")[2] for o in overrides if o.startswith("model.dtype=")), "float32")
         made = synthetic(args.out, args.synthetic_model, args.lengths, 1024, dtype)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sdft_dist import __version__
 from sdft_dist.config import Config, dump_config
-from sdft_dist.evaluate import Judged, accuracy, interval
+from sdft_dist.evaluate import accuracy, interval
 from sdft_dist.rundir import RunDir
 
 METHODS = {
@@ -21,7 +20,7 @@ METHODS = {
 
 def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights: str) -> str:
     """Markdown for the weights ("student" or "ema") of the checkpoint with that manifest."""
-    step, print_ = manifest["step"], manifest["fingerprint"]
+    step, digest = manifest["step"], manifest["fingerprint"]["data (token ids)"]
     base = config.model.path
     head = ["library_name: transformers", "tags: [sdft]"]
     if not Path(base).is_absolute() and not base.startswith("."):
@@ -41,7 +40,7 @@ def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights
             *_scores(rundir, config, step, weights),
             "",
             "## Data",
-            f"`{config.data.train}`; SHA-256 of all token ids as they were trained on: `{print_['data (token ids)']}`.",
+            f"`{config.data.train}`; SHA-256 of all token ids as they were trained on: `{digest}`.",
             "",
             "## Settings",
             "```yaml",
@@ -53,13 +52,9 @@ def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights
 
 
 def _scores(rundir: RunDir, config: Config, step: int, weights: str) -> list[str]:
-    path = rundir.path / "eval" / f"step-{step:06d}.jsonl"
-    if weights != "student" or not path.is_file():
+    judged = rundir.evaluation(step)
+    if weights != "student" or not judged:
         return ["None were measured for these weights."]
-    judged: dict[str, list[Judged]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        judged.setdefault(row["set"], []).append(Judged(row["completion"], row["answer"], row["right"]))
     lines = [
         f"Greedy, at most {config.rollout.max_completion_tokens} tokens, judged by `{config.eval.scorer}`; 95% "
         "intervals by Wilson's score.",

@@ -202,14 +202,16 @@ def _time(runs: Sequence[Run], out: Path) -> list[str]:
 
 def _rows(run: Run, new: str | None) -> str:
     """Held-out rows at the first and the last evaluation; of each set, those whose verdict changed first."""
-    first, last = (_judged(run, run.evals[i]["step"]) for i in (0, -1))
+    first, last = (RunDir(run.path).evaluation(run.evals[i]["step"]) for i in (0, -1))
     cells = []
     for name in sorted(last, key=lambda n: (n != new, n)):
-        before = {row["row"]: row for row in first.get(name, [])}
-        pairs = [(before.get(row["row"], row), row) for row in last[name]]
-        for old, row in sorted(pairs, key=lambda pair: pair[0]["right"] == pair[1]["right"])[:ROWS]:
-            texts = (row.get("prompt", ""), row["answer"], old["completion"], row["completion"])
-            marks = ("", "", _mark(old["right"]), _mark(row["right"]))
+        before = first.get(name, [])
+        if len(before) != len(last[name]):  # other rows: the set was changed on the way
+            before = last[name]
+        pairs = zip(before, last[name], strict=True)
+        for old, row in sorted(pairs, key=lambda pair: pair[0].right == pair[1].right)[:ROWS]:
+            texts = (row.prompt, row.answer, old.completion, row.completion)
+            marks = ("", "", _mark(old.right), _mark(row.right))
             tds = "".join(
                 f"<td class='text {mark}'>{escape(text)}</td>" for text, mark in zip(texts, marks, strict=True)
             )
@@ -237,15 +239,6 @@ def _settings(runs: Sequence[Run]) -> str:
             "</details>"
         )
     return "\n".join(parts)
-
-
-def _judged(run: Run, step: int) -> dict[str, list[dict[str, Any]]]:
-    path = run.path / "eval" / f"step-{step:06d}.jsonl"
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        row = json.loads(line)
-        found.setdefault(row["set"], []).append(row)
-    return found
 
 
 def _with_interval(run: Run, name: str) -> Curve:

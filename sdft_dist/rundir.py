@@ -101,12 +101,25 @@ class RunDir:
 
     def note_evaluation(self, step: int, judged: dict[str, list[Judged]]) -> None:
         """Write every held-out row, with its completion, into `eval/step-NNNNNN.jsonl`."""
-        folder = self.path / "eval"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"step-{step:06d}.jsonl").open("w") as file:
+        path = self._evaluation(step)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
             for name, rows in judged.items():
                 for i, row in enumerate(rows):
                     file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
+
+    def evaluation(self, step: int) -> dict[str, list[Judged]]:
+        """What `note_evaluation` wrote, in its order; empty where nothing was evaluated at that step."""
+        judged: dict[str, list[Judged]] = {}
+        path = self._evaluation(step)
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            row = json.loads(line)
+            fields = {name: row[name] for name in Judged._fields if name in row}
+            judged.setdefault(row["set"], []).append(Judged(**fields))
+        return judged
+
+    def _evaluation(self, step: int) -> Path:
+        return self.path / "eval" / f"step-{step:06d}.jsonl"
 
     def new_attempt(self, config: Config) -> Path:
         """A folder for what belongs to one attempt only, numbered from 001: its settings, and its trace."""

@@ -91,3 +91,21 @@ def write_rows(path: Path, shape: str, prompt: int, demonstration: int, count: i
             row = {"prompt": words(prompt - 3), "demonstration": words(demonstration - 1)}
             out.write(json.dumps(row) + "\n")
     return path
+
+
+def synthetic(out: Path, shape: str, lengths: str, num_rows: int, dtype: str) -> dict[str, Any]:
+    """Write a random model of `shape` and rows of `lengths`, "prompt/demonstration/completion" in tokens,
+    and return the overrides that a configuration needs for them."""
+    if shape not in SHAPES:
+        raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
+    prompt, demonstration, completion = parse_lengths(lengths)
+    out.mkdir(parents=True, exist_ok=True)
+    context = prompt + demonstration + completion + 16
+    return {
+        "model.path": str(write_model(out / "model", shape, dtype, context)),
+        "model.dtype": dtype,
+        "model.max_length": context,
+        "data.train": str(write_rows(out / "rows.jsonl", shape, prompt, demonstration, num_rows)),
+        "prompt.template": "'{prompt} {demonstration}'",
+        "rollout.max_completion_tokens": completion,
+    }
