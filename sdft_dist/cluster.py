@@ -290,5 +290,5 @@ def _resources(device: str, sharing: int) -> dict[str, Any]:
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    # Without a resource to ask for, all would be put on one node.
-    return {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": {"env_vars": env}}
+    # Ray puts an actor that asks for nothing on a random node, whatever the strategy.
+    return {"num_cpus": 0.01, "scheduling_strategy": "SPREAD", "runtime_env": {"env_vars": env}}
