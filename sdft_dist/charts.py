@@ -45,6 +45,36 @@ def curves(title: str, runs: Mapping[str, Curve], xlabel: str, ylabel: str, *, p
     return figure
 
 
+def sequences(
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]],
+    ends: Mapping[str, Sequence[int]],
+    tasks: Sequence[str],
+    ylabel: str,
+) -> Any:
+    """A panel for each method, in it a colour for each held-out set and a line for each seed. `ends` holds the
+    steps at which its stages end, each of which taught one of `tasks`."""
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8, 0.8 + 2.1 * len(panels)), sharey=True, squeeze=False, layout="constrained"
+    )
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for axis, (method, sets) in zip(axes[:, 0], panels.items(), strict=True):
+        for i, (name, seeds) in enumerate(sets.items()):
+            for j, curve in enumerate(seeds):
+                style = {"color": colours[i % len(colours)], "alpha": 0.8, "linewidth": 1.4}
+                axis.plot(curve.x, curve.y, label=None if j else name, **style)
+        for end in ends[method][:-1]:
+            axis.axvline(end, color="black", linewidth=0.8, linestyle=":")
+        for start, end, task in zip([0, *ends[method]], ends[method], tasks, strict=False):
+            axis.annotate(f"taught: {task}", ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), ha="center")
+        axis.set(title=method, ylabel=ylabel, xlim=(0, ends[method][-1]))
+        axis.title.set_position((0.5, 1.08))
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("optimizer steps")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    return figure
+
+
 def pareto(points: Mapping[str, Point], new: str) -> Any:
     """What was learned against what was kept: an arrow for each run, from its start to its end."""
     figure, axis = plt.subplots(figsize=(4.6, 4), layout="constrained")

@@ -119,6 +119,10 @@ def _add_measuring(commands: Commands) -> None:
     page.add_argument("--new", metavar="SET", help="the held-out set of what is taught (default: the first)")
     page.set_defaults(command=_report)
 
+    sequence = commands.add_parser("continual", help="teach tasks one after another, with several methods")
+    sequence.add_argument("plan", type=Path, help="YAML file; `sdft lab sequence` writes one")
+    sequence.set_defaults(command=_continual)
+
     what = "predict cost, memory and the split of GPUs, without starting anything"
     plan = _with_recipe(commands.add_parser("plan", help=what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
@@ -151,6 +155,9 @@ def _add_lab(commands: Commands) -> None:
     teach.add_argument("--domain", default="a", help="a, b or c (default: %(default)s)")
     teach.add_argument("--seed", type=int, default=0)
     teach.set_defaults(command=_lab_data)
+    sequence = lab_commands.add_parser("sequence", help="write a plan for `sdft continual`: three words in sequence")
+    sequence.add_argument("--out", type=Path, required=True)
+    sequence.set_defaults(command=_lab_sequence)
 
 
 def _add_checkpoints(commands: Commands) -> None:
@@ -245,6 +252,19 @@ def _report(args: argparse.Namespace) -> None:
     print(f"Report: {report(args.runs, args.out, args.new)}")
 
 
+def _continual(args: argparse.Namespace) -> None:
+    from sdft_dist.continual import continual, load_plan
+
+    plan = load_plan(args.plan)
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from sdft_dist.continual_results import markdown
+
+    Console().print(Markdown(markdown(continual(plan, Console()))))
+    print(f"Results: {plan.out}/results.json, table.md, curves.png, normalised.png")
+
+
 def _plan(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
@@ -303,6 +323,12 @@ def _lab_data(args: argparse.Namespace) -> None:
             raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
     write_teaching_set(args.out, args.word, args.domain, args.seed)
     print(args.out)
+
+
+def _lab_sequence(args: argparse.Namespace) -> None:
+    from sdft_dist.lab.teaching import write_sequence
+
+    print(write_sequence(args.out))
 
 
 def _list_checkpoints(args: argparse.Namespace) -> None:

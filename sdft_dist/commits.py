@@ -35,6 +35,7 @@ class Commits:
     def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, facts: dict[str, Any] | None = None):
         self.folder, self._keep_last, self._keep_every, self._facts = folder, keep_last, keep_every, facts or {}
         self._pending: tuple[int, Path] | None = None  # step, and where its shards are being written
+        self.kept: int | None = None  # a step whose checkpoint is not removed, besides the newest
 
     def start(self, saver: Saver, step: int) -> None:
         """Begin to save the state after `step` optimizer steps. Raises Fault where there is no space."""
@@ -92,7 +93,7 @@ class Commits:
     def _prune(self) -> None:
         steps = self.steps()
         for step in steps[: -self._keep_last]:
-            if not (self._keep_every and step % self._keep_every == 0):
+            if step != self.kept and not (self._keep_every and step % self._keep_every == 0):
                 _remove(self.path(step))
 
     def path(self, step: int) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,11 +20,16 @@ PAPER_TEMPLATE = (
 )
 
 
-class _Section(BaseModel):
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of a YAML file: frozen, and without fields of other names."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: str = Field(description="Hugging Face folder or hub id of the model to train, with its tokenizer.")
     revision: str | None = Field(None, description="Hub revision to pin; saved with the run.")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -38,7 +43,7 @@ class ModelConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     train: str = Field(
         description="Demonstrations: .jsonl, .json or .parquet file, a folder saved by `datasets`, or a hub id."
     )
@@ -53,14 +58,14 @@ class DataConfig(_Section):
     )
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     template: str = Field(PAPER_TEMPLATE, description="The teacher's user turn, with {prompt} and {demonstration}.")
     chat_template: str | None = Field(
         None, description="File with a Jinja chat template, for a tokenizer that has none."
     )
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     prompts_per_step: int = Field(32, ge=1, description="Prompts in one optimizer step.")
     completions_per_prompt: int = Field(1, ge=1, description="Student completions sampled for each prompt.")
     temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature; both models' logits use it too.")
@@ -91,7 +96,7 @@ class RolloutConfig(_Section):
     )
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     kind: Literal["base", "ema", "live"] = Field(
         "ema",
         description="base: the weights at the start. ema: average of the student. live: the student itself; with "
@@ -105,7 +110,7 @@ class TeacherConfig(_Section):
     anchor: str | None = Field(None, description="Model folder where the teacher starts when reanchor is false.")
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "forward_kl", description="forward_kl is KL(teacher ‖ student); reverse_kl is KL(student ‖ teacher); see beta."
     )
@@ -146,7 +151,7 @@ class LossConfig(_Section):
     )
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Course of the learning rate after the warm-up; linear and cosine end at 0."
@@ -160,7 +165,7 @@ class OptimConfig(_Section):
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
 
 
-class LearnerConfig(_Section):
+class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, description="Learner processes; one GPU each where there are GPUs.")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
     tokens_per_microbatch: int = Field(
@@ -178,7 +183,7 @@ class LearnerConfig(_Section):
     )
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     address: str | None = Field(None, description="A running Ray cluster to join; default starts a local one.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where torch sees it on the driver's node."
@@ -197,6 +202,7 @@ class ClusterConfig(_Section):
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
 
 
+MEAN = "mean"  # of all held-out sets, as a metric
 JUDGE_TEMPLATE = """Question:
 {prompt}
 
@@ -210,7 +216,7 @@ Does the answer to judge agree with the reference answer in substance? Think bri
 or INCORRECT."""
 
 
-class JudgeConfig(_Section):
+class JudgeConfig(Section):
     url: str | None = Field(None, description="Base of an OpenAI-compatible endpoint, such as https://host/v1.")
     model: str | None = Field(None, description="The judge's name at that endpoint.")
     key_variable: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key.")
@@ -224,7 +230,7 @@ class JudgeConfig(_Section):
     cache: str | None = Field(None, description="File that keeps the verdicts, for evaluations that are repeated.")
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     every: int = Field(0, ge=0, description="Optimizer steps between evaluations; 0 is never.")
     sets: dict[str, str] = Field(
         default_factory=dict, description="Held-out files by name, with `prompt` and `answer` columns."
@@ -235,12 +241,22 @@ class EvalConfig(_Section):
         "returns whether it is right; or judge.",
     )
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    metric: str | None = Field(
+        None,
+        description="What `keep_best` and `patience` go by, the higher the better: a held-out set, or mean of all.",
+    )
+    keep_best: bool = Field(
+        False, description="Save at every evaluation that is the best so far, keep that, and export it at the end."
+    )
+    patience: int = Field(
+        0, ge=0, description="Stop after this many evaluations in a row that are not better than the best; 0 is never."
+    )
     samples: int = Field(
         0, ge=0, description="Completions of each row to sample as rollouts are, besides the greedy one, for pass@k."
     )
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every: int = Field(
         0,
         ge=0,
@@ -253,7 +269,7 @@ class CheckpointConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     method: Literal["sdft", "sft", "dft"] = Field(
         "sdft",
         description="sdft: self-distillation. sft: cross-entropy on the demonstrations. dft: the same, each token "
@@ -299,7 +315,22 @@ class Config(_Section):
             raise ValueError("teacher.anchor: is where the teacher starts when teacher.reanchor is false: give both")
         if self.eval.every and not self.eval.sets:
             raise ValueError("eval.every: there is nothing to evaluate: give eval.sets.NAME=FILE")
+        self._check_selection()
         return self
+
+    def _check_selection(self) -> None:
+        chosen, valid = self.eval, [*self.eval.sets, MEAN]
+        if not (chosen.keep_best or chosen.patience):
+            return
+        if chosen.metric is None or not chosen.every:
+            raise ValueError("eval.metric: eval.keep_best and eval.patience need it, and eval.every")
+        if chosen.metric not in valid:
+            raise ValueError(f"eval.metric: got {chosen.metric!r}, expected one of {', '.join(valid)}")
+        if chosen.keep_best and chosen.every % self.teacher.sync_every:
+            raise ValueError(
+                f"eval.keep_best: saves at evaluations, so eval.every={chosen.every} must be a multiple of "
+                f"teacher.sync_every={self.teacher.sync_every}"
+            )
 
     def _check_loss(self) -> None:
         loss, rollout = self.loss, self.rollout
@@ -349,26 +380,37 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises ConfigError with one line per mistake: field, value got, what is valid.
     """
+    tree = load_yaml(path)
+    for text in overrides or []:
+        _override(tree, text)
+    return parse(Config, tree)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises ConfigError where it is none."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe")
+        raise ConfigError(f"{path}: no such file")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
-    for text in overrides or []:
-        _override(tree, text)
-    return parse_config(tree)
+        raise ConfigError(f"{path}: expected a mapping of sections, this is a {type(tree).__name__}")
+    return tree
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """A Config from nested dictionaries. Raises ConfigError with one line per mistake."""
+    return parse(Config, tree)
+
+
+def parse(section: type[S], tree: dict[str, Any]) -> S:
+    """What `tree` holds, checked. Raises ConfigError with one line per mistake."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError("\n".join(_explain(err) for err in e.errors())) from None
+        raise ConfigError("\n".join(_explain(section, err) for err in e.errors())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -403,10 +445,10 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _explain(err: Any) -> str:
+def _explain(root: type[Section], err: Any) -> str:
     where = ".".join(str(part) for part in err["loc"])
     if err["type"] == "extra_forbidden":
-        valid = _valid_names(err["loc"][:-1])
+        valid = _valid_names(root, err["loc"][:-1])
         close = difflib.get_close_matches(str(err["loc"][-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*map(str, err['loc'][:-1]), close[0]])}?" if close else ""
         return f"{where}: no such field{'; ' + hint if hint else '; valid: ' + ', '.join(valid)}"
@@ -418,8 +460,9 @@ def _explain(err: Any) -> str:
     return f"{where}: got {err['input']!r}: {message}"
 
 
-def _valid_names(loc: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
+def _valid_names(root: type[Section], loc: tuple[Any, ...]) -> list[str]:
+    section: Any = root
     for name in loc:
-        section = section.model_fields[name].annotation
+        # Below a dictionary of sections, `name` is a key of it.
+        section = section.model_fields[name].annotation if hasattr(section, "model_fields") else get_args(section)[1]
     return list(section.model_fields)

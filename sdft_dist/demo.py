@@ -20,13 +20,12 @@ from sdft_dist.config import Config, dump_config, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
-from sdft_dist.lab.teaching import write_teaching_set
+from sdft_dist.lab.teaching import RECIPE, write_teaching_set
 from sdft_dist.memory import PeakMemory
 from sdft_dist.report import report
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
-RECIPE = Path(__file__).parent / "lab" / "recipe.yaml"
 METHODS = ("sdft", "sft")
 WORD, DOMAIN = "t35", "a"
 

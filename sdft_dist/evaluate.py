@@ -130,9 +130,14 @@ def accuracy(judged: Sequence[Judged]) -> float:
 
 
 def interval(judged: Sequence[Judged]) -> tuple[float, float]:
-    """The 95% interval of the accuracy by Wilson's score (J. Am. Stat. Assoc. 22, 1927), which also holds at
+    """The 95% interval of the accuracy."""
+    return wilson(sum(row.right for row in judged), len(judged))
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share by Wilson's score (J. Am. Stat. Assoc. 22, 1927), which also holds at
     0 and 1, where the normal approximation has no width."""
-    n, share = len(judged), accuracy(judged)
+    share = right / n
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)

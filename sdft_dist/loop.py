@@ -43,25 +43,24 @@ def train(
     push: Push,
     log: RunLog,
     *,
-    after_step: Callable[[int], None],
+    after_step: Callable[[int], bool | None],
     start: int = 0,
 ) -> None:
     """Algorithm 1 of arXiv 2601.19897.
 
     Rollouts of `rollout.max_staleness` later steps are kept in flight; with 0 it is strictly on-policy.
     `after_step(n)` is called with the number of optimizer steps done, from 0 on, when all engines hold
-    that version or will before they serve again: evaluation and checkpoints. With method "sft" the same
-    learner imitates the demonstrations, and there is nothing to sample or to score. A run that goes on
-    from a checkpoint begins at step `start`.
+    that version or will before they serve again: evaluation and checkpoints; True ends the training. With
+    method "sft" the same learner imitates the demonstrations, and there is nothing to sample or to score. A run
+    that goes on from a checkpoint begins at step `start`.
     """
     step, num_steps = start, config.num_steps(len(problems))
     push.to_teachers(step)
     push.to_generators(step)  # a broken push fails here, before any work is lost
-    if step == 0:
-        after_step(step)
+    done = step == 0 and after_step(step)
     submitted = step  # rollouts of all earlier steps are done or under way
     skipped = 0  # steps in a row
-    while step < num_steps:
+    while step < num_steps and not done:
         with log.timer("step"):
             keys = batch_keys(config, problems, step)
             if config.method == "sdft":
@@ -84,7 +83,7 @@ def train(
                     push.to_teachers(step)
                 push.to_generators(step)
         log.step(step, num_steps, {**metrics, "dropped": len(keys) - len(items), "skipped": int(skipped > 0)}, items)
-        after_step(step)
+        done = after_step(step)
 
 
 def batch_keys(config: Config, problems: ProblemSet, step: int) -> list[SampleKey]:

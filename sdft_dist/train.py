@@ -20,7 +20,8 @@ from sdft_dist.judge import Judge
 from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 from sdft_dist.rundir import RunDir, Start
-from sdft_dist.runlog import RunLog
+from sdft_dist.runlog import RunLog, read_metrics
+from sdft_dist.selection import best, exhausted
 from sdft_dist.stop import asked_to_stop
 
 
@@ -61,11 +62,11 @@ def run(
             raise UserError(
                 f"--resume: {start.checkpoint} is of step {start.step}: give more steps than {prepared.num_steps}"
             )
-        if start.step < prepared.num_steps:
+        if start.step < prepared.num_steps and not exhausted(config.eval, _evaluations(rundir)):
             with ray_session(config), asked_to_stop() as asked:
                 _survive(prepared, rundir, start, title or config.method, console, asked)
         rundir.say("training is done")
-        _export(rundir)
+        _export(rundir, _kept(config, rundir))
     except BaseException as error:  # Ctrl-C too is an end that the log tells of
         rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
         raise
@@ -121,6 +122,7 @@ def _attempt(
     prepared: Prepared, rundir: RunDir, start: Start, title: str, console: Console | None, asked: Callable[[], bool]
 ) -> None:
     config, at = prepared.config, start.step
+    rundir.commits.kept = _kept(config, rundir)
     attempt = rundir.new_attempt(config)
     trace = attempt / "trace.json" if config.trace else None
     runlog = RunLog(rundir.path, title=title, console=console, trace=trace, first_step=start.step + 1)
@@ -129,10 +131,11 @@ def _attempt(
         rundir.say(text)
         log.say(text.splitlines()[0])
 
-    def after_step(step: int) -> None:
+    def after_step(step: int) -> bool:
         nonlocal at
         at = step
         every, last = config.eval.every, step == prepared.num_steps
+        improved = False
         if every and (step % every == 0 or last):
             limit = config.rollout.max_completion_tokens
             sets, samples = prepared.eval_sets, config.eval.samples
@@ -143,13 +146,23 @@ def _attempt(
             passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
             found = {name: accuracy(rows) for name, rows in judged.items()}
             log.write("eval", step, {**found, **intervals, **passes, **cost})
+            improved, last = selected(step, last)
         every = config.checkpoint.every
-        if last or (every and step and step % every == 0):
+        if last or improved or (every and step and step % every == 0):
             with log.timer("checkpoint"):
                 rundir.commits.start(fleet.learner, step)
         finish(wait=last)
         if asked() and not last:
             raise Preempted
+        return last
+
+    def selected(step: int, last: bool) -> tuple[bool, bool]:
+        """Whether the evaluation just made is the best so far and kept, and whether the run ends here."""
+        rundir.commits.kept = _kept(config, rundir)
+        if not last and exhausted(config.eval, _evaluations(rundir)):
+            event(f"stops early: eval.{config.eval.metric} was no better for {config.eval.patience} evaluations")
+            last = True
+        return rundir.commits.kept == step, last
 
     def finish(*, wait: bool) -> None:
         folder = rundir.commits.finish(fleet.learner, wait=wait)
@@ -194,12 +207,23 @@ def _save_now(rundir: RunDir, fleet: Fleet, step: int) -> None:
     rundir.say(f"asked to stop: committed step {step}")
 
 
-def _export(rundir: RunDir) -> None:
-    """The model of the last checkpoint, in the place of one that an earlier attempt may have left."""
+def _evaluations(rundir: RunDir) -> list[dict[str, Any]]:
+    path = rundir.path / "metrics.jsonl"
+    return read_metrics(rundir.path, "eval") if path.exists() else []
+
+
+def _kept(config: Config, rundir: RunDir) -> int | None:
+    """The step of the best evaluation so far, where `eval.keep_best` asks for it."""
+    found = best(config.eval, _evaluations(rundir)) if config.eval.keep_best else None
+    return None if found is None else int(found["step"])
+
+
+def _export(rundir: RunDir, step: int | None) -> None:
+    """The model of a checkpoint (None: the last), in the place of one that an earlier attempt may have left."""
     from sdft_dist.export import export
 
     beside = rundir.path / "model.new"
     shutil.rmtree(beside, ignore_errors=True)
-    export(rundir, beside)
+    export(rundir, beside, step=step)
     shutil.rmtree(rundir.path / "model", ignore_errors=True)
     beside.rename(rundir.path / "model")

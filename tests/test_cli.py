@@ -107,7 +107,7 @@ def test_mistakes_end_with_code_2_and_nothing_written(recipe, model, tmp_path, c
 
 def test_a_recipe_that_is_not_there(capsys):
     assert main(["train", "nowhere.yaml"]) == 2
-    assert "nowhere.yaml: no such recipe" in capsys.readouterr().err
+    assert "nowhere.yaml: no such file" in capsys.readouterr().err
 
 
 def test_export_of_no_run(tmp_path, capsys):

@@ -53,7 +53,7 @@ def test_mistakes(recipe, override, message):
 def test_missing_fields_and_files(tmp_path):
     with pytest.raises(ConfigError, match="model: is required and missing"):
         parse_config({"data": {"train": "x"}})
-    with pytest.raises(ConfigError, match="no such recipe"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):

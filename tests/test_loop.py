@@ -60,6 +60,13 @@ def run(config, problems, tmp_path, **faking):
     return fakes.calls, after
 
 
+def test_training_ends_where_after_step_says_so(problems, tmp_path):
+    fakes, after = Fakes(), []
+    with RunLog(tmp_path, title="test") as log:
+        train(config(steps=5), problems, fakes, fakes, fakes, log, after_step=lambda n: after.append(n) or n == 3)
+    assert after == [0, 1, 2, 3]
+
+
 def test_sdft_pushes_before_it_samples_and_samples_before_it_learns(problems, tmp_path):
     calls, after = run(config(), problems, tmp_path)
     assert calls == [

@@ -1,0 +1,143 @@
+"""`sdft continual PLAN`: tasks taught one after another from one start, methods side by side.
+
+Every stage is an ordinary run from the model of the stage before it. After each, all tasks and all prior
+skills are evaluated. What is finished is kept and not repeated, so that the same command goes on where
+it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+
+from sdft_dist.cluster import ray_session
+from sdft_dist.config import Config, Section, load_config, load_yaml, parse
+from sdft_dist.continual_results import write_results
+from sdft_dist.errors import UserError
+from sdft_dist.train import run
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # also the name of a folder
+
+
+class TaskPlan(Section):
+    """One task of a plan."""
+
+    train: str = Field(description="Demonstrations, as data.train.")
+    eval: str = Field(description="Held-out rows, as eval.sets.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe for this task, dotted.")
+
+
+class Plan(Section):
+    """What `sdft continual` does."""
+
+    recipe: str = Field(description="Recipe that holds for all runs; model.path in it is the start.")
+    out: str = Field(description="Folder for all runs and results.")
+    tasks: dict[str, TaskPlan] = Field(min_length=1, description="In the order in which they are taught.")
+    prior: dict[str, str] = Field(default_factory=dict, description="Held-out files of what the start knows, by name.")
+    methods: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="Fields of the recipe for each method, dotted, such as {method: sft}, by name."
+    )
+    seeds: list[int] = Field([0], min_length=1, description="Each method is run with each of them as `seed`.")
+
+    @field_validator("tasks", "prior", "methods")
+    @classmethod
+    def names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse names that are no folder's."""
+        for name in value:
+            if not re.match(NAME, name):
+                raise ValueError(f"{name!r}: a name is made of letters, digits, '.', '_' and '-'")
+        return value
+
+    @model_validator(mode="after")
+    def distinct(self) -> Plan:
+        """Refuse a set that is both a task's and prior."""
+        for name in self.tasks.keys() & self.prior.keys():
+            raise ValueError(f"prior.{name}: is a task's name too")
+        return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task, taught with one method and seed."""
+
+    method: str
+    seed: int
+    task: str
+    config: Config
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end; the model is the last that a run writes."""
+        return (self.folder / "model").is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run_dir)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan. Raises ConfigError with one line per mistake."""
+    return parse(Plan, load_yaml(path))
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """All runs of the plan, in order. Raises ConfigError where a recipe is wrong."""
+    return [stage for seed in plan.seeds for method in plan.methods for stage in _sequence(plan, method, seed)]
+
+
+def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
+    """One method with one seed. The teacher of a stage starts from the stage's own start, or with
+    teacher.reanchor=false from the start of them all."""
+    recipe = load_config(plan.recipe)
+    sets = {name: task.eval for name, task in plan.tasks.items()} | plan.prior
+    start, found = recipe.model.path, []
+    for number, (name, task) in enumerate(plan.tasks.items(), start=1):
+        folder = Path(plan.out) / f"{method}-seed{seed}" / f"{number}-{name}"
+        fields = plan.methods[method] | task.set
+        values = {
+            "eval.every": recipe.eval.every or 10**9,  # before and after each stage
+            **({"teacher.anchor": recipe.model.path} if fields.get("teacher.reanchor") is False else {}),
+            **fields,
+            "run_dir": str(folder),
+            "seed": seed,
+            "model.path": start,
+            "data.train": task.train,
+            "eval.sets": sets,
+        }
+        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        found.append(Stage(method, seed, name, load_config(plan.recipe, overrides)))
+        start = str(folder / "model")
+    return found
+
+
+def continual(plan: Plan, console: Console) -> dict[str, Any]:
+    """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
+    where a stage was run with other settings before."""
+    work = stages(plan)
+    for stage in work:
+        _refuse_changed(stage)
+    with ray_session(work[0].config):
+        for i, stage in enumerate(work, start=1):
+            if not stage.done:
+                title = f"{i}/{len(work)} {stage.method} seed {stage.seed} {stage.task}"
+                run(stage.config, title=title, console=console, resume="auto")
+    return write_results(Path(plan.out), list(plan.tasks), list(plan.prior), work)
+
+
+def _refuse_changed(stage: Stage) -> None:
+    path = stage.folder / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = load_config(path).model_dump(), stage.config.model_dump()
+    differing = [name for name in now if before[name] != now[name]]
+    if differing:
+        raise UserError(
+            f"{path.parent}: was run with another {', '.join(differing)}: give the plan another `out`, or remove it"
+        )
