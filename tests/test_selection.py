@@ -28,8 +28,9 @@ def test_the_start_is_no_candidate():
 
 
 @pytest.mark.parametrize(
-    ("values", "ends"), [((0, 0.5), False), ((0, 0.5, 0.5), False), ((0, 0.5, 0.5, 0.4), True), ((0, 0.5, 0.4, 0.6), False)]
-)  # fmt: skip
+    ("values", "ends"),
+    [((0, 0.5), False), ((0, 0.5, 0.5), False), ((0, 0.5, 0.5, 0.4), True), ((0, 0.5, 0.4, 0.6), False)],
+)
 def test_a_run_ends_after_so_many_evaluations_without_a_better_one(values, ends):
     assert exhausted(settings(patience=2), records(*values)) is ends
 
@@ -60,5 +61,5 @@ def test_selection_needs_a_metric_that_is_measured(fields, message):
 
 def test_the_best_is_saved_only_with_its_teacher():
     tree = {"every": 3, "sets": {"new": "n"}, "metric": "new", "keep_best": True}
-    with pytest.raises(ConfigError, match="eval.keep_best: .* teacher.sync_every=2"):
+    with pytest.raises(ConfigError, match=r"eval.keep_best: .* teacher.sync_every=2"):
         parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "teacher": {"sync_every": 2}, "eval": tree})
