@@ -19,6 +19,9 @@ from sdft_dist.errors import NotServing
 from sdft_dist.types import Span, VersionSpan, WeightManifest
 
 
+FOLDER = "default"  # vLLM's name for the weights before any push
+
+
 class Sampling(NamedTuple):
     """How completions are sampled. `temperature` 0 is greedy; `num_top` likeliest ids are reported."""
 
@@ -92,6 +95,29 @@ class Engine:
         self._num_top: dict[str, int] = {}  # of each unfinished request
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
         self.version: int | None = None
+
+    def serve_folder(self) -> None:
+        """Serve the weights of the model's folder as version 0, without a push."""
+        self.version = 0
+
+    def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
+        """For each sequence (int32 [T]): the log-probability of its tokens from `start` on, nats, in float32 at
+        temperature 1, and whether every one of them is the likeliest. Needs runner="generate" and that nothing else
+        is under way."""
+        from vllm import SamplingParams
+
+        version, engine, found = self._serving_version(), self._llm.llm_engine, {}
+        names = [self._new_id() for _ in sequences]
+        how = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        for name, tokens in zip(names, sequences, strict=True):
+            engine.add_request(name, {"prompt_token_ids": tokens.tolist(), "cache_salt": str(version)}, how)
+        while engine.has_unfinished_requests():
+            found.update({o.request_id: o.prompt_logprobs for o in engine.step() if o.finished})
+        scores = []
+        for name, tokens, start in zip(names, sequences, starts, strict=True):
+            own = [place[int(token)] for place, token in zip(found[name][start:], tokens[start:], strict=True)]
+            scores.append((sum(token.logprob for token in own), all(token.rank == 1 for token in own)))
+        return scores
 
     def add(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], how: Sampling) -> list[str]:
         """Take on one request per prompt (int32 [P]); returns their names. Needs runner="generate" and a
@@ -222,7 +248,9 @@ def _completion(output: Any, num_top: int) -> Completion:
     ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(token_ids), 1 + num_top)
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(ids.shape)[:, 0]
     assert (ids[:, 0] == token_ids).all()
-    spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions)
+    spans = tuple(
+        VersionSpan(0 if s.version == FOLDER else int(s.version), s.start, s.end) for s in output.weight_versions
+    )
     return Completion(token_ids, logprobs, output.finish_reason, spans, ids[:, 1:] if num_top else None)
 
 

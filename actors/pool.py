@@ -54,6 +54,19 @@ class Pool:
 
         return self._spread(work, send, "complete")
 
+    def serve_folder(self) -> None:
+        """Let every engine serve the weights of the model's folder. Generators only."""
+        self._wait([actor.serve_folder.remote() for actor in self.actors], "load the model's folder")
+
+    def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
+        """For each sequence (int32 [T]) the log-probability of its tokens from `start` on, and whether every one of
+        them is the likeliest. Generators only."""
+
+        def send(actor: Any, part: Sequence[Any]) -> Any:
+            return actor.loglikelihoods.remote([tokens for tokens, _ in part], [start for _, start in part])
+
+        return self._spread(list(zip(sequences, starts, strict=True)), send, "log-likelihoods")
+
     def peak_gib(self) -> float:
         """Peak memory of the actor that has needed most; 0 where there is none."""
         return max(self._wait([a.peak_gib.remote() for a in self.actors], "peak memory"), default=0.0)

@@ -81,6 +81,14 @@ class Generator:
             self._finished |= self.engine.advance()
         return [self._finished.pop(name).token_ids for name in names]
 
+    def serve_folder(self) -> None:
+        """Serve the weights of the model's folder, without a push."""
+        self.engine.serve_folder()
+
+    def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
+        """Log-probability of each sequence's tokens from `start` on, and whether greedy decoding gives them."""
+        return self.engine.loglikelihoods(sequences, starts)
+
     def forget(self) -> None:
         """Drop all samples that are under way."""
         self.engine.abort()

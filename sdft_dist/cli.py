@@ -119,6 +119,15 @@ def _add_measuring(commands: Commands) -> None:
     page.add_argument("--new", metavar="SET", help="the held-out set of what is taught (default: the first)")
     page.set_defaults(command=_report)
 
+    other = _with_recipe(commands.add_parser("harness", help="lm-evaluation-harness on the model of a recipe"))
+    other.add_argument("--tasks", default="paper", help="comma-separated; paper is the paper's six (default)")
+    other.add_argument("--include", type=Path, metavar="DIR", help="folder with task files of your own")
+    other.add_argument("--limit", type=_positive, help="only the first rows of each task")
+    other.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+    other.add_argument("--run-code", action="store_true", help="allow tasks that run code which the model has written")
+    other.add_argument("--out", type=Path, required=True, help="folder for results.json and every row")
+    other.set_defaults(command=_harness)
+
     sequence = commands.add_parser("continual", help="teach tasks one after another, with several methods")
     sequence.add_argument("plan", type=Path, help="YAML file; `sdft lab sequence` writes one")
     sequence.set_defaults(command=_continual)
@@ -250,6 +259,32 @@ def _report(args: argparse.Namespace) -> None:
     from sdft_dist.report import report
 
     print(f"Report: {report(args.runs, args.out, args.new)}")
+
+
+def _harness(args: argparse.Namespace) -> None:
+    from sdft_dist.config import load_config
+    from sdft_dist.errors import UserError
+
+    config = load_config(args.recipe, args.overrides)
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise UserError("sdft harness: needs lm-evaluation-harness: pip install 'sdft-dist[eval]'")
+    from rich.console import Console
+
+    from sdft_dist.harness import harness, save, show
+
+    found = harness(
+        config,
+        args.tasks.split(","),
+        include=args.include,
+        limit=args.limit,
+        chat=args.chat,
+        run_code=args.run_code,
+    )
+    save(found, args.out)
+    show(found, Console())
+    print(f"Results: {args.out / 'results.json'}")
 
 
 def _continual(args: argparse.Namespace) -> None:

@@ -164,6 +164,27 @@ def launch(
             ray.kill(actor)
 
 
+@contextmanager
+def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
+    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner."""
+    import ray
+
+    from actors.rollout import Generator
+
+    device, actors = resolve_device(config), []
+    for _ in range(config.cluster.generators):
+        options = _resources(device, config.cluster.generators)
+        actors.append(ray.remote(Generator).options(**options).remote(config, device, stop_ids, None))
+    try:
+        pool = Pool("generators", actors, config.cluster.timeout_s, Events())
+        pool.wait_ready()
+        pool.serve_folder()
+        yield pool
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
 def explain(error: Exception, actors: list[Any]) -> Exception | None:
     """What is behind an error, in this project's terms; None where it is nothing that machines did."""
     from ray.exceptions import ObjectStoreFullError, OutOfDiskError

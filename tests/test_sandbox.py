@@ -1,0 +1,48 @@
+import os
+import time
+
+import pytest
+
+from sdft_dist.sandbox import passes
+
+
+def test_code_passes_where_it_ends_without_an_error():
+    assert passes("assert sum([1, 2]) == 3")
+    assert not passes("assert sum([1, 2]) == 4")
+    assert not passes("def f(:")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)",
+    ],
+)
+def test_code_that_does_not_end_is_ended(program):
+    started = time.monotonic()
+    assert not passes(program, seconds=0.5)
+    assert time.monotonic() - started < 5
+
+
+def test_code_that_wants_too_much_fails():
+    assert not passes("x = bytearray(4 << 30)")
+    assert not passes("open('file', 'wb').write(bytes(8 << 20))")
+
+
+def test_what_the_code_has_started_is_ended_too(tmp_path):
+    pid = tmp_path / "pid"
+    program = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid))"
+    assert passes(program)
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{pid.read_text()}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    state = f"/proc/{pid.read_text()}/stat"
+    assert not os.path.exists(state) or open(state).read().split()[2] == "Z"
+
+
+def test_the_code_sees_no_secrets(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert passes("import os; assert not any('KEY' in name for name in os.environ)")
+    assert passes("import os; assert os.listdir() == []")
