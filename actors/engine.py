@@ -18,7 +18,6 @@ from sdft_dist.config import Config
 from sdft_dist.errors import NotServing
 from sdft_dist.types import Span, VersionSpan, WeightManifest
 
-
 FOLDER = "default"  # vLLM's name for the weights before any push
 
 

@@ -7,7 +7,10 @@ it was interrupted.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from rich.console import Console
 from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config, Section, load_config, load_yaml, parse
 from sdft_dist.continual_results import write_results
+from sdft_dist.data import load_rows
 from sdft_dist.errors import UserError
 from sdft_dist.train import run
 
@@ -33,6 +37,13 @@ class TaskPlan(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe for this task, dotted.")
 
 
+class MethodPlan(Section):
+    """One method of a plan."""
+
+    rehearse: float = Field(0.0, ge=0, lt=1, description="Share of each stage's rows that come from earlier tasks.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe, dotted: {method: sft}.")
+
+
 class Plan(Section):
     """What `sdft continual` does."""
 
@@ -40,9 +51,7 @@ class Plan(Section):
     out: str = Field(description="Folder for all runs and results.")
     tasks: dict[str, TaskPlan] = Field(min_length=1, description="In the order in which they are taught.")
     prior: dict[str, str] = Field(default_factory=dict, description="Held-out files of what the start knows, by name.")
-    methods: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="Fields of the recipe for each method, dotted, such as {method: sft}, by name."
-    )
+    methods: dict[str, MethodPlan] = Field(min_length=1, description="What is compared, by name.")
     seeds: list[int] = Field([0], min_length=1, description="Each method is run with each of them as `seed`.")
 
     @field_validator("tasks", "prior", "methods")
@@ -100,7 +109,8 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
     start, found = recipe.model.path, []
     for number, (name, task) in enumerate(plan.tasks.items(), start=1):
         folder = Path(plan.out) / f"{method}-seed{seed}" / f"{number}-{name}"
-        fields = plan.methods[method] | task.set
+        own = plan.methods[method]
+        fields = own.set | task.set
         values = {
             "eval.every": recipe.eval.every or 10**9,  # before and after each stage
             **({"teacher.anchor": recipe.model.path} if fields.get("teacher.reanchor") is False else {}),
@@ -108,7 +118,7 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
             "run_dir": str(folder),
             "seed": seed,
             "model.path": start,
-            "data.train": task.train,
+            "data.train": str(_mixture(plan, own.rehearse, number)) if own.rehearse and number > 1 else task.train,
             "eval.sets": sets,
         }
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
@@ -117,12 +127,35 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
     return found
 
 
+def _mixture(plan: Plan, share: float, number: int) -> Path:
+    """The file of stage `number`'s rows with a share of rows of earlier tasks."""
+    return Path(plan.out) / "rehearsal" / f"{number}-{list(plan.tasks)[number - 1]}-{share:g}.jsonl"
+
+
+def write_mixtures(plan: Plan) -> None:
+    """Write the rows of all stages that rehearse: those of the task itself, and as many of the earlier tasks,
+    evenly, as make up the share. The same whenever it is called. Raises DataError."""
+    shares = {method.rehearse for method in plan.methods.values()} - {0.0}
+    if not shares:
+        return
+    rows = [load_rows(task.train) for task in plan.tasks.values()]
+    for share, number in itertools.product(sorted(shares), range(2, len(rows) + 1)):
+        earlier, own = rows[: number - 1], rows[number - 1]
+        each = math.ceil(len(own) * share / (1 - share) / len(earlier))
+        rng = random.Random(f"rehearsal/{number}")
+        again = [row for task in earlier for row in rng.sample(task, min(each, len(task)))]
+        path = _mixture(plan, share, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row.record(), ensure_ascii=False) + "\n" for row in [*own, *again]))
+
+
 def continual(plan: Plan, console: Console) -> dict[str, Any]:
     """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
     where a stage was run with other settings before."""
     work = stages(plan)
     for stage in work:
         _refuse_changed(stage)
+    write_mixtures(plan)
     with ray_session(work[0].config):
         for i, stage in enumerate(work, start=1):
             if not stage.done:

@@ -41,6 +41,11 @@ class Row:
     answer: str | None = None  # for evaluation
     imitable: bool = True  # false for a privileged context, which is no answer to imitate
 
+    def record(self) -> dict[str, Any]:
+        """A record that reads back as this row."""
+        column = "demonstration" if self.imitable else "privileged_context"
+        return {"prompt": list(self.messages), column: self.demonstration}
+
 
 class _BadField(ValueError):
     def __init__(self, field: str, problem: str) -> None:

@@ -5,8 +5,9 @@ import pytest
 from helpers import write_jsonl
 
 from sdft_dist.config import dump_config, load_config
-from sdft_dist.continual import continual, load_plan, stages
+from sdft_dist.continual import MethodPlan, continual, load_plan, stages, write_mixtures
 from sdft_dist.continual_results import markdown, write_results
+from sdft_dist.data import load_rows
 from sdft_dist.errors import ConfigError, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.lab.teaching import write_sequence
@@ -42,7 +43,7 @@ def test_every_stage_is_evaluated_on_all_tasks_and_all_prior_skills(plan):
 def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
     base = load_config(plan.recipe).model.path
     assert all(s.config.teacher.reanchor for s in stages(plan))
-    methods = {"first": {"teacher.reanchor": False}}
+    methods = {"first": MethodPlan(set={"teacher.reanchor": False})}
     for stage in stages(plan.model_copy(update={"methods": methods})):
         assert (stage.config.teacher.reanchor, stage.config.teacher.anchor) == (False, base)
 
@@ -51,7 +52,8 @@ def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
     ("change", "message"),
     [
         ("tasks: {}", "tasks"),
-        ("methods: {sdft: {optim.learning_rat: 1}}", "did you mean optim.learning_rate"),
+        ("methods: {sdft: {set: {optim.learning_rat: 1}}}", "did you mean optim.learning_rate"),
+        ("methods: {sdft: {rehearse: 1}}", "methods.sdft.rehearse: got 1"),
         ("methods: {../x: {}}", "letters, digits"),
         ("prior: {t35: file}", "prior.t35: is a task's name too"),
         ("task: {}", "did you mean tasks"),
@@ -72,6 +74,22 @@ def test_a_stage_that_was_run_with_other_settings_is_refused_before_anything_sta
     (stage.folder / "config.yaml").write_text(dump_config(other))
     with pytest.raises(UserError, match="3-t37: was run with another steps"):
         continual(plan, None)
+
+
+def test_a_stage_that_rehearses_trains_on_a_share_of_earlier_rows_evenly(plan):
+    plan = plan.model_copy(update={"methods": {"sft": MethodPlan(rehearse=0.25), "sdft": MethodPlan()}})
+    write_mixtures(plan)
+    sft, sdft = stages(plan)[:3], stages(plan)[3:6]
+    files = [Path(stage.config.data.train) for stage in sft]
+    assert files[0] == Path(plan.tasks["t35"].train), "nothing came before"
+    assert [s.config.data.train for s in sdft] == [task.train for task in plan.tasks.values()]
+    words = [row.messages[-1]["content"].split()[0] for row in load_rows(str(files[2]))]
+    counts = {word: words.count(word) for word in set(words)}
+    assert counts["t35"] == counts["t36"] == pytest.approx(0.125 * len(words), abs=2)
+    assert counts["t37"] == len(load_rows(plan.tasks["t37"].train))
+    text = files[2].read_text()
+    write_mixtures(plan)
+    assert files[2].read_text() == text
 
 
 def finished(folder, stages, accuracies, config):

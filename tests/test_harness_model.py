@@ -61,7 +61,7 @@ def test_a_task_that_samples_is_refused():
 
 def test_a_context_without_room_for_the_answer_is_refused():
     model = HarnessModel(Engines(), TOKENIZER, 16)
-    with pytest.raises(UserError, match="model.max_length: 16"):
+    with pytest.raises(UserError, match=r"model.max_length: 16"):
         model.generate_until([request("rev", {"max_gen_toks": 16})])
 
 

@@ -35,6 +35,8 @@ generation_kwargs: {until: [" done"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match}]
 metadata: {version: 1.0}
 """
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder with task files over lab questions, chat template already applied."""
