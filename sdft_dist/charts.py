@@ -89,6 +89,19 @@ def pareto(points: Mapping[str, Point], new: str) -> Any:
     return figure
 
 
+def matrix(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Any:
+    """Percentages as coloured cells with their numbers."""
+    figure, axis = plt.subplots(figsize=(2 + 0.8 * len(columns), 0.9 + 0.45 * len(rows)), layout="constrained")
+    axis.imshow(list(rows.values()), cmap="RdYlGn", vmin=0, vmax=100, aspect="auto", alpha=0.8)
+    for i, values in enumerate(rows.values()):
+        for j, value in enumerate(values):
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    return figure
+
+
 def shares(runs: Mapping[str, Mapping[str, float]]) -> Any:
     """Horizontal bars: share of the wall clock in which each thing was done. They may overlap in time."""
     what = sorted({name for found in runs.values() for name in found})

@@ -15,11 +15,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.charts import Curve, Point, curves, pareto, plt, shares
+from sdft_dist.charts import Curve, Point, curves, matrix, pareto, plt, shares
 from sdft_dist.config import Config, dump_config, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
+from sdft_dist.selection import exported
 
 ROWS = 4  # shown of each set
 STYLE = """
@@ -73,6 +74,7 @@ def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
         f"<h1>{escape(' · '.join(run.name for run in runs))}</h1>",
         _overview(runs),
         *_accuracy(runs, new, out),
+        *(_retention(chain, out) for chain in _chains(runs)),
         *_training(runs, out),
         *_positions(runs, out),
         *_time(runs, out),
@@ -159,6 +161,34 @@ def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
         }
         pictures.append(_curves("others, mean", means, "accuracy, %", out, percent=True))
     return [*parts, _side_by_side(pictures)]
+
+
+def _chains(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that go on from each other's model, in order; only where there are at least two."""
+    exported = {(run.path / "model").resolve(): run for run in runs}
+    before = {run.name: exported.get(Path(run.config.model.path).resolve()) for run in runs}
+    chains = []
+    for last in runs:
+        if last.name in {parent.name for parent in before.values() if parent is not None}:
+            continue
+        chain = [last]
+        while (parent := before[chain[0].name]) is not None:
+            chain.insert(0, parent)
+        if len(chain) > 1 and all(run.evals for run in chain):
+            chains.append(chain)
+    return chains
+
+
+def _retention(chain: Sequence[Run], out: Path) -> str:
+    """Accuracy on every set at the start and after every run of a chain."""
+    first, ends = chain[0].evals[0], [exported(run.config.eval, run.evals) or {} for run in chain]
+    names = [name for name in chain[0].sets if all(name in record for record in ends)]
+    rows = {"start": first, **{run.name: record for run, record in zip(chain, ends, strict=True)}}
+    figure = matrix({row: [100 * record[name] for name in names] for row, record in rows.items()}, names)
+    title = f"retention-{chain[-1].name}".replace("/", "-")
+    picture = _picture(figure, title, "Accuracy on every set after every stage", out)
+    steps = " → ".join(escape(run.name) for run in chain)
+    return f"<h2>What each stage kept</h2><p class=soft>{steps}: accuracy, %.</p>{picture}"
 
 
 def _training(runs: Sequence[Run], out: Path) -> list[str]:

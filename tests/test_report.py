@@ -13,9 +13,9 @@ from sdft_dist.report import report
 from sdft_dist.rundir import RunDir
 
 
-def a_run(folder, method="sdft", rate=1e-5, kept=0.5, evaluated=True):
+def a_run(folder, method="sdft", rate=1e-5, kept=0.5, evaluated=True, start="m"):
     sets = {"new": "n", "old": "o"} if evaluated else {}
-    config = config_in(folder, method=method, optim={"learning_rate": rate}, eval={"sets": sets})
+    config = config_in(folder, method=method, optim={"learning_rate": rate}, eval={"sets": sets}, model={"path": start})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
     lines = [
@@ -46,6 +46,15 @@ def test_two_runs_are_compared_on_one_page(tmp_path):
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"pareto.png", "new.png", "others--mean.png", "loss.png", "time.png"} <= pictures
     assert page.count("data:image/png;base64,") == len(pictures)
+
+
+def test_runs_that_go_on_from_each_other_give_a_matrix_of_what_each_stage_kept(tmp_path):
+    one = a_run(tmp_path / "one")
+    two = a_run(tmp_path / "two", start=str(one / "model"))
+    page = report([two, one], tmp_path / "out").read_text()
+    assert "What each stage kept" in page
+    assert "one → two: accuracy" in page
+    assert (tmp_path / "out" / "retention-two.png").exists()
 
 
 def test_a_run_that_was_never_evaluated(tmp_path):
