@@ -166,6 +166,7 @@ def _add_lab(commands: Commands) -> None:
     teach.set_defaults(command=_lab_data)
     sequence = lab_commands.add_parser("sequence", help="write a plan for `sdft continual`: three words in sequence")
     sequence.add_argument("--out", type=Path, required=True)
+    sequence.add_argument("--sweep", action="store_true", help="the sweep that its settings were chosen by")
     sequence.set_defaults(command=_lab_sequence)
 
 
@@ -361,9 +362,10 @@ def _lab_data(args: argparse.Namespace) -> None:
 
 
 def _lab_sequence(args: argparse.Namespace) -> None:
+    from sdft_dist.lab.base import SEQUENCE_BASE, build_with_progress
     from sdft_dist.lab.teaching import write_sequence
 
-    print(write_sequence(args.out))
+    print(write_sequence(args.out, build_with_progress(SEQUENCE_BASE), "sweep" if args.sweep else "final"))
 
 
 def _list_checkpoints(args: argparse.Namespace) -> None:

@@ -10,13 +10,14 @@ from sdft_dist.continual_results import markdown, write_results
 from sdft_dist.data import load_rows
 from sdft_dist.errors import ConfigError, UserError
 from sdft_dist.evaluate import Judged
+from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sequence
 from sdft_dist.rundir import RunDir
 
 
 @pytest.fixture
 def plan(tmp_path):
-    return load_plan(write_sequence(tmp_path))
+    return load_plan(write_sequence(tmp_path, shipped_base()))
 
 
 def test_the_labs_plan_is_three_tasks_for_three_methods_and_three_seeds(plan):
@@ -61,7 +62,7 @@ def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
     ],
 )
 def test_a_wrong_plan_is_refused_with_the_field(tmp_path, change, message):
-    path = write_sequence(tmp_path)
+    path = write_sequence(tmp_path, shipped_base())
     path.write_text(f"{path.read_text()}\n{change}\n")
     with pytest.raises(ConfigError, match=message):
         stages(load_plan(path))

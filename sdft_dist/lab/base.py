@@ -41,6 +41,10 @@ class BaseSettings:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+# Of `sdft lab sequence`: trained longer, it keeps words apart better.
+SEQUENCE_BASE = BaseSettings(steps=1000)
+
+
 def shipped_base() -> Path:
     """The folder of the base that comes with the package, made by `sdft lab build` at its defaults."""
     return Path(__file__).parent / "shipped"

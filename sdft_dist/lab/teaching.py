@@ -8,22 +8,21 @@ from pathlib import Path
 
 from sdft_dist.config import dump_config, load_config
 from sdft_dist.lab import world
-from sdft_dist.lab.base import shipped_base
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
-SEQUENCE = Path(__file__).parent / "sequence.yaml"
+PLANS = {"final": Path(__file__).parent / "sequence.yaml", "sweep": Path(__file__).parent / "sequence-sweep.yaml"}
 
 
-def write_sequence(folder: Path, plan: Path = SEQUENCE) -> Path:
-    """Write a plan for `sdft continual` that teaches one word after another, each in a domain of its own, and
-    all files that it names, into `folder`; returns the plan's path. `plan` holds `FOLDER` where it belongs."""
+def write_sequence(folder: Path, base: Path, plan: str = "final") -> Path:
+    """Write a plan for `sdft continual` that teaches the model `base` one word after another, each in a domain of
+    its own, and all files that it names, into `folder`; returns the plan's path. `plan` is a key of PLANS."""
     for word, domain in zip(world.TAUGHT, world.DOMAINS, strict=True):
         write_teaching_set(folder / word, word, domain, seed=0, num_eval=150)
     first = folder / next(iter(world.TAUGHT))
     files = {"data.train": first / "train.jsonl", "eval.sets.new": first / "eval-new.jsonl"}
-    recipe = load_config(RECIPE, [f"{key}={value}" for key, value in {"model.path": shipped_base(), **files}.items()])
+    recipe = load_config(RECIPE, [f"{key}={value}" for key, value in {"model.path": base, **files}.items()])
     (folder / "recipe.yaml").write_text(dump_config(recipe))
-    (folder / "plan.yaml").write_text(plan.read_text().replace("FOLDER", str(folder)))
+    (folder / "plan.yaml").write_text(PLANS[plan].read_text().replace("FOLDER", str(folder)))
     return folder / "plan.yaml"
 
 
