@@ -1,7 +1,8 @@
 """Frozen records that cross processes.
 
 Arrays are numpy, so that Ray's object store hands them over without a copy. Records named *Ref hold
-metadata and an object reference: they are all that the driver ever touches of a sample.
+metadata and an object reference: they are all that the driver ever touches of a sample. What the driver
+handles by the thousand is a NamedTuple: frozen dataclasses with slots are pickled by Python code.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ class Sample:
     top_ids: np.ndarray | None = None  # int32 [C, K], the student's likeliest, where the loss is taken there
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleRef:
+class SampleRef(NamedTuple):
     """The driver's handle on a Sample."""
 
     key: SampleKey
@@ -96,8 +96,7 @@ class TeacherTargets:
     tail: np.ndarray | None = None  # float32 [C], log of the mass outside `ids`
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainItem:
+class TrainItem(NamedTuple):
     """One sequence that the learner trains on, as the driver sees it.
 
     `sample` and `targets` are None for a demonstration, which the learner reads from the ProblemSet.

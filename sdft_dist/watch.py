@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import mean
+from statistics import fmean as mean
 from typing import Any
 
 from sdft_dist.types import TrainItem
