@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from sdft_dist import __version__
 
 if TYPE_CHECKING:
+    from sdft_dist.config import Config
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -86,6 +88,7 @@ def _add_training(commands: Commands) -> None:
             "another run's folder or checkpoint",
         )
         sub.add_argument("--allow-changes", action="store_true", help="resume although settings or data have changed")
+        sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and what they ask of Ray")
         sub.set_defaults(command=_train, method="sft" if name == "sft" else None)
 
 
@@ -199,10 +202,25 @@ def _train(args: argparse.Namespace) -> None:
 
     overrides = [*args.overrides, *([f"method={args.method}"] if args.method else [])]
     config = load_config(args.recipe, overrides)
+    if args.dry_run:
+        _dry_run(config)
+        return
     from sdft_dist.train import run
 
     rundir = run(config, resume=args.resume, allow_changes=args.allow_changes)
     print(f"Trained model: {rundir.path / 'model'}\nMetrics: {rundir.path / 'metrics.jsonl'}")
+
+
+def _dry_run(config: Config) -> None:
+    """On CUDA unless the recipe says otherwise: whoever asks is seldom on the machine that trains."""
+    from sdft_dist.config import dump_config
+    from sdft_dist.topology import needs
+
+    print(dump_config(config), end="")
+    device = "cpu" if config.cluster.device == "cpu" else "cuda"
+    wanted = needs(config, device)
+    parts = ", ".join(f"{need.actors} {need.role}" for need in wanted)
+    print(f"# {parts}: {sum(need.actors * need.gpus for need in wanted):g} GPUs on {device}")
 
 
 def _preflight(args: argparse.Namespace) -> None:

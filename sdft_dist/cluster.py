@@ -22,6 +22,7 @@ from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError, b
 from sdft_dist.last_words import obituary
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
+from sdft_dist.topology import lacking, needs
 from sdft_dist.types import OnSpan
 
 FROM_THE_BEGINNING = Start()
@@ -147,6 +148,10 @@ def launch(
     import ray
 
     device = resolve_device(config)
+    wanted = [need for need in needs(config, device) if need.role in ("learner ranks", *engines)]
+    missing = None if config.cluster.autoscaling else lacking(wanted, ray.nodes())
+    if missing:
+        raise UserError(f"cluster: {missing}; cluster.autoscaling=true waits for nodes to join")
     actors: list[Any] = []
     try:
         fleet = _build(config, problems, vocab_size, stop_ids, device, engines, on_span, on_event, start, stop, actors)

@@ -188,6 +188,9 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where torch sees it on the driver's node."
     )
+    autoscaling: bool = Field(
+        False, description="Nodes join on demand: do not refuse a cluster that has too few GPUs at the start."
+    )
     generators: int = Field(1, ge=1, description="Generator actors.")
     teachers: int = Field(1, ge=1, description="Teacher actors; none are started for method=sft.")
     gpu_memory_utilization: float = Field(

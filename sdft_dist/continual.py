@@ -149,7 +149,7 @@ def write_mixtures(plan: Plan) -> None:
         path.write_text("".join(json.dumps(row.record(), ensure_ascii=False) + "\n" for row in [*own, *again]))
 
 
-def continual(plan: Plan, console: Console) -> dict[str, Any]:
+def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
     where a stage was run with other settings before."""
     work = stages(plan)

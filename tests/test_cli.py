@@ -133,3 +133,11 @@ def test_a_clean_clone_passes_the_unit_tests_through_make(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert "Installing" not in done.stdout
+
+
+def test_a_dry_run_prints_settings_and_needs_and_starts_nothing(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "learner.ranks=2", "cluster.device=auto", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown)["learner"]["ranks"] == 2
+    assert "# 2 learner ranks, 1 generators, 1 teachers: 4 GPUs on cuda" in shown
+    assert not (tmp_path / "run").exists()

@@ -74,7 +74,7 @@ def test_a_stage_that_was_run_with_other_settings_is_refused_before_anything_sta
     other = stage.config.model_copy(update={"steps": 7})
     (stage.folder / "config.yaml").write_text(dump_config(other))
     with pytest.raises(UserError, match="3-t37: was run with another steps"):
-        continual(plan, None)
+        continual(plan)
 
 
 def test_a_stage_that_rehearses_trains_on_a_share_of_earlier_rows_evenly(plan):
