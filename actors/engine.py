@@ -18,8 +18,6 @@ from sdft_dist.config import Config
 from sdft_dist.errors import NotServing
 from sdft_dist.types import Span, VersionSpan, WeightManifest
 
-FOLDER = "default"  # vLLM's name for the weights before any push
-
 
 class Sampling(NamedTuple):
     """How completions are sampled. `temperature` 0 is greedy; `num_top` likeliest ids are reported."""
@@ -98,6 +96,7 @@ class Engine:
     def serve_folder(self) -> None:
         """Serve the weights of the model's folder as version 0, without a push."""
         self.version = 0
+        self._llm.llm_engine.engine_core.set_weight_version("0")
 
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """For each sequence (int32 [T]): the log-probability of its tokens from `start` on, nats, in float32 at
@@ -247,9 +246,7 @@ def _completion(output: Any, num_top: int) -> Completion:
     ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(token_ids), 1 + num_top)
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(ids.shape)[:, 0]
     assert (ids[:, 0] == token_ids).all()
-    spans = tuple(
-        VersionSpan(0 if s.version == FOLDER else int(s.version), s.start, s.end) for s in output.weight_versions
-    )
+    spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions)
     return Completion(token_ids, logprobs, output.finish_reason, spans, ids[:, 1:] if num_top else None)
 
 

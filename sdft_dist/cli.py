@@ -174,6 +174,11 @@ def _add_lab(commands: Commands) -> None:
 
 
 def _add_checkpoints(commands: Commands) -> None:
+    state = commands.add_parser("status", help="how far a run is")
+    state.add_argument("run", type=Path, help="run directory")
+    state.add_argument("--json", action="store_true", help="print JSON instead of text")
+    state.set_defaults(command=_status)
+
     ckpt = commands.add_parser("ckpt", help="checkpoints of a run")
     ckpt_commands = ckpt.add_subparsers(required=True, metavar="COMMAND")
     listing = ckpt_commands.add_parser("ls", help="list a run's checkpoints")
@@ -384,6 +389,15 @@ def _lab_sequence(args: argparse.Namespace) -> None:
     from sdft_dist.lab.teaching import write_sequence
 
     print(write_sequence(args.out, build_with_progress(SEQUENCE_BASE), "sweep" if args.sweep else "final"))
+
+
+def _status(args: argparse.Namespace) -> None:
+    import json
+
+    from sdft_dist.status import show, status
+
+    found = status(args.run)
+    print(json.dumps(found, indent=2) if args.json else show(found))
 
 
 def _list_checkpoints(args: argparse.Namespace) -> None:

@@ -88,6 +88,17 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
+    def owner(self) -> str | None:
+        """Who writes into it now; None where nobody does."""
+        try:
+            with (self.path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return (self.path / "lock").read_text().strip() or "another process"
+        return None
+
     def note_rows(self, dropped: list[str], truncated: list[str]) -> None:
         """Write which rows were left out or shortened into `rows.txt`, and say how many."""
         if dropped or truncated:

@@ -116,6 +116,6 @@ class RunLog:
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind from a run's metrics.jsonl, in order."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    """The records of one kind from a run's metrics.jsonl, in order; without a line that is still being written."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
     return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -1,0 +1,58 @@
+"""`sdft status RUN`: how far a run is, from what it has written so far."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from sdft_dist.config import load_config
+from sdft_dist.rundir import RunDir
+from sdft_dist.runlog import read_metrics
+
+RECENT = 20  # steps that rates are medians of
+LINES = 3  # of run.log
+
+
+def status(path: Path) -> dict[str, Any]:
+    """State, progress, rates and last evaluation of the run in `path`, while it is written to or after. Raises
+    UserError where `path` is no run."""
+    rundir = RunDir.open(path)
+    config, owner = load_config(path / "config.yaml"), rundir.owner()
+    written = (path / "metrics.jsonl").is_file()
+    train, evals = (read_metrics(path, kind) if written else [] for kind in ("train", "eval"))
+    recent, commits = train[-RECENT:], rundir.commits.steps()
+    log = (path / "run.log").read_text().splitlines() if (path / "run.log").is_file() else []
+    found: dict[str, Any] = {
+        "run": str(path),
+        "method": config.method,
+        "state": f"running ({owner})" if owner else "finished" if (path / "model").is_dir() else "not running",
+        "step": train[-1]["step"] if train else 0,
+        "checkpoints": commits,
+        "log": log[-LINES:],
+    }
+    if recent:
+        seconds = statistics.median(m["time/step"] for m in recent)
+        found |= {"seconds_per_step": seconds, "samples_per_s": statistics.median(m["samples_per_s"] for m in recent)}
+        found |= {name: recent[-1][name] for name in ("loss", "staleness_mean") if name in recent[-1]}
+        if config.steps:
+            found |= {"steps": config.steps, "minutes_left": seconds * (config.steps - found["step"]) / 60}
+    if evals:
+        found["evaluation"] = {
+            "step": evals[-1]["step"],
+            **{n: evals[-1][n] for n in config.eval.sets if n in evals[-1]},
+        }
+    return found
+
+
+def show(found: dict[str, Any]) -> str:
+    """The same as lines of text."""
+    plain = {name: value for name, value in found.items() if name not in ("log", "evaluation")}
+    lines = [
+        f"{name.replace('_', ' '):18}{f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in plain.items()
+    ]
+    if "evaluation" in found:
+        lines.append(f"{'evaluation':18}{json.dumps(found['evaluation'])}")
+    return "\n".join([*lines, *(f"  {line}" for line in found["log"])])

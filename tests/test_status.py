@@ -1,0 +1,44 @@
+import json
+
+import pytest
+from test_report import a_run
+
+from sdft_dist.errors import UserError
+from sdft_dist.rundir import RunDir
+from sdft_dist.status import show, status
+
+
+def test_a_run_tells_how_far_it_is(tmp_path):
+    run = a_run(tmp_path / "one")
+    (run / "run.log").write_text("2026-01-01 00:00:00 sdft begins\n2026-01-01 00:01:00 committed step-000003\n")
+    found = status(run)
+    assert (found["state"], found["step"], found["steps"]) == ("not running", 3, 40)
+    assert found["minutes_left"] == pytest.approx(37 * 2.0 / 60)
+    assert found["evaluation"] == {"step": 3, "new": 1.0, "old": 0.5}
+    assert found["log"][-1].endswith("committed step-000003")
+    assert json.loads(json.dumps(found)) == found
+    assert "samples per s     4" in show(found)
+
+
+def test_who_writes_into_it_is_named(tmp_path):
+    run = RunDir(a_run(tmp_path / "one"))
+    run._take_lock()
+    assert status(run.path)["state"].startswith("running (process ")
+    run.release()
+    (run.path / "model").mkdir()
+    assert status(run.path)["state"] == "finished"
+
+
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
+    run = a_run(tmp_path / "one")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert status(run)["step"] == 3
+
+
+def test_a_run_that_has_just_begun_and_a_folder_that_is_none(tmp_path):
+    run = a_run(tmp_path / "one")
+    (run / "metrics.jsonl").unlink()
+    assert status(run)["step"] == 0
+    with pytest.raises(UserError, match="is not a run directory"):
+        status(tmp_path)
