@@ -1,0 +1,21 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts.
+
+# until_done COMMAND…: run a training; hand Slurm's signal on to it, and requeue the job by its exit code.
+#   0 done · 2 a mistake in recipe or data · 3 asked to stop, and saved · 4 machines or disks failed · 5 diverged
+until_done() {
+  "$@" &
+  local child=$! code
+  trap 'kill -TERM "$child" 2> /dev/null || true' TERM INT
+  while true; do
+    code=0
+    wait "$child" || code=$?
+    # A signal ends `wait`, not the training, which is saving now.
+    if ! kill -0 "$child" 2> /dev/null; then break; fi
+  done
+  case $code in
+    3) scontrol requeue "$SLURM_JOB_ID" ;;
+    4) if ((${SLURM_RESTART_COUNT:-0} < 5)); then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+  esac
+  return "$code"
+}
