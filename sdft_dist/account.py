@@ -9,6 +9,9 @@ from typing import Any
 from sdft_dist.config import Config
 from sdft_dist.plan import GPUS, Gpu, Lengths, flops, read_dimensions, seconds
 
+WORK = {"generator": "decode", "teacher": "score", "learner": "train"}  # spans in which a role does its own work
+WEIGHTS = ("await weights", "load weights", "gather weights")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
@@ -72,3 +75,19 @@ def _gpu(config: Config, machine: Machine) -> Gpu:
         bandwidth=machine.bandwidth / (2 if config.model.dtype == "float32" else 1),
         memory_gib=known.memory_gib if known else 0.0,
     )
+
+
+def time_shares(busy: dict[str, float], config: Config) -> dict[str, dict[str, float]]:
+    """What one actor of each role does with its time: its work; waiting for new weights and loading them, or for a
+    learner gathering them; and the rest, in which it waits for data. `busy` holds shares over all actors of a role."""
+    actors = {
+        "generator": config.cluster.generators,
+        "teacher": config.cluster.teachers,
+        "learner": config.learner.ranks,
+    }
+    found = {}
+    for role, number in actors.items():
+        spent = {what: busy.get(f"{role}/{what}", 0.0) / number for what in (WORK[role], *WEIGHTS)}
+        work, weights = spent[WORK[role]], sum(spent[what] for what in WEIGHTS)
+        found[role] = {"work": work, "weights": weights, "data": max(0.0, 1 - work - weights)}
+    return found

@@ -7,6 +7,7 @@ slow minute of the machine hits all of them. The headline is the median over the
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import threading
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.account import Machine, accounts, mean_lengths
+from sdft_dist.account import WORK, Machine, accounts, mean_lengths, time_shares
 from sdft_dist.charts import timeline
 from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
@@ -226,8 +227,9 @@ def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed
         "fixed_lengths": fixed,
         "completion_tokens": completion,
         "max_staleness": config.rollout.max_staleness,
-        "staleness_mean": statistics.mean(m["staleness_mean"] for m in metrics["sdft"]),
+        "staleness_shares": _shares(metrics["sdft"]),
         "busy_share": busy["sdft"],
+        "time_share": time_shares(busy["sdft"], config),
         "roles": _roles(config, turns, ours, busy, completion),
     }
     for peer in rates.keys() & {"sync", "trl"}:
@@ -248,13 +250,12 @@ def _roles(
         wall = sum(ends[-1] - ends[0] for ends in segments)
         return busy[method][what] * wall / (batch * sum(len(ends) - 1 for ends in segments))
 
-    what = {"generator": "decode", "teacher": "score", "learner": "train"}
-    device_s = {role: per_sample("sdft", name) for role, name in what.items()}
+    device_s = {role: per_sample("sdft", f"{role}/{work}") for role, work in WORK.items()}
     lengths = mean_lengths(sdft.problems, completion)
     found = accounts(config, lengths, sdft.machines[0], device_s, min(in_flight, config.cluster.max_sequences))
     imitated = statistics.mean(len(p.demonstration_ids) for p in sft.problems)
     alone = accounts(
-        config, mean_lengths(sft.problems, imitated), sft.machines[0], {"sft": per_sample("sft", "train")}, 1
+        config, mean_lengths(sft.problems, imitated), sft.machines[0], {"sft": per_sample("sft", "learner/train")}, 1
     )
     return found | alone
 
@@ -271,6 +272,13 @@ def _busy(metrics: Sequence[dict[str, Any]], segments: Sequence[Sequence[float]]
     warm = metrics[steps:-steps]
     names = sorted({name for m in warm for name in m if name.startswith("busy/")})
     return {name.removeprefix("busy/"): sum(m.get(name, 0.0) for m in warm) / wall for name in names}
+
+
+def _shares(metrics: Sequence[dict[str, Any]]) -> list[float]:
+    """Share of samples that were 0, 1, 2, … optimizer steps old when they were trained on."""
+    counted = [m["staleness_counts"] for m in metrics]
+    sums = [sum(column) for column in itertools.zip_longest(*counted, fillvalue=0)]
+    return [n / sum(sums) for n in sums]
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -295,8 +303,14 @@ def show(report: dict[str, Any], console: Console) -> None:
     for peer, what in (("trl", "ours / TRL"), ("sync", "asynchronous / synchronous")):
         if f"sdft_over_{peer}_speed" in report:
             console.print(f"samples/s, {what}: {spread(report[f'sdft_over_{peer}_speed'], 2)}")
-    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in report["busy_share"].items())
-    console.print(f"share of the wall clock, SDFT: {shares}", highlight=False)
+    table = Table(title="SDFT: what one actor does with its time, %")
+    for column in ("", "work", "weights", "waits for data"):
+        table.add_column(column, justify="right" if column else "left")
+    for role, spent in report["time_share"].items():
+        table.add_row(role, *(f"{100 * share:.0f}" for share in spent.values()))
+    console.print(table)
+    lags = ", ".join(f"{lag}: {100 * share:.0f}%" for lag, share in enumerate(report["staleness_shares"]))
+    console.print(f"samples by their age in steps: {lags}", highlight=False)
     table = Table(title="At work: device-ms per sample, utilisation, peak memory of one actor")
     for column in ("", "measured", "predicted", "MFU", "GiB"):
         table.add_column(column, justify="right" if column else "left")

@@ -71,8 +71,9 @@ class RunLog:
         self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - started
 
     def span(self, role: str, index: int, span: Span) -> None:
-        """What an actor has done: adds to the current step's `busy/WHAT`, in seconds over all actors."""
-        self._busy[span.what] = self._busy.get(span.what, 0.0) + span.end - span.start
+        """What an actor has done: adds to the current step's `busy/ROLE/WHAT`, in seconds over all actors."""
+        name = f"{role}/{span.what}"
+        self._busy[name] = self._busy.get(name, 0.0) + span.end - span.start
         if self._trace is not None:
             self._trace.add(role, index, span)
 

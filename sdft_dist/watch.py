@@ -23,16 +23,25 @@ def position_bin(position: int, length: int) -> int:
     return NUM_FIRST + min(NUM_DECILES - 1, NUM_DECILES * (position - NUM_FIRST) // max(1, length - NUM_FIRST))
 
 
-def item_metrics(step: int, items: Sequence[TrainItem]) -> dict[str, float]:
-    """What the completions' metadata shows; `step` is the number of optimizer steps done before."""
+def item_metrics(step: int, items: Sequence[TrainItem]) -> dict[str, Any]:
+    """What the completions' metadata shows; `step` is the number of optimizer steps done before. How many samples
+    are 0, 1, 2, … steps old is in `staleness_counts`."""
     lengths = [item.num_completion_tokens for item in items]
     lags = [step - item.policy_version for item in items if item.policy_version >= 0]
     return {
         "completion_tokens_mean": mean(lengths) if lengths else 0.0,
         "cut_share": mean(item.finish_reason == "length" for item in items) if items else 0.0,
         "empty_share": mean(n <= 1 for n in lengths) if items else 0.0,
-        **({"staleness_mean": mean(lags), "staleness_max": max(lags)} if lags else {}),
+        **(
+            {"staleness_mean": mean(lags), "staleness_max": max(lags), "staleness_counts": _counts(lags)}
+            if lags
+            else {}
+        ),
     }
+
+
+def _counts(lags: Sequence[int]) -> list[int]:
+    return [lags.count(lag) for lag in range(1 + max(lags))]
 
 
 class Watch:

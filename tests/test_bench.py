@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from sdft_dist.account import Machine, accounts, mean_lengths
+from sdft_dist.account import Machine, accounts, mean_lengths, time_shares
 from sdft_dist.bench import SKIPPED, Turns, _rate, regression, timeline
 from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
@@ -123,3 +123,15 @@ def test_synthetic_rows_have_the_lengths_asked_for(tmp_path):
     assert parse_lengths("3/4/5") == (3, 4, 5)
     with pytest.raises(UserError, match="--lengths: got '3/4'"):
         parse_lengths("3/4")
+
+
+def test_what_an_actor_does_with_its_time_is_its_work_its_weights_and_the_rest():
+    config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "cluster": {"generators": 2}})
+    busy = {
+        "generator/decode": 1.2, "generator/await weights": 0.2, "generator/load weights": 0.2, "teacher/score": 0.3,
+        "teacher/load weights": 0.1, "learner/train": 0.5, "learner/fetch": 0.1, "learner/gather weights": 0.1,
+    }  # fmt: skip
+    found = time_shares(busy, config)
+    assert found["generator"] == pytest.approx({"work": 0.6, "weights": 0.2, "data": 0.2})
+    assert found["teacher"] == pytest.approx({"work": 0.3, "weights": 0.1, "data": 0.6})
+    assert found["learner"] == pytest.approx({"work": 0.5, "weights": 0.1, "data": 0.4})
