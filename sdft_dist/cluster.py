@@ -22,7 +22,7 @@ from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError, b
 from sdft_dist.last_words import obituary
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
-from sdft_dist.topology import lacking, needs
+from sdft_dist.topology import lacking, needs, resource
 from sdft_dist.types import OnSpan
 
 FROM_THE_BEGINNING = Start()
@@ -239,8 +239,10 @@ def _build(
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
     together = 2 if sdft and config.rollout.max_staleness else 1
 
-    def place(cls: type, sharing: int, *args: Any) -> Any:
-        actor = ray.remote(cls).options(**_resources(device, sharing)).remote(*args)
+    def place(cls: type, role: str, sharing: int, *args: Any) -> Any:
+        pinned = resource(config, role)
+        options = _resources(device, sharing) | ({"resources": {pinned: 0.001}} if pinned else {})
+        actor = ray.remote(cls).options(**options).remote(*args)
         actors.append(actor)
         return actor
 
@@ -250,12 +252,17 @@ def _build(
     def pool(role: str, size: int, make: Callable[[], Any]) -> Pool:
         return Pool(role, [make() for _ in range(size)], cluster.timeout_s, events, make)
 
-    make_generator = partial(place, Generator, together, config, device, stop_ids, table)
+    make_generator = partial(place, Generator, "generator", together, config, device, stop_ids, table)
     generators = pool("generators", num_generators, make_generator)
-    teachers = pool("teachers", num_teachers, partial(place, Teacher, together, config, device, vocab_size, table))
+    teachers = pool(
+        "teachers", num_teachers, partial(place, Teacher, "teacher", together, config, device, vocab_size, table)
+    )
     learner = LearnerGroup(
         config,
-        [place(LearnerRank, together * ranks, config, r, ranks, device, vocab_size, table) for r in range(ranks)],
+        [
+            place(LearnerRank, "learner", together * ranks, config, r, ranks, device, vocab_size, table)
+            for r in range(ranks)
+        ],
         events,
         on_span,
     )

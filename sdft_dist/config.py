@@ -191,6 +191,11 @@ class ClusterConfig(Section):
     autoscaling: bool = Field(
         False, description="Nodes join on demand: do not refuse a cluster that has too few GPUs at the start."
     )
+    pin_roles: bool = Field(
+        False,
+        description="Place each role only on nodes that offer Ray's custom resource sdft_learner, sdft_generator or "
+        "sdft_teacher: groups of different machines.",
+    )
     generators: int = Field(1, ge=1, description="Generator actors.")
     teachers: int = Field(1, ge=1, description="Teacher actors; none are started for method=sft.")
     gpu_memory_utilization: float = Field(

@@ -6,8 +6,8 @@ def config(**sections):
     return parse_config({"model": {"path": "m"}, "data": {"train": "d"}} | sections)
 
 
-def node(gpus, alive=True):
-    return {"Alive": alive, "Resources": {"CPU": 8, **({"GPU": gpus} if gpus else {})}}
+def node(gpus, alive=True, **offers):
+    return {"Alive": alive, "Resources": {"CPU": 8, **({"GPU": gpus} if gpus else {}), **offers}}
 
 
 def test_every_role_of_the_method_is_asked_for():
@@ -40,3 +40,12 @@ def test_an_actor_must_find_all_its_gpus_on_one_node():
 
 def test_cpu_runs_ask_for_no_gpu():
     assert lacking(needs(config(), "cpu"), [node(0)]) is None
+
+
+def test_a_pinned_role_goes_only_where_its_resource_is():
+    wanted = needs(config(learner={"ranks": 2}, cluster={"pin_roles": True}), "cuda")
+    groups = [node(2, sdft_learner=1), node(1, sdft_generator=1), node(1, sdft_teacher=1)]
+    assert lacking(wanted, groups) is None
+    assert lacking(wanted, groups[:2]) == "no node offers sdft_teacher, which cluster.pin_roles asks for teachers"
+    short = [node(1, sdft_learner=1), node(4, sdft_generator=1), node(1, sdft_teacher=1)]
+    assert lacking(wanted, short).endswith("the cluster has 6 on 3 nodes; 0 are left for learner ranks")
