@@ -1,0 +1,105 @@
+"""The Kubernetes files: fields that exist, a command that the CLI knows, GPUs that add up."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from sdft_dist.cli import _parse
+from sdft_dist.config import load_config
+from sdft_dist.topology import lacking, needs
+
+ROOT = Path(__file__).parent.parent
+K8S = ROOT / "deploy" / "k8s"
+
+
+def strict(required=(), **properties):
+    return {
+        "type": "object", "properties": properties, "required": list(required), "additionalProperties": False
+    }  # fmt: skip
+
+
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+AMOUNTS = {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
+CONTAINER = strict(
+    ("name", "image", "resources"),
+    name=TEXT, image=TEXT, resources=strict(requests=AMOUNTS, limits=AMOUNTS),
+    volumeMounts={"type": "array", "items": strict(("name", "mountPath"), name=TEXT, mountPath={"pattern": "^/"})},
+)  # fmt: skip
+VOLUME = strict(
+    ("name",), name=TEXT, persistentVolumeClaim=strict(("claimName",), claimName=TEXT),
+    emptyDir=strict(medium={"const": "Memory"}, sizeLimit=TEXT),
+)  # fmt: skip
+POD = strict(
+    ("containers",),
+    securityContext=strict(runAsNonRoot={"const": True}, runAsUser=COUNT, fsGroup=COUNT),
+    terminationGracePeriodSeconds=COUNT,
+    containers={"type": "array", "items": CONTAINER, "minItems": 1},
+    volumes={"type": "array", "items": VOLUME},
+)
+TEMPLATE = strict(("spec",), spec=POD)
+WORKERS = strict(
+    ("groupName", "template", "rayStartParams"),
+    groupName=TEXT, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, rayStartParams=TEXTS, template=TEMPLATE,
+)  # fmt: skip
+RAYJOB = strict(
+    ("apiVersion", "kind", "metadata", "spec"),
+    apiVersion={"const": "ray.io/v1"}, kind={"const": "RayJob"}, metadata=strict(("name",), name=TEXT, labels=TEXTS),
+    spec=strict(
+        ("entrypoint", "rayClusterSpec"),
+        entrypoint=TEXT, submissionMode={"const": "K8sJobMode"}, backoffLimit=COUNT,
+        shutdownAfterJobFinishes={"const": True}, ttlSecondsAfterFinished=COUNT,
+        rayClusterSpec=strict(
+            ("rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"),
+            rayVersion=TEXT, authOptions=strict(("mode",), mode={"const": "token"}),
+            headGroupSpec=strict(("rayStartParams", "template"), rayStartParams=TEXTS, template=TEMPLATE),
+            workerGroupSpecs={"type": "array", "items": WORKERS},
+        ),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def job():
+    return yaml.safe_load((K8S / "rayjob.yaml").read_text())
+
+
+def test_fields_of_the_job(job):
+    jsonschema.validate(job, RAYJOB)
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["continers"] = []
+    with pytest.raises(jsonschema.ValidationError, match="continers"):
+        jsonschema.validate(job, RAYJOB)
+
+
+def test_ray_is_the_pinned_one(job):
+    pinned = (ROOT / "pyproject.toml").read_text()
+    assert f"=={job['spec']['rayClusterSpec']['rayVersion']}" in pinned
+
+
+def test_the_command_asks_for_what_the_groups_have(job):
+    args = _parse(job["spec"]["entrypoint"].split()[1:])
+    assert args.resume == "auto"
+    config = load_config(ROOT / "deploy" / "recipes" / "paper.yaml", args.overrides)
+    nodes = []
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        offers = json.loads(json.loads(group["rayStartParams"]["resources"]))  # quoted for a shell
+        gpus = group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        nodes += [{"Alive": True, "Resources": {"GPU": gpus, **offers}}] * group["replicas"]
+    wanted = needs(config, "cuda")
+    assert lacking(wanted, nodes) is None
+    assert sum(n.actors * n.gpus for n in wanted) == sum(n["Resources"]["GPU"] for n in nodes), "none is idle"
+    grace = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > config.checkpoint.grace_s
+
+
+def test_the_queue_covers_what_the_job_asks_for(job):
+    flavors, queue, local = yaml.safe_load_all((K8S / "kueue.yaml").read_text())
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
+    assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
+    (group,) = queue["spec"]["resourceGroups"]
+    (flavor,) = group["flavors"]
+    assert flavor["name"] == flavors["metadata"]["name"]
+    assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
