@@ -89,9 +89,10 @@ def test_loglikelihoods_are_those_of_the_harness_own_backend(found, tasks):
         for results in (found, theirs)
     )
     assert len(mine) == 24 * 4
-    for (ours, our_greedy), (reference, their_greedy) in zip(mine, other, strict=True):
-        assert float(ours) == pytest.approx(float(reference), abs=1e-3)
-        assert str(our_greedy) == str(their_greedy)
+    gaps = [abs(float(ours) - float(reference)) for (ours, _), (reference, _) in zip(mine, other, strict=True)]
+    print(f"log-likelihoods of {len(mine)} continuations: largest difference {max(gaps):.1e} nats")
+    assert max(gaps) < 1e-3
+    assert [str(greedy) for _, greedy in mine] == [str(greedy) for _, greedy in other]
     assert found["results"]["lab_choice"]["acc"] == theirs["results"]["lab_choice"]["acc,none"]
     answers, others = ([row["resps"] for row in r["samples"]["lab_answer"]] for r in (found, theirs))
     assert answers == others
