@@ -151,10 +151,14 @@ def write_mixtures(plan: Plan) -> None:
 
 def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
-    where a stage was run with other settings before."""
+    where a stage was run with other settings before, DataError where a file is wrong: both before anything starts."""
     work = stages(plan)
     for stage in work:
         _refuse_changed(stage)
+    for task in plan.tasks.values():  # a mistake in the last file must not be found after days
+        load_rows(task.train)
+    for held_out in (*(task.eval for task in plan.tasks.values()), *plan.prior.values()):
+        load_rows(held_out, need_demonstration=False)
     write_mixtures(plan)
     with ray_session(work[0].config):
         for i, stage in enumerate(work, start=1):

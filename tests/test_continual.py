@@ -8,7 +8,7 @@ from sdft_dist.config import dump_config, load_config
 from sdft_dist.continual import MethodPlan, continual, load_plan, stages, write_mixtures
 from sdft_dist.continual_results import markdown, write_results
 from sdft_dist.data import load_rows
-from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.errors import ConfigError, DataError, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sequence
@@ -75,6 +75,14 @@ def test_a_stage_that_was_run_with_other_settings_is_refused_before_anything_sta
     (stage.folder / "config.yaml").write_text(dump_config(other))
     with pytest.raises(UserError, match="3-t37: was run with another steps"):
         continual(plan)
+
+
+def test_a_mistake_in_the_last_file_is_found_before_anything_starts(plan):
+    path = Path(plan.tasks["t37"].eval)
+    path.write_text(path.read_text() + '{"prompt": 3, "answer": "x"}\n')
+    with pytest.raises(DataError, match=r"eval-new.jsonl:151: prompt"):
+        continual(plan)
+    assert not Path(plan.out).exists()
 
 
 def test_a_stage_that_rehearses_trains_on_a_share_of_earlier_rows_evenly(plan):
