@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint clean-clone-test
+.PHONY: help setup demo words test chaos lint clean-clone-test
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -27,6 +27,10 @@ $(VENV)/.installed: pyproject.toml deploy/requirements-cpu.txt
 
 demo: setup ## teach a small model a new word with SDFT and with SFT (about 5 minutes)
 	$(BIN)/sdft demo
+
+words: setup ## teach three words in sequence by three methods with three seeds (40 minutes)
+	$(BIN)/sdft lab sequence --out runs/words
+	$(BIN)/sdft continual runs/words/plan.yaml
 
 test: setup ## all tests
 	$(BIN)/python -m pytest $(TESTS)
