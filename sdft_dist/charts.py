@@ -54,7 +54,7 @@ def sequences(
     """A panel for each method, in it a colour for each held-out set and a line for each seed. `ends` holds the
     steps at which its stages end, each of which taught one of `tasks`."""
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8, 0.8 + 2.1 * len(panels)), sharey=True, squeeze=False, layout="constrained"
+        len(panels), 1, figsize=(8, 0.8 + 2 * len(panels)), sharey=True, squeeze=False, layout="constrained"
     )
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for axis, (method, sets) in zip(axes[:, 0], panels.items(), strict=True):
@@ -65,9 +65,9 @@ def sequences(
         for end in ends[method][:-1]:
             axis.axvline(end, color="black", linewidth=0.8, linestyle=":")
         for start, end, task in zip([0, *ends[method]], ends[method], tasks, strict=False):
-            axis.annotate(f"taught: {task}", ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), ha="center")
-        axis.set(title=method, ylabel=ylabel, xlim=(0, ends[method][-1]))
-        axis.title.set_position((0.5, 1.08))
+            axis.annotate(f"taught: {task}", ((start + end) / 2, 1.03), xycoords=("data", "axes fraction"), ha="center")
+        axis.set(ylabel=ylabel, xlim=(0, ends[method][-1]))
+        axis.set_title(method, loc="left", pad=16, fontweight="bold")
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("optimizer steps")
     handles, names = axes[0, 0].get_legend_handles_labels()
