@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from sdft_dist.cluster import ray_session, serving
 from sdft_dist.config import Config
-from sdft_dist.errors import UserError
+from sdft_dist.errors import UserError, brief
 from sdft_dist.prompts import load_tokenizer, stop_ids
 
 # The paper names six benchmarks and no settings. These are the harness's own, without examples in the prompt.
@@ -180,7 +181,7 @@ def harness(
     tokenizer = load_tokenizer(config)
     ends = stop_ids(tokenizer, config.model.path, config.model.revision)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ray_session(config), serving(config, ends) as engines:
+    with ray_session(config), serving(config, ends) as engines, _reaching_the_hub():
         found = evaluator.simple_evaluate(
             model=HarnessModel(engines, tokenizer, config.model.max_length),
             tasks=names,
@@ -202,6 +203,17 @@ def harness(
         "results": {name: _numbers(own) for name, own in found["results"].items()},
         "samples": found["samples"],
     }
+
+
+@contextmanager
+def _reaching_the_hub() -> Iterator[None]:
+    try:
+        yield
+    except ConnectionError as e:
+        raise UserError(
+            f"--tasks: a task's data could not be fetched: {brief(e)}; without a network give task files of your own "
+            "with --include"
+        ) from e
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
