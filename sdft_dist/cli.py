@@ -224,7 +224,7 @@ def _dry_run(config: Config) -> None:
     print(dump_config(config), end="")
     device = "cpu" if config.cluster.device == "cpu" else "cuda"
     wanted = needs(config, device)
-    parts = ", ".join(f"{need.actors} {need.role}" for need in wanted)
+    parts = ", ".join(f"{need.role} {need.actors}" for need in wanted)
     print(f"# {parts}: {sum(need.actors * need.gpus for need in wanted):g} GPUs on {device}")
 
 

@@ -47,7 +47,7 @@ def lacking(wanted: Sequence[Need], nodes: Sequence[Mapping[str, Any]]) -> str |
         for _ in range(need.actors):
             place = next((offer for offer in mine if offer.get("GPU", 0) >= need.gpus), None)
             if place is None:
-                parts = ", ".join(f"{n.actors} {n.role} of {n.gpus:g}" for n in wanted if n.gpus)
+                parts = ", ".join(f"{n.role} {n.actors} × {n.gpus:g}" for n in wanted if n.gpus)
                 asked = sum(n.actors * n.gpus for n in wanted)
                 where = f"; {sum(o.get('GPU', 0) for o in mine):g} are left for {need.role}" if need.resource else ""
                 return f"needs {asked:g} GPUs ({parts}), the cluster has {total:g} on {len(offers)} nodes{where}"

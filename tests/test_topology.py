@@ -28,14 +28,14 @@ def test_what_is_missing_is_told_in_numbers():
     assert lacking(wanted, [node(8)]) is None
     assert lacking(wanted, [node(4), node(4)]) is None
     assert lacking(wanted, [node(4), node(2), node(0), node(8, alive=False)]) == (
-        "needs 8 GPUs (4 learner ranks of 1, 3 generators of 1, 1 teachers of 1), the cluster has 6 on 3 nodes"
+        "needs 8 GPUs (learner ranks 4 × 1, generators 3 × 1, teachers 1 × 1), the cluster has 6 on 3 nodes"
     )
 
 
 def test_an_actor_must_find_all_its_gpus_on_one_node():
     wanted = [Need("generators", 1, 2.0), Need("teachers", 1, 1.0)]
     assert lacking(wanted, [node(1), node(2)]) is None
-    assert "generators of 2" in lacking(wanted, [node(1), node(1), node(1)])
+    assert "generators 1 × 2" in lacking(wanted, [node(1), node(1), node(1)])
 
 
 def test_cpu_runs_ask_for_no_gpu():

@@ -53,8 +53,7 @@ def shipped_base() -> Path:
 def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
     """Train the base and save it in `out`; returns `out`. Does nothing where `out` holds the same
     settings' base already. Raises ValueError where `out` holds something else."""
-    recipe = out / RECIPE_FILE
-    if recipe.exists() and json.loads(recipe.read_text())["key"] == settings.key():
+    if _holds(out, settings):
         return out
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and does not hold this base: give another --out")
@@ -69,11 +68,18 @@ def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
     return out
 
 
+def _holds(out: Path, settings: BaseSettings) -> bool:
+    recipe = out / RECIPE_FILE
+    return recipe.exists() and bool(json.loads(recipe.read_text())["key"] == settings.key())
+
+
 def build_with_progress(settings: BaseSettings, out: Path | None = None) -> Path:
     """`build` with a progress bar; without `out`, in a cache folder keyed by the settings."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     out = out or cache_folder(settings)
+    if _holds(out, settings):
+        return out
     columns = (TextColumn("lab base"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
     with Progress(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=settings.steps, loss=float("nan"))
