@@ -110,7 +110,8 @@ def ray_session(config: Config) -> Iterator[None]:
         # A port of the dashboard without a token is remote code execution (CVE-2023-48022).
         options["include_dashboard"] = False
         options["object_store_memory"] = 1 << 30
-    ray.init(address=config.cluster.address, **options)
+    # Without "local", Ray would join a cluster that somebody has started on this machine.
+    ray.init(address=config.cluster.address or "local", **options)
     try:
         yield
     finally:

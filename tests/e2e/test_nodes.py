@@ -1,5 +1,6 @@
 """A cluster of several nodes, all on this machine: one is lost, one is drained."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,20 @@ def nodes(monkeypatch):
     cluster.mark = cluster_mark
     yield cluster
     cluster.shutdown()
+
+
+def test_a_run_without_an_address_leaves_a_cluster_of_this_machine_alone(nodes):
+    program = (
+        "import ray; from sdft_dist.cluster import ray_session; from sdft_dist.config import parse_config\n"
+        "with ray_session(parse_config({'model': {'path': 'm'}, 'data': {'train': 'd'}})):\n"
+        "    print(ray.get_runtime_context().gcs_address, len(ray.nodes()))"
+    )
+    environment = os.environ | {"RAY_ADDRESS": nodes.address}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    address, count = done.stdout.split()[-2:]
+    assert (address != nodes.address, count) == (True, "1")
 
 
 def homes(cluster):
