@@ -81,7 +81,7 @@ def _end(run: Path) -> dict[str, list[Judged]]:
 def markdown(found: Mapping[str, Any]) -> str:
     """The results as two tables: accuracy after each stage, and the measures."""
     tasks, prior = found["tasks"], found["prior"]
-    columns = {task: [task] for task in tasks} | ({PRIOR: prior} if prior else {})
+    columns = {name: [name] for name in (*tasks, *prior)} | ({PRIOR: prior} if prior else {})
     counts = ", ".join(f"{sum(found['rows'][name] for name in names)} {head}" for head, names in columns.items())
     lines = [
         "Accuracy, %: mean over seeds (95% interval by Wilson's score over the questions of all seeds; lowest seed). "

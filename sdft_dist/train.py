@@ -135,34 +135,20 @@ def _attempt(
         nonlocal at
         at = step
         every, last = config.eval.every, step == prepared.num_steps
-        improved = False
         if every and (step % every == 0 or last):
-            limit = config.rollout.max_completion_tokens
-            sets, samples = prepared.eval_sets, config.eval.samples
-            judged = evaluate(sets, fleet.generators, prepared.tokenizer, prepared.scorer, limit, samples)
-            rundir.note_evaluation(step, judged)
-            intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
-            cost = prepared.scorer.cost() if isinstance(prepared.scorer, Judge) else {}
-            passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
-            found = {name: accuracy(rows) for name, rows in judged.items()}
-            log.write("eval", step, {**found, **intervals, **passes, **cost})
-            improved, last = selected(step, last)
+            _evaluate(prepared, rundir, fleet, log, step)
+            rundir.commits.kept = _kept(config, rundir)
+            if not last and exhausted(config.eval, _evaluations(rundir)):
+                event(f"stops early: eval.{config.eval.metric} was no better for {config.eval.patience} evaluations")
+                last = True
         every = config.checkpoint.every
-        if last or improved or (every and step and step % every == 0):
+        if last or step == rundir.commits.kept or (every and step and step % every == 0):
             with log.timer("checkpoint"):
                 rundir.commits.start(fleet.learner, step)
         finish(wait=last)
         if asked() and not last:
             raise Preempted
         return last
-
-    def selected(step: int, last: bool) -> tuple[bool, bool]:
-        """Whether the evaluation just made is the best so far and kept, and whether the run ends here."""
-        rundir.commits.kept = _kept(config, rundir)
-        if not last and exhausted(config.eval, _evaluations(rundir)):
-            event(f"stops early: eval.{config.eval.metric} was no better for {config.eval.patience} evaluations")
-            last = True
-        return rundir.commits.kept == step, last
 
     def finish(*, wait: bool) -> None:
         folder = rundir.commits.finish(fleet.learner, wait=wait)
@@ -196,6 +182,19 @@ def _attempt(
                 _save_now(rundir, fleet, at)
                 raise Preempted(f"asked to stop: step {at} is saved; go on with --resume auto") from None
             finish(wait=True)
+
+
+def _evaluate(prepared: Prepared, rundir: RunDir, fleet: Fleet, log: RunLog, step: int) -> None:
+    """Judge every held-out row under the weights after `step` optimizer steps, and write down all that came of it."""
+    config, scorer = prepared.config, prepared.scorer
+    limit, samples = config.rollout.max_completion_tokens, config.eval.samples
+    judged = evaluate(prepared.eval_sets, fleet.generators, prepared.tokenizer, scorer, limit, samples)
+    rundir.note_evaluation(step, judged)
+    found = {name: accuracy(rows) for name, rows in judged.items()}
+    intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
+    passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
+    cost = scorer.cost() if isinstance(scorer, Judge) else {}
+    log.write("eval", step, {**found, **intervals, **passes, **cost})
 
 
 def _save_now(rundir: RunDir, fleet: Fleet, step: int) -> None:
