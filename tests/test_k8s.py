@@ -90,7 +90,7 @@ def test_the_command_asks_for_what_the_groups_have(job):
         nodes += [{"Alive": True, "Resources": {"GPU": gpus, **offers}}] * group["replicas"]
     wanted = needs(config, "cuda")
     assert lacking(wanted, nodes) is None
-    assert sum(n.actors * n.gpus for n in wanted) == sum(n["Resources"]["GPU"] for n in nodes), "none is idle"
+    assert sum(n.number * n.gpus for n in wanted) == sum(n["Resources"]["GPU"] for n in nodes), "none is idle"
     grace = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > config.checkpoint.grace_s
 
@@ -103,3 +103,19 @@ def test_the_queue_covers_what_the_job_asks_for(job):
     (flavor,) = group["flavors"]
     assert flavor["name"] == flavors["metadata"]["name"]
     assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
+
+
+def test_the_claim_is_the_one_that_all_pods_write_into(job):
+    claim = yaml.safe_load((K8S / "volume.yaml").read_text())
+    spec = strict(
+        ("accessModes", "resources"), accessModes={"const": ["ReadWriteMany"]}, storageClassName=TEXT,
+        resources=strict(("requests",), requests=strict(("storage",), storage={"pattern": "^[0-9]+Ti$"})),
+    )  # fmt: skip
+    whole = strict(
+        ("apiVersion", "kind", "metadata", "spec"), apiVersion={"const": "v1"},
+        kind={"const": "PersistentVolumeClaim"}, metadata=strict(("name",), name=TEXT), spec=spec,
+    )  # fmt: skip
+    jsonschema.validate(claim, whole)
+    volumes = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    claimed = [v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v]
+    assert claimed == [claim["metadata"]["name"]]
