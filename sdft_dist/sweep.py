@@ -1,0 +1,279 @@
+"""`sdft sweep SWEEP.yaml`: whole runs over a space of settings, on Ray Tune.
+
+A trial is an ordinary run in a folder of its own, named after its settings, and inside a placement group of its
+own, so that a trial that is stopped frees everything. The folders are all that a sweep remembers: what is finished
+is not repeated, what was interrupted goes on from its checkpoint, and the same command does both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+
+from sdft_dist.cluster import ray_session, resolve_device
+from sdft_dist.config import MEAN, Config, Section, load_config, load_yaml, parse
+from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
+from sdft_dist.rundir import RunDir, refuse_changed
+from sdft_dist.runlog import read_metrics
+from sdft_dist.selection import score
+from sdft_dist.topology import bundles, lacking, needs
+
+MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
+TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
+
+
+class Interval(Section):
+    """A range of numbers to draw from."""
+
+    low: float = Field(description="Lowest value.")
+    high: float = Field(description="Highest value.")
+    log: bool = Field(False, description="Draw the logarithm evenly instead of the value.")
+
+    @model_validator(mode="after")
+    def order(self) -> Interval:
+        """Refuse an empty range."""
+        if not (self.high > self.low and (self.low > 0 or not self.log)):
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}, and above 0 with log")
+        return self
+
+    def draw(self, rng: random.Random) -> float:
+        """A value, to four digits."""
+        ends = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = rng.uniform(*ends)
+        return float(f"{math.exp(value) if self.log else value:.4g}")
+
+
+class MethodSpace(Section):
+    """What is tried of one method."""
+
+    set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe, dotted: {method: sft}.")
+    space: dict[str, list[Any] | Interval] = Field(
+        default_factory=dict,
+        description="Fields to vary, dotted, such as optim.learning_rate or model.path: values, or low and high.",
+    )
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def kinds(cls, value: Any) -> Any:
+        """Refuse what is neither, in one line."""
+        for field, how in value.items() if isinstance(value, dict) else ():
+            if not isinstance(how, list | dict | Interval):
+                raise ValueError(f"{field}: expected a list of values, or low and high")
+        return value
+
+
+class Asha(Section):
+    """Trials that are behind are stopped early (ASHA, arXiv 1810.05934)."""
+
+    grace_steps: int = Field(ge=1, description="Optimizer steps before which no trial is stopped.")
+    reduction: int = Field(3, ge=2, description="Of this many trials at a rung one goes on.")
+
+
+class Sweep(Section):
+    """What `sdft sweep` does."""
+
+    recipe: str = Field(description="Recipe that holds for all trials.")
+    out: str = Field(description="Folder for all trials and results.")
+    methods: dict[str, MethodSpace] = Field(min_length=1, description="What is varied, by a name that tables show.")
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="grid: all combinations. random and optuna: `trials` of each method."
+    )
+    trials: int | None = Field(None, ge=1, description="Trials of each method, for random and optuna.")
+    seed: int = Field(0, ge=0, description="Of random and optuna; the trials' own seed is the recipe's.")
+    new: str | None = Field(None, description="Held-out set of what is taught; default: the recipe's first.")
+    metric: str = Field(MEAN, description="What optuna and asha go by: a held-out set, or mean of all.")
+    asha: Asha | None = Field(None, description="Stop trials that are behind.")
+    gpus: int | None = Field(None, ge=1, description="Most GPUs in use at a time; default: all of the cluster.")
+    concurrent: int = Field(1, ge=1, description="Most trials at a time where they need no GPU.")
+
+    @model_validator(mode="after")
+    def check(self) -> Sweep:
+        """Rules between fields."""
+        if (self.trials is None) != (self.search == "grid"):
+            raise ValueError("trials: is for search=random and search=optuna, which need it")
+        if self.search == "optuna" and len(self.methods) > 1:
+            raise ValueError("search: optuna searches one method's space; write one sweep for each")
+        for name, method in self.methods.items():
+            ranges = [field for field, values in method.space.items() if isinstance(values, Interval)]
+            if self.search == "grid" and ranges:
+                raise ValueError(f"methods.{name}.space.{ranges[0]}: search=grid needs a list of values")
+            if [] in method.space.values():
+                raise ValueError(f"methods.{name}.space: a list of values is empty")
+        return self
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep; `values` are the fields that were varied."""
+
+    method: str
+    values: dict[str, Any]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Where trial.json and the run directory are."""
+        return Path(self.config.run_dir).parent
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.name
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run_dir)
+
+    @property
+    def state(self) -> str:
+        """finished, stopped (by asha), running, interrupted or waiting."""
+        if (self.run / "model").is_dir():  # the last that a run writes
+            return "finished"
+        if (self.folder / STOPPED).exists():
+            return "stopped"
+        if not (self.run / "config.yaml").is_file():
+            return "waiting"
+        return "running" if RunDir.open(self.run).owner() else "interrupted"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Its evaluations so far."""
+        return read_metrics(self.run, "eval") if (self.run / "metrics.jsonl").is_file() else []
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep. Raises ConfigError with one line per mistake."""
+    return parse(Sweep, load_yaml(path))
+
+
+def make_trial(sweep: Sweep, method: str, values: dict[str, Any]) -> Trial:
+    """The trial with these values. Raises ConfigError where they make no valid recipe."""
+    fields = {**sweep.methods[method].set, **values}
+    digest = hashlib.blake2b(json.dumps([method, sorted(fields.items())]).encode(), digest_size=4).hexdigest()
+    folder = Path(sweep.out).absolute() / f"{method}-{digest}"
+    overrides = [f"{key}={json.dumps(value)}" for key, value in {**fields, "run_dir": str(folder / "run")}.items()]
+    try:
+        config = load_config(sweep.recipe, overrides)
+    except ConfigError as e:
+        raise ConfigError(f"methods.{method} with {json.dumps(values)}: {e}") from e
+    if not config.eval.every:
+        raise ConfigError(f"{sweep.recipe}: eval.every: a sweep compares evaluations: give eval.every and eval.sets")
+    for name in (sweep.new, None if sweep.metric == MEAN else sweep.metric):
+        if name is not None and name not in config.eval.sets:
+            raise ConfigError(f"{name}: is no held-out set of {sweep.recipe}: {', '.join(config.eval.sets)}")
+    return Trial(method, values, config)
+
+
+def trials(sweep: Sweep) -> list[Trial]:
+    """All trials of a grid or a random search, which depend on the file alone; of optuna those that were begun."""
+    if sweep.search == "optuna":
+        known = sorted(Path(sweep.out).glob(f"*/{TRIAL}"), key=lambda path: path.stat().st_mtime)
+        return [make_trial(sweep, **json.loads(path.read_text())) for path in known]
+    found = {}
+    for method in sweep.methods:
+        for values in _points(sweep, method):
+            trial = make_trial(sweep, method, values)
+            found[trial.name] = trial  # a draw may come twice
+    return list(found.values())
+
+
+def _points(sweep: Sweep, method: str) -> Iterator[dict[str, Any]]:
+    space = sweep.methods[method].space
+    if sweep.search == "grid":
+        for values in itertools.product(*space.values()):
+            yield dict(zip(space, values, strict=True))
+        return
+    assert sweep.trials is not None
+    for number in range(sweep.trials):
+        rng = random.Random(f"{sweep.seed}/{method}/{number}")
+        yield {field: how.draw(rng) if isinstance(how, Interval) else rng.choice(how) for field, how in space.items()}
+
+
+def corners(sweep: Sweep) -> list[Trial]:
+    """Points that optuna may ask for: all values of lists, both ends of intervals."""
+    ((method, own),) = sweep.methods.items()
+    ends = [[how.low, how.high] if isinstance(how, Interval) else how for how in own.space.values()]
+    points = itertools.islice(itertools.product(*ends), MOST_CORNERS)
+    return [make_trial(sweep, method, dict(zip(own.space, values, strict=True))) for values in points]
+
+
+def at_a_time(sweep: Sweep, configs: list[Config], device: str, nodes: list[dict[str, Any]]) -> int:
+    """How many trials run at a time within the budget of GPUs. Raises UserError where one trial does not fit."""
+    worst = 0
+    for config in configs:
+        wanted = needs(config, device)
+        missing = None if config.cluster.autoscaling else lacking(wanted, nodes)
+        if missing:
+            raise UserError(f"cluster: a trial {missing}")
+        worst = max(worst, sum(need.number * need.gpus for need in wanted))
+    if not worst:
+        return sweep.concurrent
+    if sweep.gpus is None and any(config.cluster.autoscaling for config in configs):
+        raise UserError("gpus: with cluster.autoscaling nobody knows how many there will be: give the most to use")
+    have = sum(node["Resources"].get("GPU", 0) for node in nodes if node.get("Alive"))
+    budget = int(sweep.gpus or have)
+    if budget < worst:
+        raise UserError(f"gpus: a trial needs {worst} GPUs, the budget is {budget}")
+    return budget // worst
+
+
+def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
+    """Run what is missing; returns all trials. Raises UserError before anything starts where a trial is not valid or
+    does not fit, Preempted where it was interrupted, and Fault that names the trials that failed."""
+    first = trials(sweep)
+    for trial in first:
+        refuse_changed(trial.config, ignore=("cluster",))
+    probes = [*first, *(corners(sweep) if sweep.search == "optuna" else ())]
+    with ray_session(probes[0].config):
+        import ray
+
+        from sdft_dist.sweep_tune import tune_trials
+
+        device = resolve_device(probes[0].config)
+        number = at_a_time(sweep, [trial.config for trial in probes], device, ray.nodes())
+        failed = tune_trials(sweep, first, device, number, console)
+    found = trials(sweep)
+    left = [trial for trial in found if trial.state not in ("finished", "stopped")]
+    if failed:
+        lines = "\n".join(f"  {name}: {why}" for name, why in failed.items())
+        raise Fault(f"{len(failed)} of {len(found)} trials failed; the same command tries them again:\n{lines}")
+    if left:
+        raise Preempted(f"{len(found) - len(left)} of {len(found)} trials are done; the same command goes on")
+    return found
+
+
+def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None], metric: str) -> None:
+    """Run or finish one trial, and report its evaluations, earlier ones too: what asha goes by."""
+    from sdft_dist.train import run
+
+    def tell(record: dict[str, Any]) -> None:
+        wanted = trial.config.eval.model_copy(update={"metric": metric})
+        report({"step": record["step"], "score": score(wanted, record)})
+
+    for record in trial.records():
+        tell(record)
+    if trial.state in ("finished", "stopped"):
+        return
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    (trial.folder / TRIAL).write_text(json.dumps({"method": trial.method, "values": trial.values}))
+    # A process that Ray gave no GPU sees none, so it cannot tell whether there are any.
+    cluster = trial.config.cluster.model_copy(update={"device": device})
+    config = trial.config.model_copy(update={"cluster": cluster})
+    with open(os.devnull, "w") as nowhere:
+        run(config, console=Console(file=nowhere), resume="auto", on_evaluation=tell)
+
+
+def trial_bundles(config: Config, device: str) -> list[dict[str, float]]:
+    """Of a trial's placement group: its own process, then its actors."""
+    return [{"CPU": 1 if device == "cuda" else 0.01}, *bundles(needs(config, device))]

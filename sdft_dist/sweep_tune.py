@@ -1,0 +1,187 @@
+"""Ray Tune runs a sweep's trials: placement, concurrency, ASHA and Optuna are its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sdft_dist.errors import UserError, brief
+from sdft_dist.sweep import STOPPED, Interval, Sweep, Trial, make_trial, run_trial, trial_bundles
+
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of recipes are the driver's
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner verbose=0 does not silence
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run directories hold all of it
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+ASK_AGAIN = 100  # times, for values that were not tried
+
+
+def tune_trials(sweep: Sweep, trials: list[Trial], device: str, number: int, console: Console) -> dict[str, str]:
+    """Run the trials that are not done, `number` at a time; returns those that failed, and why. With asha also the
+    done ones tell how they fared, which takes no GPU."""
+    begun = {trial.name: trial for trial in trials}
+    todo = [trial for trial in trials if sweep.asha or trial.state not in ("finished", "stopped")]
+    if sweep.search == "optuna":
+        assert sweep.trials is not None
+        more = max(0, sweep.trials - len(trials)) + len(todo)
+        search: Any = {"search_alg": Asking(sweep, trials, todo, number), "num_samples": more}
+        space: dict[str, Any] = {}
+    else:
+        more, search = len(todo), {}
+        space = {"trial": tune.grid_search([trial.name for trial in todo])}
+    if not more:
+        return {}
+
+    def which(settings: dict[str, Any]) -> Trial:
+        known = begun.get(settings.get("trial", ""))
+        return known or make_trial(sweep, settings["method"], settings["values"])
+
+    def trainable(settings: dict[str, Any]) -> None:
+        run_trial(which(settings), device, tune.report, sweep.metric)
+
+    def resources(settings: dict[str, Any]) -> tune.PlacementGroupFactory:
+        trial = which(settings)
+        asked = trial_bundles(trial.config, device)
+        return tune.PlacementGroupFactory(asked[:1] if trial.state in ("finished", "stopped") else asked)
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints a traceback for what Progress tells in a line
+    progress = Progress(which, more, console)
+    with tempfile.TemporaryDirectory(prefix="sdft-sweep-") as scratch:  # nothing in it is needed again
+        results = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="score",
+                mode="max",
+                scheduler=_scheduler(sweep),
+                max_concurrent_trials=number,
+                reuse_actors=False,
+                **search,
+            ),
+            run_config=tune.RunConfig(storage_path=scratch, verbose=0, callbacks=[progress]),
+        ).fit()
+        failed = {}
+        for result in results:
+            if result.error:
+                cause = getattr(result.error, "cause", None) or result.error  # which Ray has wrapped
+                failed[which(result.config).name] = f"{type(cause).__name__}: {brief(cause)}"
+    return failed
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler:
+    if sweep.asha is None:
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="step", max_t=10**9, grace_period=sweep.asha.grace_steps, reduction_factor=sweep.asha.reduction
+    )
+
+
+class Progress(tune.Callback):
+    """A line for each trial that begins and ends, and a mark in the folder of each that asha has stopped."""
+
+    def __init__(self, which: Any, number: int, console: Console) -> None:
+        self._which, self._number, self._console, self._ended = which, number, console, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy, which nothing reads
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say which settings are tried."""
+        own = self._which(trial.config)
+        settings = ", ".join(f"{field}={value}" for field, value in own.values.items())
+        self._say(f"{own.name} begins: {settings}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say how it ended."""
+        own = self._which(trial.config)
+        if own.state != "finished":
+            (own.folder / STOPPED).touch()
+        self._ended += 1
+        reached = (trial.last_result or {}).get("score")
+        self._say(f"{own.name} is {own.state}" + (f" with {100 * reached:.1f}%" if reached is not None else ""))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that it failed; the sweep says why at its end."""
+        self._ended += 1
+        self._say(f"{self._which(trial.config).name} failed")
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[{self._ended}/{self._number}] {text}", highlight=False, markup=False)
+
+
+class Asking(Searcher):
+    """Optuna's sampler, told of the trials that were done before; those of them that are `todo` come first."""
+
+    def __init__(self, sweep: Sweep, begun: list[Trial], todo: list[Trial], number: int) -> None:
+        try:
+            import optuna
+        except ImportError as e:
+            raise UserError("search: optuna is missing: pip install 'sdft-dist[sweep]'") from e
+        from sdft_dist.selection import exported, score
+
+        super().__init__(metric="score", mode="max")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        ((self._method, space),) = ((name, method.space) for name, method in sweep.methods.items())
+        self._distributions: dict[str, Any] = {
+            field: optuna.distributions.FloatDistribution(how.low, how.high, log=how.log)
+            if isinstance(how, Interval)
+            else optuna.distributions.CategoricalDistribution(how)
+            for field, how in space.items()
+        }
+        sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(begun), constant_liar=number > 1)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._asked: dict[str, Any] = {}  # by Tune's names
+        self._scores: dict[str, float | None] = {}  # by the values that were asked, None before they are known
+        for trial in todo:
+            self._study.enqueue_trial(trial.values)
+        for trial in begun:
+            config = trial.config.eval.model_copy(update={"metric": sweep.metric})
+            record = exported(config, trial.records())
+            if trial not in todo and record is not None:
+                found = self._scores[json.dumps(trial.values)] = score(config, record)
+                self._study.add_trial(
+                    optuna.trial.create_trial(params=trial.values, distributions=self._distributions, value=found)
+                )
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next values that were not tried; Tune's FINISHED where Optuna finds none any more."""
+        import optuna
+
+        for _ in range(ASK_AGAIN):
+            asked = self._study.ask(self._distributions)
+            values = dict(asked.params)
+            key = json.dumps(values)
+            if key not in self._scores:
+                self._asked[trial_id], self._scores[key] = asked, None
+                return {"method": self._method, "values": values}
+            known = self._scores[key]
+            failed = optuna.trial.TrialState.FAIL if known is None else None
+            self._study.tell(asked, known, state=failed)
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna what came of it."""
+        import optuna
+
+        asked = self._asked.pop(trial_id)
+        if error or not result:
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._scores[json.dumps(dict(asked.params))] = result["score"]
+            self._study.tell(asked, result["score"])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials' folders hold all that a sweep needs."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as `save`."""

@@ -1,0 +1,81 @@
+"""Sweeps of real runs on Ray Tune: trials that are behind are stopped, what is done is not repeated."""
+
+import pytest
+import ray
+import yaml
+from chaos import wait_until
+from ray import tune
+from rich.console import Console
+
+from sdft_dist.errors import Fault
+from sdft_dist.lab.base import shipped_base
+from sdft_dist.lab.teaching import write_sweep
+from sdft_dist.placement import placed
+from sdft_dist.sweep import load_sweep, sweep_all, trial_bundles, trials
+
+
+def sheet(folder, methods, **fields):
+    """The lab's recipe under another sweep of few steps."""
+    written = write_sweep(folder, shipped_base())
+    tree = yaml.safe_load(written.read_text()) | {"methods": methods} | fields
+    written.write_text(yaml.safe_dump(tree))
+    return load_sweep(written)
+
+
+def attempts(trial):
+    return sorted(path.name for path in (trial.run / "attempts").iterdir())
+
+
+def held():
+    """Ids of the actors that live and of the placement groups that there are."""
+    actors = ray._private.state.actors(actor_state_name="ALIVE")
+    groups = ray.util.placement_group_table()
+    return {*actors, *(name for name, group in groups.items() if group["state"] != "REMOVED")}
+
+
+def test_a_trial_s_run_lives_in_the_group_that_tune_made_for_it(ray_cluster, tmp_path):
+    (trial, *_) = trials(sheet(tmp_path, {"sdft": {}}))
+
+    def look(settings):
+        given = ray.util.get_current_placement_group()
+        with placed(trial.config, "cpu", ("learner", "generator", "teacher")) as places:
+            tune.report({"same": places.group.id == given.id, "places": [places.first, len(given.bundle_specs)]})
+
+    asked = tune.PlacementGroupFactory(trial_bundles(trial.config, "cpu"))
+    settings = tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0)
+    (found,) = tune.Tuner(tune.with_resources(look, asked), run_config=settings).fit()
+    assert (found.metrics["same"], found.metrics["places"]) == (True, [1, 4])
+
+
+def test_asha_stops_what_is_behind_and_nothing_is_done_twice(ray_cluster, tmp_path):
+    """One keeps what the base knows, one destroys it at once."""
+    short = {"method": "sft", "steps": 4, "eval.every": 2, "optim.warmup_steps": 0, "checkpoint.every": 2}
+    methods = {"sft": {"set": short, "space": {"optim.learning_rate": [1.0e-8, 3.0e-2]}}}
+    sweep = sheet(tmp_path, methods, metric="rev", asha={"grace_steps": 2, "reduction": 2})
+    before = held()
+    keeps, loses = sweep_all(sweep, Console())
+    assert (keeps.state, loses.state) == ("finished", "stopped")
+    assert [r["step"] for r in loses.records()] == [0, 2]
+    assert loses.records()[-1]["rev"] < 0.5
+    wait_until(lambda: held() <= before, 30, "the end of all that a stopped trial held")
+    sweep_all(sweep, Console())
+    assert attempts(keeps) == attempts(loses) == ["001"]
+
+
+@pytest.mark.slow
+def test_optuna_goes_on_from_the_trials_that_are_done(ray_cluster, tmp_path):
+    short = {"method": "sft", "steps": 1, "eval.every": 1, "checkpoint.every": 0}
+    methods = {"sft": {"set": short, "space": {"optim.learning_rate": {"low": 1e-8, "high": 1e-6, "log": True}}}}
+    (first,) = sweep_all(sheet(tmp_path, methods, search="optuna", trials=1), Console())
+    again, second = sweep_all(sheet(tmp_path, methods, search="optuna", trials=2), Console())
+    assert (again, again.state, second.state) == (first, "finished", "finished")
+    assert second.values != first.values
+    assert attempts(first) == ["001"]
+
+
+def test_a_trial_that_fails_is_named(ray_cluster, tmp_path):
+    methods = {"sft": {"set": {"method": "sft"}, "space": {"model.path": [str(tmp_path / "nowhere")]}}}
+    sweep = sheet(tmp_path, methods)
+    with pytest.raises(Fault, match=r"1 of 1 trials failed[^$]*UserError: model.path: [^$]*nowhere: no such folder"):
+        sweep_all(sweep, Console())
+    assert [trial.state for trial in trials(sweep)] == ["waiting"]

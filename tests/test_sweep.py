@@ -1,0 +1,204 @@
+"""Which trials a sweep consists of, how many run at a time, and what its results say; test_sweep_lab.py runs one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import write_jsonl
+from rich.console import Console
+
+from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.sweep import at_a_time, corners, load_sweep, make_trial, sweep_all, trial_bundles, trials
+from sdft_dist.sweep_results import front, markdown, rows, write_report
+from sdft_dist.sweep_tune import Asking
+
+RATES = [1.0e-5, 1.0e-4]
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    """Writes a sweep whose fields are given, and returns it as loaded."""
+    held_out = str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "answer": "a"}]))
+    recipe = {
+        "model": {"path": "m"},
+        "data": {"train": "d"},
+        "steps": 20,
+        "eval": {"every": 5, "sets": {"new": held_out, "old": held_out, "older": held_out}},
+        "cluster": {"device": "cpu"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def write(**fields):
+        plain = {"sdft": {"space": {"optim.learning_rate": RATES, "teacher.ema_rate": [0.01, 0.1]}}}
+        tree = {"recipe": str(tmp_path / "recipe.yaml"), "out": str(tmp_path / "out"), "methods": plain} | fields
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        return load_sweep(tmp_path / "sweep.yaml")
+
+    return write
+
+
+def test_a_grid_is_every_combination_of_every_method(sheet):
+    sft = {"set": {"method": "sft"}, "space": {"optim.learning_rate": RATES, "model.path": ["a", "b", "c"]}}
+    sweep = sheet(methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}, "sft": sft, "plain": {}})
+    found = trials(sweep)
+    assert [t.method for t in found] == ["sdft"] * 2 + ["sft"] * 6 + ["plain"]
+    assert {(t.config.optim.learning_rate, t.config.model.path) for t in found[2:8]} == {
+        (rate, model) for rate in RATES for model in "abc"
+    }
+    assert found[2].config.method == "sft"
+    assert len({t.folder for t in found}) == 9
+    assert all(Path(t.config.run_dir).is_absolute() for t in found)
+
+
+def test_a_trial_keeps_its_folder_when_others_are_added(sheet):
+    before = {t.name for t in trials(sheet())}
+    more = {"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": [*RATES, 3e-5]}}}
+    assert before < {t.name for t in trials(sheet(methods=more))}
+
+
+def test_random_draws_are_the_same_every_time(sheet):
+    space = {"optim.learning_rate": {"low": 1e-6, "high": 1e-3, "log": True}, "teacher.ema_rate": [0.01, 0.1]}
+    sweep = sheet(search="random", trials=40, seed=3, methods={"sdft": {"space": space}})
+    found = trials(sweep)
+    assert [t.values for t in found] == [t.values for t in trials(sweep)]
+    rates = sorted(t.values["optim.learning_rate"] for t in found)
+    assert 1e-6 <= rates[0] < 1e-5 < rates[20] < 1e-4 < rates[-1] <= 1e-3, "even over the logarithm"
+    assert {t.values["teacher.ema_rate"] for t in found} == {0.01, 0.1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"search": "random"}, "trials: is for search=random"),
+        ({"trials": 3}, "trials: is for search=random"),
+        ({"search": "optuna", "trials": 3, "methods": {"a": {}, "b": {}}}, "optuna searches one method's space"),
+        ({"methods": {"a": {"space": {"optim.learning_rate": {"low": 1, "high": 2}}}}}, "search=grid needs a list"),
+        ({"methods": {"a": {"space": {"optim.learning_rate": []}}}}, "a list of values is empty"),
+        ({"methods": {"a": {"space": {"seed": {"low": 2, "high": 1}}}}}, "low=2 must be below high=1"),
+        ({"methods": {"a": {"space": {"seed": 3}}}}, "seed: expected a list of values, or low and high"),
+        ({"serch": "grid"}, "serch: no such field; did you mean search"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(sheet, fields, words):
+    with pytest.raises(ConfigError, match=words):
+        sheet(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"methods": {"a": {"space": {"optim.learnin_rate": [1]}}}}, r"methods.a with .* did you mean optim.learning"),
+        ({"methods": {"a": {"space": {"teacher.ema_rate": [2]}}}}, "teacher.ema_rate: got 2"),
+        ({"new": "newer"}, "newer: is no held-out set"),
+        ({"metric": "newer"}, "newer: is no held-out set"),
+        ({"methods": {"a": {"set": {"eval.every": 0}}}}, "a sweep compares evaluations"),
+    ],
+)  # fmt: skip
+def test_trials_that_are_no_recipe_are_named(sheet, fields, words):
+    with pytest.raises(ConfigError, match=words):
+        trials(sheet(**fields))
+
+
+def node(gpus):
+    return {"Alive": True, "Resources": {"CPU": 8, "GPU": gpus}}
+
+
+def test_as_many_trials_as_the_budget_holds(sheet):
+    configs = [t.config for t in trials(sheet())]
+    assert at_a_time(sheet(concurrent=2), configs, "cpu", [node(0)]) == 2
+    assert at_a_time(sheet(), configs, "cuda", [node(8)]) == 2, "three GPUs each"
+    assert at_a_time(sheet(gpus=4), configs, "cuda", [node(8)]) == 1
+    with pytest.raises(UserError, match="a trial needs 3 GPUs, the budget is 2"):
+        at_a_time(sheet(gpus=2), configs, "cuda", [node(8)])
+    waiting = [c.model_copy(update={"cluster": c.cluster.model_copy(update={"autoscaling": True})}) for c in configs]
+    assert at_a_time(sheet(gpus=6), waiting, "cuda", [node(0)]) == 2
+    with pytest.raises(UserError, match="gpus: with cluster"):
+        at_a_time(sheet(), waiting, "cuda", [node(0)])
+    with pytest.raises(UserError, match=r"a trial needs 3 GPUs .* the cluster has 2 on 1 nodes"):
+        at_a_time(sheet(), configs, "cuda", [node(2)])
+
+
+def test_a_trial_s_group_holds_its_own_process_and_its_actors(sheet):
+    (first, *_) = trials(sheet())
+    assert trial_bundles(first.config, "cuda") == [{"CPU": 1}, *[{"GPU": 1, "CPU": 1}] * 3]
+
+
+def pretend(trial, lines, *, finished):
+    """A run directory as a run leaves it, with metrics.jsonl of `lines`."""
+    (trial.run / "model").mkdir(parents=True) if finished else trial.run.mkdir(parents=True)
+    (trial.run / "config.yaml").write_text(yaml.safe_dump(trial.config.model_dump(mode="json")))
+    write_jsonl(trial.run / "metrics.jsonl", lines)
+
+
+def evaluation(step, seconds, new, old, older, attempt=1):
+    return {
+        "kind": "eval",
+        "step": step,
+        "attempt": attempt,
+        "seconds": seconds,
+        "new": new,
+        "old": old,
+        "older": older,
+    }
+
+
+def test_results_are_read_from_the_runs(sheet):
+    sweep = sheet()
+    done, stopped, interrupted, waiting = trials(sweep)
+    pretend(done, [evaluation(5, 18.0, 0.2, 1, 1), evaluation(20, 36.0, 0.9, 0.8, 0.6, attempt=2)], finished=True)
+    pretend(stopped, [evaluation(5, 18.0, 0.1, 0.9, 0.9)], finished=False)
+    (stopped.folder / "stopped").touch()
+    pretend(interrupted, [evaluation(10, 18.0, 0.1, 0.5, 0.5)], finished=False)
+    found = rows(sweep)
+    assert [row["state"] for row in found] == ["finished", "stopped", "interrupted", "waiting"]
+    assert found[0] | {"hours": 0} == {
+        "trial": done.name, "method": "sdft", "set/optim.learning_rate": 1e-5, "set/teacher.ema_rate": 0.01,
+        "state": "finished", "step": 20, "new": 0.9, "retained": pytest.approx(0.7), "hours": 0,
+    }  # fmt: skip
+    assert found[0]["hours"] == pytest.approx(54 / 3600), "both attempts"
+    assert [row["trial"] for row in front(found)] == [done.name, stopped.name]
+    assert (found[3]["new"], found[3]["hours"]) == (None, 0.0)
+    table = markdown(found).splitlines()
+    assert table[2].startswith(f"| **{done.name}** | 1e-05 | 0.01 | finished | 20 | 90.0 | 70.0 | 0.015 |")
+    out = write_report(sweep)
+    assert json.loads((out / "results.json").read_text())[0]["new"] == 0.9
+    assert (out / "pareto.png").stat().st_size > 5000
+    assert waiting.state == "waiting"
+
+
+def test_trials_of_another_recipe_are_refused(sheet):
+    sweep = sheet()
+    (first, *_) = trials(sweep)
+    pretend(first, [], finished=True)
+    recipe = Path(sweep.recipe)
+    recipe.write_text(recipe.read_text().replace("steps: 20", "steps: 30"))
+    with pytest.raises(UserError, match="was run with another steps"):
+        sweep_all(sweep, Console(quiet=True))
+
+
+def test_optuna_is_not_asked_twice_for_the_same_and_its_corners_are_checked_first(sheet):
+    space = {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": {"low": 1e-6, "high": 1e-4, "log": True}}
+    sweep = sheet(search="optuna", trials=4, methods={"sdft": {"space": space}})
+    assert len(corners(sweep)) == 4
+    with pytest.raises(ConfigError, match="ema_rate: got 7"):
+        corners(sheet(search="optuna", trials=4, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 7]}}}))
+    few = sheet(search="optuna", trials=4, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}})
+    done, begun = (make_trial(few, "sdft", {"teacher.ema_rate": rate}) for rate in (0.01, 0.1))
+    pretend(done, [evaluation(20, 9.0, 0.9, 0.8, 0.6)], finished=True)
+    asking = Asking(few, [done, begun], [begun], 1)
+    assert asking.suggest("a") == {"method": "sdft", "values": {"teacher.ema_rate": 0.1}}
+    assert asking.suggest("b") == Asking.FINISHED, "one is done, the other under way"
+    asking.on_trial_complete("a", {"score": 0.5})
+    assert asking.suggest("c") == Asking.FINISHED
+
+
+def test_trials_of_optuna_are_those_that_were_begun(sheet):
+    sweep = sheet(
+        search="optuna", trials=3, methods={"sdft": {"space": {"teacher.ema_rate": {"low": 0.01, "high": 0.1}}}}
+    )
+    assert trials(sweep) == []
+    trial = make_trial(sweep, "sdft", {"teacher.ema_rate": 0.02})
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
+    assert trials(sweep) == [trial]
