@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from actors import drafts
+from actors import drafts, plugin
 from sdft_dist.config import Config
 from sdft_dist.errors import NotServing
 from sdft_dist.types import Span, VersionSpan, WeightManifest
@@ -39,6 +39,26 @@ class Completion(NamedTuple):
     top_ids: np.ndarray | None  # int32 [C, num_top], likeliest first; None where none were asked for
 
 
+class _Request:
+    """What is known of a request under way. Versions are counted here: vLLM 0.26 does not tell them."""
+
+    def __init__(self, num_top: int, version: int) -> None:
+        self.num_top = num_top
+        self.num_tokens = 0
+        self._starts = [(version, 0)]  # of each version's tokens
+
+    def renew(self, version: int) -> None:
+        """Tokens from here on are sampled by `version`."""
+        if self._starts[-1][1] == self.num_tokens:
+            self._starts.pop()
+        self._starts.append((version, self.num_tokens))
+
+    def spans(self) -> tuple[VersionSpan, ...]:
+        """Who sampled which of its tokens."""
+        ends = [start for _, start in self._starts[1:]] + [self.num_tokens]
+        return tuple(VersionSpan(version, start, end) for (version, start), end in zip(self._starts, ends, strict=True))
+
+
 class Engine:
     """vLLM as a generator (`runner="generate"`) or as a reader of hidden states (`runner="pooling"`)."""
 
@@ -46,32 +66,33 @@ class Engine:
         _prepare_environment(device, config.cluster.kv_cache_gib)
         from vllm import LLM
         from vllm.config import PoolerConfig, WeightTransferConfig
-        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-        from sdft_dist.vector_math import settle
-
-        if device == "cpu":
-            settle()
-            _keep_plain_weights()
-            drafts.mend_cpu_sampling()
-        if "gloo" not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine("gloo", "actors.weight_engine", "GlooWeightTransferEngine")
+        plugin.prepare()
+        cluster = config.cluster
+        self.tensor_parallel = (
+            cluster.generator_tensor_parallel if runner == "generate" else cluster.teacher_tensor_parallel
+        )
         options: dict[str, Any] = {
             "model": config.model.path,
             "revision": config.model.revision,
             "dtype": config.model.dtype,
             "max_model_len": config.model.max_length,
             "max_num_batched_tokens": max(8192, config.model.max_length),
-            "max_num_seqs": config.cluster.max_sequences,
+            "max_num_seqs": cluster.max_sequences,
             "seed": config.seed,
+            "tensor_parallel_size": self.tensor_parallel,
             "disable_log_stats": True,
-            "weight_transfer_config": WeightTransferConfig(backend="gloo"),
+            "weight_transfer_config": WeightTransferConfig(backend=plugin.RECEIVER),
         }
+        if self.tensor_parallel > 1:
+            # In a placement group vLLM would look for Ray workers of its own.
+            options["distributed_executor_backend"] = "mp"
         if device == "cpu":
             options["enforce_eager"] = True
             options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator; CUDA only
         else:
-            options["gpu_memory_utilization"] = config.cluster.gpu_memory_utilization
+            options["gpu_memory_utilization"] = cluster.engine_memory
+            options["enable_sleep_mode"] = cluster.sleep
         if runner == "generate":
             options["skip_tokenizer_init"] = True  # ids in, ids out
             # Log-probs after temperature: those of the distribution that was sampled from.
@@ -89,14 +110,14 @@ class Engine:
         self.device = device
         self._stop_ids = list(stop_ids)
         self._next_id = 0
-        self._num_top: dict[str, int] = {}  # of each unfinished request
+        self._under_way: dict[str, _Request] = {}
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
         self.version: int | None = None
+        self._head: Any = None  # of the last push, once it has been asked for: it may come from another process
 
     def serve_folder(self) -> None:
         """Serve the weights of the model's folder as version 0, without a push."""
         self.version = 0
-        self._llm.llm_engine.engine_core.set_weight_version("0")
 
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """For each sequence (int32 [T]): the log-probability of its tokens from `start` on, nats, in float32 at
@@ -140,24 +161,29 @@ class Engine:
             # The salt keeps prefixes computed under other weights out of the cache's answers.
             prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(version)}
             self._llm.llm_engine.add_request(name, prompt, params)
-            self._num_top[name] = how.num_top
+            self._under_way[name] = _Request(how.num_top, version)
         return names
 
     def abort(self) -> None:
         """Forget all requests."""
-        self._llm.llm_engine.abort_request(list(self._num_top))
-        self._num_top = {}
+        self._llm.llm_engine.abort_request(list(self._under_way))
+        self._under_way = {}
 
     @property
     def unfinished(self) -> int:
         """Requests that are taken on and not done."""
-        return len(self._num_top)
+        return len(self._under_way)
 
     def advance(self) -> dict[str, Completion]:
         """One decoding step of all requests; what it finished, by name. Needs a current push."""
         self._serving_version()
-        finished = [o for o in self._llm.llm_engine.step() if o.finished]
-        return {o.request_id: _completion(o.outputs[0], self._num_top.pop(o.request_id)) for o in finished}
+        found = {}
+        for output in self._llm.llm_engine.step():
+            completion, request = output.outputs[0], self._under_way[output.request_id]
+            request.num_tokens = len(completion.token_ids)
+            if output.finished:
+                found[output.request_id] = _completion(completion, self._under_way.pop(output.request_id))
+        return found
 
     def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
@@ -189,18 +215,30 @@ class Engine:
         Returns how long it waited for messages and how long it loaded them; the two alternate, and come
         as one span each."""
         started = time.time()
-        self.version = None
+        self.version, self._head = None, None
         self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"buckets": list(manifest.buckets)}})
-        self._llm.finish_weight_update(str(manifest.version))
+        update = {"buckets": list(manifest.buckets), "adapter_scale": manifest.adapter_scale}
+        self._llm.update_weights({"update_info": update})
+        self._llm.finish_weight_update()
         self.version = manifest.version
+        for request in self._under_way.values():
+            request.renew(manifest.version)
         loading = started + max(self._llm.collective_rpc(_wire_seconds))
         return Span("await weights", started, loading), Span("load weights", loading, time.time())
 
+    def rest(self, asleep: bool) -> None:
+        """Give the GPU's memory up, with the weights in host memory and the cache forgotten, or take it back. Needs
+        cluster.sleep and that nothing is under way."""
+        if asleep:
+            self._llm.sleep(level=1)
+        else:
+            self._llm.wake_up()
+
     def pushed_head(self) -> Any:
         """The output head [V, D] of the last push, where `join_push` was told to keep it."""
-        (head,) = self._llm.collective_rpc(_kept_head)
-        return head
+        if self._head is None:
+            self._head = self._llm.collective_rpc(_kept_head)[0]
+        return self._head
 
     def _serving_version(self) -> int:
         if self.version is None:
@@ -214,6 +252,7 @@ class Engine:
 
 def _prepare_environment(device: str, kv_cache_gib: int) -> None:
     """vLLM reads these when it is imported."""
+    os.environ[plugin.DEVICE] = device
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine lives in the actor's process
         VLLM_NO_USAGE_STATS="1",
@@ -224,14 +263,6 @@ def _prepare_environment(device: str, kv_cache_gib: int) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines share the cores
 
 
-def _keep_plain_weights() -> None:
-    """oneDNN would prepack linear weights and drop the originals: updating them in place would leave
-    the packed copies stale, without a warning."""
-    import vllm._custom_ops as ops
-
-    ops._supports_onednn = False
-
-
 def _wire_seconds(worker: Any) -> float:
     return worker.weight_transfer_engine.wire_s
 
@@ -240,14 +271,14 @@ def _kept_head(worker: Any) -> Any:
     return worker.weight_transfer_engine.kept
 
 
-def _completion(output: Any, num_top: int) -> Completion:
+def _completion(output: Any, request: _Request) -> Completion:
     """A position's log-probs in vLLM's flat layout: the sampled token's, then the likeliest ones."""
     flat, token_ids = output.logprobs, np.asarray(output.token_ids, dtype=np.int32)
-    ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(token_ids), 1 + num_top)
+    ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(token_ids), 1 + request.num_top)
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(ids.shape)[:, 0]
     assert (ids[:, 0] == token_ids).all()
-    spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions)
-    return Completion(token_ids, logprobs, output.finish_reason, spans, ids[:, 1:] if num_top else None)
+    top_ids = ids[:, 1:] if request.num_top else None
+    return Completion(token_ids, logprobs, output.finish_reason, request.spans(), top_ids)
 
 
 def _rows(states: Any, first: int) -> np.ndarray:

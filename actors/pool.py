@@ -14,7 +14,7 @@ import numpy as np
 from sdft_dist.errors import NotServing
 from sdft_dist.last_words import obituary
 from sdft_dist.remote import Events
-from sdft_dist.types import Sample, WeightManifest
+from sdft_dist.types import Sample, TransportKind, WeightManifest
 
 
 class Pool:
@@ -26,10 +26,14 @@ class Pool:
         actors: Sequence[Any],
         timeout_s: float,
         events: Events,
-        make: Callable[[], Any] | None = None,
+        make: Callable[[int], Any] | None = None,
+        workers: int = 1,
+        transport: TransportKind = "gloo",
     ) -> None:
+        self.workers = workers  # processes of each engine that take part in a push
+        self.transport = transport  # of a push
         self.role, self.actors, self._timeout_s, self._events = role, list(actors), timeout_s, events
-        self._make = make  # a new actor in the place of a dead one
+        self._make = make  # a new actor in the place of a dead one, by its index
         self.lost: dict[int, str] = {}  # actors that serve nothing, and why
         self._dead: set[int] = set()
 
@@ -66,6 +70,15 @@ class Pool:
             return actor.loglikelihoods.remote([tokens for tokens, _ in part], [start for _, start in part])
 
         return self._spread(list(zip(sequences, starts, strict=True)), send, "log-likelihoods")
+
+    def rest(self, asleep: bool) -> None:
+        """Let every engine give its GPU's memory up, or take it back."""
+        asked = [(i, actor.rest.remote(asleep)) for i, actor in enumerate(self.actors) if i not in self.lost]
+        for index, ref in asked:
+            try:
+                self._wait([ref], "sleep" if asleep else "wake up")
+            except Exception as error:
+                self.lose(index, error)  # raises what is not its end
 
     def peak_gib(self) -> float:
         """Peak memory of the actor that has needed most; 0 where there is none."""
@@ -105,7 +118,7 @@ class Pool:
             dead = set(self._dead)
             tainted = self.lost.keys() - dead
             for index in dead:
-                self.actors[index] = self._make()
+                self.actors[index] = self._make(index)
             self._wait([self.actors[i].ready.remote() for i in dead], "start anew")
             self._wait([self.actors[i].forget.remote() for i in tainted], "forget")
             self._dead -= dead
@@ -115,13 +128,14 @@ class Pool:
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]:
         """Ask every actor to join the push group, and to keep the weight of that name as received;
         returns references to wait for."""
-        size = 1 + len(self.actors)
+        size = 1 + len(self.actors) * self.workers
         return [
             actor.join_push.remote(
                 {
+                    "transport": self.transport,
                     "host": host,
                     "port": port,
-                    "first_rank": 1 + i,
+                    "first_rank": 1 + i * self.workers,
                     "group_size": size,
                     "timeout_s": self._timeout_s,
                     "keep": keep,

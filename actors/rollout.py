@@ -94,6 +94,10 @@ class Generator:
         self.engine.abort()
         self._keys, self._finished = {}, {}
 
+    def rest(self, asleep: bool) -> None:
+        """Give the GPU's memory up, or take it back."""
+        self.engine.rest(asleep)
+
     def peak_gib(self) -> float:
         """Peak memory of this actor."""
         return own_peak_gib(self.engine.device)

@@ -102,6 +102,15 @@ class Stream:
         self._held -= sum(item.num_completion_tokens for item in items)
         return items
 
+    def queues(self) -> dict[str, int]:
+        """Samples under way, by where they are."""
+        return {
+            "decoding": len(self._homeless) + sum(map(len, self._decoding)),
+            "unscored": len(self._waiting),
+            "scoring": sum(len(call.samples) for calls in self._scoring for call in calls),
+            "scored": len(self._items),
+        }
+
     def abandon_lost(self) -> None:
         """Take what lost engines were given away from them: others, or those in their places, do it again."""
         for g in self._generators.lost:

@@ -84,6 +84,10 @@ class Teacher:
     def forget(self) -> None:
         """Nothing is under way between two calls."""
 
+    def rest(self, asleep: bool) -> None:
+        """Give the GPU's memory up, or take it back."""
+        self.engine.rest(asleep)
+
     def peak_gib(self) -> float:
         """Peak memory of this actor."""
         return own_peak_gib(self.engine.device)

@@ -91,6 +91,14 @@ class Shards:
         """Whether anything of `kind` was saved."""
         return any(found == kind for found, _ in self._pieces)
 
+    def sizes(self, kind: str) -> dict[str, int]:
+        """The parameters of which `kind` was saved, and their numbers of elements."""
+        return {
+            name: max(start + file.get_slice(key).get_shape()[0] for start, file, key in pieces)
+            for (found, name), pieces in self._pieces.items()
+            if found == kind
+        }
+
     def read(self, kind: str, name: str, start: int, size: int) -> torch.Tensor:
         """Elements [start, start + size) of a flattened parameter, fp32. Raises UserError where they are
         not all there."""

@@ -94,7 +94,8 @@ class _WeightedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         head, n = head_VD[:vocab_size], len(states_TD)
         grad_states = torch.zeros_like(states_TD)
-        grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
+        frozen = not ctx.needs_input_grad[1]
+        grad_head = torch.zeros(0 if frozen else head_VD.shape, dtype=torch.float32, device=head_VD.device)
         per_token, label_logprobs, importance = torch.zeros(3, n, device=states_TD.device).unbind()
         importance.fill_(1.0)
         if objective.importance == "sequence":
@@ -119,7 +120,8 @@ class _WeightedLoss(torch.autograd.Function):
             # The weights go on the side of [chunk, D], which is smaller than [chunk, V].
             grad, weight = grad.to(head.dtype), weight.unsqueeze(-1)
             grad_states[span] = (grad @ head) * weight
-            grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float() * weight)
+            if not frozen:
+                grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float() * weight)
         ctx.save_for_backward(grad_states, grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(per_token, label_logprobs, importance)
         counted = per_token if objective.token_clip is None else per_token.clamp(max=objective.token_clip)
@@ -129,7 +131,8 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         grad_states, grad_head = ctx.saved_tensors
         scale = grad_outputs[0]
-        return grad_states * scale, grad_head.mul_(scale), None, None, None, None
+        head = grad_head.mul_(scale) if ctx.needs_input_grad[1] else None
+        return grad_states * scale, head, None, None, None, None
 
 
 def _spans(n: int, vocab_size: int) -> Iterator[slice]:

@@ -20,7 +20,8 @@ from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
 from sdft_dist.remote import Events
-from sdft_dist.types import OnSpan, ShardFile, Span, TrainItem, WeightManifest
+from sdft_dist.types import OnSpan, ShardFile, Span, TrainItem, TransportKind, WeightManifest
+from sdft_dist.wire import bucket_bytes
 
 
 class Receivers(Protocol):
@@ -28,6 +29,8 @@ class Receivers(Protocol):
 
     role: str
     actors: list[Any]
+    workers: int
+    transport: TransportKind
 
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]: ...
     def receive(self, manifest: WeightManifest) -> list[Any]: ...
@@ -39,7 +42,9 @@ class LearnerGroup:
 
     def __init__(self, config: Config, ranks: Sequence[Any], events: Events, on_span: OnSpan) -> None:
         self.config, self.ranks, self._events, self._on_span = config, list(ranks), events, on_span
-        self._manifest: WeightManifest | None = None
+        self._manifests: dict[bool, WeightManifest] = {}  # of whole pushes, and of what is trained
+        self._pushed = 0  # bytes, since the last update
+        self._whole: set[str] = set()  # roles whose receivers hold the weights that are not trained
 
     def start(self, resume: Path | None = None) -> None:
         """Build the process group, the model and the optimizer on all ranks, from the checkpoint in
@@ -64,10 +69,12 @@ class LearnerGroup:
             for span in found.spans:
                 self._on_span("learner", rank, span)
         tally = sum((m.tally for m in per_rank), Tally())
+        pushed, self._pushed = self._pushed, 0
         return {
             **tally.metrics(),
             "grad_norm": per_rank[0].grad_norm,
             "learning_rate": per_rank[0].learning_rate,
+            "pushed_mib": pushed / 2**20,  # to all engines, before this step
             # What free slots and waiting for the fullest rank cost.
             "padding_share": 1 - sum(item.num_tokens for item in items) / (ranks * max(m.slots for m in per_rank)),
         }
@@ -87,7 +94,8 @@ class LearnerGroup:
 
     def open_push(self, receivers: Receivers) -> None:
         """Build the push group of rank 0 and all receivers, in the place of an earlier one."""
-        opened = self._all("open_push", receivers.role, len(receivers.actors))
+        self._whole.discard(receivers.role)
+        opened = self._all("open_push", receivers.role, len(receivers.actors) * receivers.workers, receivers.transport)
         host, port = next(address for address in opened if address is not None)
         keep = None
         if receivers.role == "teachers" and self.config.loss.support != "full":
@@ -103,10 +111,14 @@ class LearnerGroup:
         Targets of teachers older than `oldest_in_flight` must not come any more. Without `wait`, a
         receiver's failure is noted by `receivers`.
         """
-        if self._manifest is None:
-            (self._manifest,) = self._wait([self.ranks[0].manifest.remote(version)], "learner manifest")
-        receiving = receivers.receive(replace(self._manifest, version=version))
-        sending = [r.push.remote(receivers.role, version, oldest_in_flight) for r in self.ranks]
+        whole = receivers.role not in self._whole
+        if whole not in self._manifests:
+            (self._manifests[whole],) = self._wait([self.ranks[0].manifest.remote(version, whole)], "learner manifest")
+        self._pushed += len(receivers.actors) * sum(map(bucket_bytes, self._manifests[whole].buckets))
+        receiving = receivers.receive(replace(self._manifests[whole], version=version))
+        sending = [r.push.remote(receivers.role, version, whole, oldest_in_flight) for r in self.ranks]
+        if self.config.model.lora.rank:
+            self._whole.add(receivers.role)
         for i, (ref, actor) in enumerate(zip(receiving, receivers.actors, strict=True)):
             failed = None if wait else partial(receivers.push_failed, i, actor)
             self._events.on(ref, partial(self._received, receivers.role, i), failed)

@@ -64,6 +64,7 @@ def build(
     slots = max((sum(lengths[i] for i in row) for row in in_rows), default=1)
     input_ids, position_ids = np.zeros((2, max(1, len(in_rows)), max(1, slots)), dtype=np.int64)
     starts = [0] * len(sequences)  # of each sequence among all slots
+    ends = [0, input_ids.size]
     for r, row in enumerate(in_rows):
         at = 0
         for i in row:
@@ -72,6 +73,9 @@ def build(
             # Free slots go on counting: they come last, so no token of a sequence sees them.
             position_ids[r, at:] = np.arange(input_ids.shape[1] - at)
             starts[i], at = r * input_ids.shape[1] + at, own.stop
+            ends.append(starts[i] + lengths[i])
+        ends.append((r + 1) * input_ids.shape[1])
+    bounds = np.unique(ends)
     # The output at one position predicts the token at the next.
     predicts = [np.arange(starts[i] + len(s.prompt_ids) - 1 + skip, starts[i] + lengths[i] - 1) for i, s in trained]
     counts = [len(s.completion_ids) - skip for _, s in trained]
@@ -97,6 +101,8 @@ def build(
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids).to(device),
         position_ids=torch.from_numpy(position_ids).to(device),
+        bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
+        longest=int(np.diff(bounds).max()),
         predicts=long(predicts),
         weights=floats([np.full(n, weights[i]) for (i, _), n in zip(trained, counts, strict=True)]),
         targets=targets,

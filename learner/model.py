@@ -14,11 +14,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from learner import fused, liger
+from learner import fused, liger, varlen
 from learner.fused import Losses, Objective, Targets
+from sdft_dist.adapters import plain_name
 from sdft_dist.config import LearnerConfig, ModelConfig
 from sdft_dist.errors import UserError
 from sdft_dist.vector_math import settle
+
+ONE_ROW = ("flash_attention_2", varlen.NAME)  # implementations that are given where sequences start and end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +30,8 @@ class MicroBatch:
 
     input_ids: torch.Tensor  # int64 [R, L]
     position_ids: torch.Tensor  # int64 [R, L], restart at each sequence: attention keeps them apart
+    bounds: torch.Tensor  # int32 [N + 1], where sequences (and what follows a row's last) start and end among all slots
+    longest: int  # of those
     predicts: torch.Tensor  # int64 [C], slots (row · L + place) whose output predicts a completion token
     weights: torch.Tensor  # fp32 [C]
     targets: Targets
@@ -56,13 +61,17 @@ class Student(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Losses:
         backbone = self.lm.get_decoder()
-        output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        packing: dict[str, Any] = {}
+        if backbone.config._attn_implementation in ONE_ROW:
+            packing = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.bounds)
+            packing |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest)
+        output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing)
         states_CD = output.last_hidden_state.flatten(0, 1)[batch.predicts]
         return self.head_loss(states_CD, batch.weights, batch.targets)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters under their Hugging Face names, tied ones once, in layer order."""
-        return list(self.lm.named_parameters())
+        """Parameters under their Hugging Face names, tied ones once, in layer order; adapters under peft's."""
+        return [(plain_name(name), p) for name, p in self.lm.named_parameters()]
 
     def head_name(self) -> str:
         """Name of the output head among `named_weights`: the input embedding's where they are tied."""
@@ -74,6 +83,7 @@ def load_causal_lm(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     settle()
+    varlen.register()
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -85,9 +95,11 @@ def load_causal_lm(config: ModelConfig) -> Any:
         raise UserError(f"model.path: {config.path}: no causal language model could be loaded: {e}") from e
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"model.path: {config.path}: an output head with a bias is not supported")
-    if getattr(lm.config, "attn_logit_softcapping", None) and config.attention == "sdpa":
+    if getattr(lm.config, "attn_logit_softcapping", None) and config.attention in ("sdpa", varlen.NAME):
         # sdpa leaves the cap out without a word, and the learner would train another model than vLLM serves.
-        raise UserError("model.attention: this model caps attention logits, which sdpa cannot: use eager")
+        raise UserError(
+            f"model.attention: this model caps attention logits, which {config.attention} cannot: use eager"
+        )
     return lm.train()
 
 
@@ -118,4 +130,5 @@ def _products() -> list[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
     ]

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from learner.ema import Ema
-from sdft_dist.types import Bucket, WeightManifest
+from sdft_dist.adapters import half_of
+from sdft_dist.transport import Transport, connect
+from sdft_dist.types import Bucket, TransportKind, WeightManifest
 from sdft_dist.wire import pack, plan_buckets
 
+HELD_BYTES = 1 << 30  # of messages that have not left, on a GPU; plan.py counts it
 WeightSource = Callable[[list[str]], dict[str, torch.Tensor]]  # names to full tensors; a collective
 
 
@@ -53,28 +55,49 @@ def ema_source(ema: Ema, shapes: dict[str, tuple[int, ...]], device: torch.devic
     return gather
 
 
+def together(frozen: WeightSource, adapters: WeightSource) -> WeightSource:
+    """Adapters from one source, and what they are added to from another."""
+
+    def gather(names: list[str]) -> dict[str, torch.Tensor]:
+        halves = [n for n in names if half_of(n)]
+        others = [n for n in names if not half_of(n)]
+        return {**(frozen(others) if others else {}), **(adapters(halves) if halves else {})}
+
+    return gather
+
+
 class Sender:
     """Rank 0's end of one push group: itself and every engine worker of a role.
 
-    Messages leave in a thread of their own, so that the learner goes on while engines take them in.
+    Messages leave in a thread of their own, so that the learner goes on while engines take them in. In host memory
+    all of a push may wait there, on a GPU HELD_BYTES.
     """
 
-    def __init__(self, host: str, num_receivers: int, timeout_s: float) -> None:
-        self._host, self._size, self._timeout = host, num_receivers + 1, timedelta(seconds=timeout_s)
+    def __init__(
+        self, host: str, num_receivers: int, timeout_s: float, kind: TransportKind, device: torch.device
+    ) -> None:
+        self._kind, self._device = kind, device
+        self._size, self._timeout = num_receivers + 1, timedelta(seconds=timeout_s)
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self.port = self._store.port
-        self._group: Any = None
+        self._transport: Transport | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._sending: list[Future[None]] = []
 
     def connect(self) -> None:
         """Waits until all receivers have joined."""
-        self._group = dist.ProcessGroupGloo(self._store, 0, self._size, self._timeout)
+        self._transport = connect(self._kind, self._store, 0, self._size, self._timeout, self._device)
 
     def send(self, bucket: Bucket, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy one bucket and queue its broadcast."""
-        message = pack(bucket, tensors)
-        self._sending.append(self._thread.submit(lambda: self._group.broadcast(message, 0).wait()))
+        """Copy one bucket and queue it."""
+        assert self._transport is not None
+        message = pack(bucket, tensors, self._transport.device)
+        if message.is_cuda:
+            torch.cuda.current_stream().synchronize()  # the thread has a stream of its own, or hands on memory as it is
+            held = sum(not sent.done() for sent in self._sending)
+            if held * message.numel() > HELD_BYTES:
+                self._sending[-held].exception()  # waits for the oldest to leave
+        self._sending.append(self._thread.submit(self._transport.send, message))
 
     def flush(self) -> None:
         """Waits until everything has left, so that no more than one push is held in memory. What did not
@@ -87,20 +110,22 @@ class Sender:
         """Ends the thread; what has not left is dropped, and receivers that wait for it are told by their
         connections' end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._group = None
+        if self._transport is not None:
+            self._transport.close()
 
 
 def manifest(
     version: int, shapes: dict[str, tuple[int, ...]], wire_dtype: torch.dtype, bucket_bytes: int
 ) -> WeightManifest:
-    """The push's order and layout, the same on all ranks and receivers."""
-    weights = [(name, wire_dtype, shape) for name, shape in shapes.items()]
+    """The push's order and layout, the same on all ranks and receivers. Adapters go in fp32: an engine adds them
+    up in it, and rounds once."""
+    weights = [(name, torch.float32 if half_of(name) else wire_dtype, shape) for name, shape in shapes.items()]
     return WeightManifest(version=version, buckets=tuple(plan_buckets(weights, bucket_bytes)))
 
 
-def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep: str) -> torch.Tensor:
+def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep: str) -> torch.Tensor | None:
     """Gather and send every bucket; `sender` is None on ranks other than 0. Returns a copy of the
-    weight named `keep`, in the type on the wire."""
+    weight named `keep`, in the type on the wire, where it is among them."""
     if sender is not None:
         sender.flush()
     kept: torch.Tensor | None = None
@@ -111,5 +136,4 @@ def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep
         if keep in tensors:
             dtype = getattr(torch, bucket.dtypes[bucket.names.index(keep)])
             kept = tensors[keep].detach().to(dtype, copy=True)
-    assert kept is not None
     return kept

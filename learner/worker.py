@@ -20,10 +20,11 @@ import torch
 from learner import checkpoint
 from learner.ema import Ema
 from learner.fused import Kind, Objective
+from learner.lora import attach
 from learner.microbatch import TrainSequence, build, token_weight
-from learner.model import Student, load_causal_lm, tune
+from learner.model import ONE_ROW, Student, load_causal_lm, tune
 from learner.objective import divergence
-from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source
+from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source, together
 from learner.roofline import Roofline, measure
 from learner.schedule import learning_rate
 from learner.tally import RankMetrics, Tally
@@ -34,7 +35,7 @@ from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.memory import own_peak_gib
 from sdft_dist.pieces import fetch
-from sdft_dist.types import Sample, ShardFile, Span, TeacherTargets, TrainItem, WeightManifest
+from sdft_dist.types import Sample, ShardFile, Span, TeacherTargets, TrainItem, TransportKind, WeightManifest
 
 
 class LearnerRank:
@@ -76,22 +77,26 @@ class LearnerRank:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
         lm = load_causal_lm(self.config.model)
+        if self.config.model.lora.rank:
+            attach(lm, self.config.model.lora)
         tune(lm, self.config.learner)
         shards = checkpoint.Shards(Path(resume)) if resume else None
         if shards is not None:
             with torch.no_grad():  # DeepSpeed takes its master weights from here
                 for name, param in lm.named_parameters():
-                    param.copy_(shards.full("master", name, tuple(param.shape)))
+                    if param.requires_grad:
+                        param.copy_(shards.full("master", name, tuple(param.shape)))
         self.student = Student(lm, self.vocab_size, objective(self.config, logit_transform(lm.config)))
         named = self.student.named_weights()
-        one_row = self.config.model.attention == "flash_attention_2"
+        one_row = self.config.model.attention in ONE_ROW
         self._layout = one_after_another if one_row else partial(rows, width=lm.config.get_text_config().hidden_size)
         self._shapes = {name: tuple(p.shape) for name, p in named}
+        self._named = {name: p for name, p in named if p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
-            model=self.student, model_parameters=self.student.parameters(), config=deepspeed_config(self.config)
+            model=self.student, model_parameters=list(self._named.values()), config=deepspeed_config(self.config)
         )
         set_timeouts(timeout)
-        self._named = dict(named)
+        self._frozen = {name: p for name, p in named if not p.requires_grad}
         self._moved, teacher = resume is not None, self.config.teacher  # whether the student is at model.path
         self.ema = None
         if teacher.kind == "ema":
@@ -135,6 +140,8 @@ class LearnerRank:
         grad_norm, self._moved = step_and_norm(self.engine), True
         if self.ema is not None and math.isfinite(grad_norm):
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
+        if self.config.cluster.sleep:
+            torch.cuda.empty_cache()  # for the engines that wake now
         spans = (Span("fetch", started, waited), Span("train", waited, time.time()))
         return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, slots=slots, spans=spans)
 
@@ -154,7 +161,7 @@ class LearnerRank:
             head_loss.objective = trained
         return np.split(found, np.cumsum([len(c) for _, c in pairs])[:-1])
 
-    def open_push(self, role: str, num_receivers: int) -> tuple[str, int] | None:
+    def open_push(self, role: str, num_receivers: int, kind: TransportKind) -> tuple[str, int] | None:
         """Rank 0 opens the rendezvous of a push group and returns its address."""
         if self.rank:
             return None
@@ -163,7 +170,7 @@ class LearnerRank:
         host = ray.util.get_node_ip_address()
         if role in self._senders:
             self._senders[role].close()
-        self._senders[role] = Sender(host, num_receivers, self.config.cluster.timeout_s)
+        self._senders[role] = Sender(host, num_receivers, self.config.cluster.timeout_s, kind, self.device)
         return host, self._senders[role].port
 
     def connect_push(self, role: str) -> None:
@@ -175,20 +182,26 @@ class LearnerRank:
         """Name of the output head among the pushed weights."""
         return self.student.head_name()
 
-    def manifest(self, version: int) -> WeightManifest:
-        """What `push(role, version)` will send."""
+    def manifest(self, version: int, whole: bool) -> WeightManifest:
+        """What `push(role, version)` will send: all weights, or those that are trained."""
         wire = getattr(torch, self.config.model.dtype)
-        return manifest(version, self._shapes, wire, self.config.cluster.push_bucket_mib << 20)
+        shapes = {name: shape for name, shape in self._shapes.items() if whole or name in self._named}
+        plan = manifest(version, shapes, wire, self.config.cluster.push_bucket_mib << 20)
+        return replace(plan, adapter_scale=self.config.model.lora.scale)
 
-    def push(self, role: str, version: int, oldest_in_flight: int) -> Span:
-        """Send the weights of `role` ("generators": the student; "teachers": what teaches) as `version`.
+    def push(self, role: str, version: int, whole: bool, oldest_in_flight: int) -> Span:
+        """Send the weights of `role` ("generators": the student; "teachers": what teaches) as `version`, or
+        without `whole` those that are trained.
 
         Returns when they are copied; they leave while this rank goes on. The head of a teacher is kept
         until no targets older than `oldest_in_flight` can come.
         """
         started = time.time()
-        head = push(self.manifest(version), self._source(role), self._senders.get(role), self.student.head_name())
+        plan, keep = self.manifest(version, whole), self.student.head_name()
+        head = push(plan, self._source(role), self._senders.get(role), keep)
         if role == "teachers":
+            if head is None:  # a frozen one, which came with the first push
+                head = next(iter(self._teacher_heads.values()))
             self._teacher_heads[version] = head
             for old in [v for v in self._teacher_heads if v < oldest_in_flight]:
                 del self._teacher_heads[old]
@@ -229,10 +242,16 @@ class LearnerRank:
         return fragments(self.engine, list(self._named.items()))
 
     def _source(self, role: str) -> WeightSource:
+        source = self._trained(role)
+        return together(student_source(self._frozen), source) if self._frozen else source
+
+    def _trained(self, role: str) -> WeightSource:
         if role == "teachers" and self.ema is not None:
             return ema_source(self.ema, self._shapes, self.device)
         teacher, path = self.config.teacher, self.config.model.path
         if role == "teachers" and teacher.kind == "base" and (teacher.anchor or self._moved):
+            if self._frozen:  # the base is what the adapters are added to
+                return lambda names: {name: torch.zeros(self._shapes[name]) for name in names}
             frozen = self._weights_of(teacher.anchor or path)
             return lambda names: {name: frozen[name] for name in names}
         return student_source(self._named)

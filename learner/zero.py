@@ -30,7 +30,7 @@ class Fragment:
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`. Loss scaling over micro-batches and ranks is ours:
     the accumulation count is 1 and the boundary is set by hand."""
-    optim = config.optim
+    optim, offload = config.optim, config.learner.offload == "optimizer"
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -41,6 +41,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 0,
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
         },
         "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
         "optimizer": {
@@ -54,6 +55,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             },
         },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPU too
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
@@ -135,9 +137,10 @@ def make_optimizer_state(engine: Any, step: int) -> None:
     otherwise: so that `fragments` can be filled from a checkpoint."""
     optimizer, inner = engine.optimizer, _inner(engine)
     stage = engine.zero_optimization_stage()
-    tensors = {0: lambda: list(engine.module.parameters()), 3: lambda: optimizer.fp32_partitioned_groups_flat}.get(
-        stage, lambda: optimizer.single_partition_of_fp32_groups
-    )()
+    tensors = {
+        0: lambda: [p for p in engine.module.parameters() if p.requires_grad],
+        3: lambda: optimizer.fp32_partitioned_groups_flat,
+    }.get(stage, lambda: optimizer.single_partition_of_fp32_groups)()
     for tensor in tensors:
         moments = {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
         inner.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **moments}

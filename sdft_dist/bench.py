@@ -63,7 +63,7 @@ class Ours:
             RunLog(self.folder, title=self.name, console=console, trace=self.folder / "trace.json") as log,
             launch(config, self.problems, self.vocab_size, self.stop_ids, on_span=log.span) as fleet,
         ):
-            train(config, self.problems, fleet.rollouts, fleet.learner, fleet, log, after_step=after_step)
+            train(config, self.problems, fleet.rollouts, fleet, fleet, log, after_step=after_step)
             self.machines.append(machine(fleet))
 
 

@@ -29,7 +29,7 @@ from sdft_dist.plan import read_dimensions
 from sdft_dist.types import Sample, SampleKey, SampleRef, TeacherTargets, TrainItem, VersionSpan
 
 WARM = 2  # batches that are not counted
-ENGINES = {"generator": ("generators",), "teacher": ("teachers",), "learner": ()}
+ENGINES = {"generator": ("generator",), "teacher": ("teacher",), "learner": ()}
 Batch = Callable[[int], int]  # does the work of one optimizer step; returns its completion tokens
 
 
@@ -118,7 +118,7 @@ def _scoring(ours: Ours, fleet: Fleet) -> Batch:
     teachers = fleet.teachers.actors
 
     def batch(step: int) -> int:
-        refs, n = _as_sampled(ours.config, ours.problems, batch_keys(ours.config, ours.problems, step)), len(teachers)
+        refs, n = as_sampled(ours.config, ours.problems, batch_keys(ours.config, ours.problems, step)), len(teachers)
         ray.get([actor.score.remote(refs[i::n]) for i, actor in enumerate(teachers)])
         return sum(ref.num_completion_tokens for ref in refs)
 
@@ -131,7 +131,7 @@ def _learning(ours: Ours, fleet: Fleet) -> Batch:
     keys = batch_keys(config, problems, 0)
     if config.method == "sdft":
         fleet.learner.push(fleet.teachers, 0, 0)  # to nobody: the ranks keep the head that the targets go through
-        items = _as_scored(ours, _as_sampled(config, problems, keys))
+        items = _as_scored(ours, as_sampled(config, problems, keys))
     else:
         items = demonstrations(problems, keys)
 
@@ -142,7 +142,7 @@ def _learning(ours: Ours, fleet: Fleet) -> Batch:
     return batch
 
 
-def _as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) -> list[SampleRef]:
+def as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) -> list[SampleRef]:
     """The demonstrations of `keys` as if the student had sampled them."""
     loss = config.loss
     samples = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+Place = tuple[float, float]
 
 
 class Curve(NamedTuple):
@@ -84,6 +87,23 @@ def pareto(points: Mapping[str, Point], new: str) -> Any:
         axis.annotate("", point.end, point.start, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
         axis.scatter(*point.end, color=colour, label=name, zorder=3)
     axis.set(xlabel="other sets, mean accuracy, %", ylabel=f"{new}, accuracy, %", xlim=(-3, 104), ylim=(-3, 104))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left", frameon=False)
+    return figure
+
+
+def front(
+    points: Mapping[str, Sequence[tuple[float, float]]], best: Mapping[str, Sequence[tuple[float, float]]]
+) -> Any:
+    """Trials by method: retained against new, %, with a line along those of each method that no other one of it
+    beats in both."""
+    figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    for (name, own), marker in zip(points.items(), itertools.cycle("os^Dv"), strict=False):
+        drawn = axis.scatter([x for x, _ in own], [y for _, y in own], label=name, marker=marker, alpha=0.7, zorder=3)
+        line = sorted(best[name])
+        axis.plot([x for x, _ in line], [y for _, y in line], color=drawn.get_facecolor()[0], linestyle=":", zorder=2)
+    axis.set(xlabel="other sets, mean accuracy, %", ylabel="what was taught, accuracy, %")
+    axis.set(xlim=(-3, 104), ylim=(-3, 104))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left", frameon=False)
     return figure

@@ -45,12 +45,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may also come after options, where argparse does not look for them."""
     parser = _parser()
     args, more = parser.parse_known_args(argv)
-    strange = [word for word in more if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    strange = [w for w in more if w.startswith("-") or not (_is_override(w) and hasattr(args, "overrides"))]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if more:
         args.overrides = [*args.overrides, *more]
     return args
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word or word.endswith((".yaml", ".yml"))
 
 
 def _fail(error: BaseException, code: int) -> int:
@@ -74,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
-    sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields to override")
+    what = "fields to override, or further YAML files whose fields replace the recipe's"
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value | FILE.yaml", help=what)
     return sub
 
 
@@ -135,11 +140,22 @@ def _add_measuring(commands: Commands) -> None:
     sequence.add_argument("plan", type=Path, help="YAML file; `sdft lab sequence` writes one")
     sequence.set_defaults(command=_continual)
 
+    sweep = commands.add_parser("sweep", help="whole runs over a space of settings, on Ray Tune")
+    sweep.add_argument(
+        "words", nargs="+", metavar="[status | report] SWEEP.yaml", help="run what is missing of it, or look at it"
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="list the trials and what each asks of Ray")
+    sweep.set_defaults(command=_sweep)
+
     what = "predict cost, memory and the split of GPUs, without starting anything"
     plan = _with_recipe(commands.add_parser("plan", help=what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
-    plan.add_argument("--gpus", type=_positive, nargs="+", default=[1, 4, 8, 16, 64, 256, 1024], metavar="N")
-    plan.add_argument("--shape", help="instead of model.path: lab, qwen3-0.6b, qwen3-4b or qwen3-8b")
+    plan.add_argument(
+        "--gpus", type=_positive, nargs="+", metavar="N", help="the best split of N GPUs (default: the recipe's own)"
+    )
+    plan.add_argument(
+        "--shape", help="instead of model.path: lab, qwen3-0.6b, -4b or -8b, qwen2.5-7b, llama-3.1-8b or olmo-3-7b"
+    )
     plan.add_argument("--lengths", default="300/400/400", help="prompt/demonstration/completion, tokens")
     plan.add_argument("--simulate", action="store_true", help="also run a discrete-event simulation of each split")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -152,6 +168,7 @@ def _add_lab(commands: Commands) -> None:
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
     demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run")
     demo.add_argument("--rebuild-base", action="store_true", help="train the base anew instead of the shipped one")
+    demo.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the lab's recipe")
     demo.set_defaults(command=_demo)
 
     lab = commands.add_parser("lab", help="the small world for trying things without pretrained weights")
@@ -171,6 +188,9 @@ def _add_lab(commands: Commands) -> None:
     sequence.add_argument("--out", type=Path, required=True)
     sequence.add_argument("--sweep", action="store_true", help="the sweep that its settings were chosen by")
     sequence.set_defaults(command=_lab_sequence)
+    settings = lab_commands.add_parser("sweep", help="write a sweep for `sdft sweep`: one word, twelve settings")
+    settings.add_argument("--out", type=Path, required=True)
+    settings.set_defaults(command=_lab_sweep)
 
 
 def _add_checkpoints(commands: Commands) -> None:
@@ -191,6 +211,7 @@ def _add_checkpoints(commands: Commands) -> None:
     export.add_argument("run", type=Path, help="run directory")
     export.add_argument("--out", type=Path, required=True, help="new folder")
     export.add_argument("--weights", choices=("student", "ema"), default="student")
+    export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged)")
     export.add_argument("--step", type=int, default=None, help="default: the newest")
     export.set_defaults(command=_export)
 
@@ -224,8 +245,7 @@ def _dry_run(config: Config) -> None:
     print(dump_config(config), end="")
     device = "cpu" if config.cluster.device == "cpu" else "cuda"
     wanted = needs(config, device)
-    parts = ", ".join(f"{need.role} {need.actors}" for need in wanted)
-    print(f"# {parts}: {sum(need.actors * need.gpus for need in wanted):g} GPUs on {device}")
+    print(f"# {', '.join(map(str, wanted))}: {sum(need.number * need.gpus for need in wanted)} GPUs on {device}")
 
 
 def _preflight(args: argparse.Namespace) -> None:
@@ -324,6 +344,32 @@ def _continual(args: argparse.Namespace) -> None:
     print(f"Results: {plan.out}/results.json, table.md, curves.png, normalised.png")
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    from sdft_dist.errors import ConfigError
+
+    *action, path = args.words
+    if action not in ([], ["status"], ["report"]):
+        raise ConfigError(
+            f"sdft sweep: {' '.join(args.words)}: expected SWEEP.yaml, status SWEEP.yaml or report SWEEP.yaml"
+        )
+    from sdft_dist.sweep import load_sweep, sweep_all, trials
+
+    plan = load_sweep(Path(path))
+    if args.dry_run:
+        for trial in trials(plan):
+            print(f"{trial.name}: {trial.values}")
+        return
+    from rich.console import Console
+
+    from sdft_dist.sweep_results import markdown, rows, write_report
+
+    if not action:
+        sweep_all(plan, Console())
+    if action != ["status"]:
+        print(f"Results: {write_report(plan)}/results.json, table.md, pareto.png")
+    print(markdown(rows(plan)), end="")
+
+
 def _plan(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
@@ -332,7 +378,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     from sdft_dist.config import load_config
     from sdft_dist.errors import UserError
-    from sdft_dist.plan import GPUS, Lengths, as_json, dimensions, plan, read_dimensions, show
+    from sdft_dist.plan import GPUS, Lengths, as_json, dimensions, own_plan, plan, read_dimensions, show
     from sdft_dist.synthetic import SHAPES, parse_lengths
 
     config = load_config(args.recipe, args.overrides)
@@ -342,7 +388,9 @@ def _plan(args: argparse.Namespace) -> None:
     model = dimensions(SHAPES[args.shape]) if args.shape else read_dimensions(config)
     prompt, demonstration, completion = parse_lengths(args.lengths)
     lengths = Lengths(prompt=prompt, demonstration=demonstration, completion=completion)
-    plans = [plan(config, model, lengths, GPUS[args.gpu], n) for n in args.gpus]
+    gpu = GPUS[args.gpu]
+    own = [] if args.gpus else [own_plan(config, model, lengths, gpu)]
+    plans = own + [plan(config, model, lengths, gpu, n) for n in args.gpus or []]
     found = as_json(plans)
     if not args.json:
         show(plans, Console())
@@ -350,8 +398,8 @@ def _plan(args: argparse.Namespace) -> None:
         from sdft_dist.simulate import show as show_outcomes
         from sdft_dist.simulate import simulate
 
-        split = [p for p in plans if p.gpus > 1]
-        outcomes = [simulate(config, model, lengths, GPUS[args.gpu], p) for p in split]
+        split = [p for p in plans if all(len(group) == 1 for group in p.groups)]
+        outcomes = [simulate(config, model, lengths, gpu, p) for p in split]
         if not args.json:
             show_outcomes(split, outcomes, Console())
         found += [{"gpus": p.gpus, "simulated": asdict(o)} for p, o in zip(split, outcomes, strict=True)]
@@ -362,7 +410,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from sdft_dist.demo import demo
 
-    demo(args.out, num_seeds=args.seeds, steps=args.steps, rebuild_base=args.rebuild_base)
+    demo(args.out, num_seeds=args.seeds, steps=args.steps, rebuild_base=args.rebuild_base, overrides=args.overrides)
 
 
 def _lab_build(args: argparse.Namespace) -> None:
@@ -389,6 +437,13 @@ def _lab_sequence(args: argparse.Namespace) -> None:
     from sdft_dist.lab.teaching import write_sequence
 
     print(write_sequence(args.out, build_with_progress(SEQUENCE_BASE), "sweep" if args.sweep else "final"))
+
+
+def _lab_sweep(args: argparse.Namespace) -> None:
+    from sdft_dist.lab.base import shipped_base
+    from sdft_dist.lab.teaching import write_sweep
+
+    print(write_sweep(args.out, shipped_base()))
 
 
 def _status(args: argparse.Namespace) -> None:
@@ -423,10 +478,11 @@ def _verify_checkpoints(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from sdft_dist.export import export
+    from sdft_dist.export import export, export_adapter
     from sdft_dist.rundir import RunDir
 
-    print(export(RunDir.open(args.run), args.out, weights=args.weights, step=args.step))
+    write = export_adapter if args.adapter else export
+    print(write(RunDir.open(args.run), args.out, weights=args.weights, step=args.step))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,11 @@ from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
 from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError, brief
 from sdft_dist.last_words import obituary
+from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
-from sdft_dist.topology import lacking, needs, resource
-from sdft_dist.types import OnSpan
+from sdft_dist.topology import PLURAL, push_transport, roles_of
+from sdft_dist.types import OnSpan, TrainItem
 
 FROM_THE_BEGINNING = Start()
 SLICE_S = 0.05  # of decoding, after which finished samples go on and new weights may come in
@@ -41,6 +42,7 @@ class Fleet:
     start: int  # the first version that is pushed
     teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
     max_mends: int  # in one optimizer step
+    sleep: bool  # of the engines, while the learner works
     on_event: Callable[[str], None]
     version: int = -1  # of the student
     mends: int = 0  # since the last optimizer step
@@ -60,6 +62,10 @@ class Fleet:
         if self.teachers.actors and (self.teacher_moves or version == self.start):
             self._push_to_teachers(version, wait=version == self.start)
 
+    def versions(self) -> dict[str, int]:
+        """Optimizer steps in the weights that were last pushed to each role."""
+        return {"generator": self.version, "teacher": self.rollouts.teacher_version}
+
     def peak_gib(self) -> dict[str, float]:
         """Peak memory of one actor of each role that there is."""
         pools = {"generator": self.generators, "teacher": self.teachers}
@@ -67,6 +73,17 @@ class Fleet:
             **{role: pool.peak_gib() for role, pool in pools.items() if pool.actors},
             "learner": self.learner.peak_gib(),
         }
+
+    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
+        """One optimizer step of the learner, for which engines that sleep give it their memory."""
+        if not self.sleep:
+            return self.learner.update(step, num_steps, items)
+        for pool in (self.generators, self.teachers):
+            pool.rest(True)
+        metrics = self.learner.update(step, num_steps, items)
+        for pool in (self.generators, self.teachers):
+            pool.rest(False)
+        return metrics
 
     def mend(self) -> None:
         """Put lost engines right, between two optimizer steps: they serve again when a whole push has been
@@ -134,7 +151,7 @@ def launch(
     vocab_size: int,
     stop_ids: list[int],
     *,
-    engines: Collection[str] = ("generators", "teachers"),
+    engines: Collection[str] = ("generator", "teacher"),
     on_span: OnSpan = lambda role, index, span: None,
     on_event: Callable[[str], None] = lambda text: None,
     start: Start = FROM_THE_BEGINNING,
@@ -148,26 +165,22 @@ def launch(
     """
     import ray
 
-    device = resolve_device(config)
-    wanted = [need for need in needs(config, device) if need.role in ("learner ranks", *engines)]
-    missing = None if config.cluster.autoscaling else lacking(wanted, ray.nodes())
-    if missing:
-        raise UserError(f"cluster: {missing}; cluster.autoscaling=true waits for nodes to join")
-    actors: list[Any] = []
-    try:
-        fleet = _build(config, problems, vocab_size, stop_ids, device, engines, on_span, on_event, start, stop, actors)
-        yield fleet
-        fleet.learner.stop()
-    except (UserError, Fault, Preempted, Diverged):
-        raise
-    except Exception as error:
-        explained = explain(error, actors)
-        if explained is None:
+    device, actors = resolve_device(config), list[Any]()
+    with placed(config, device, roles_of(config) & {"learner", *engines}, stop, on_event) as places:
+        try:
+            fleet = _build(config, problems, vocab_size, stop_ids, places, on_span, on_event, start, stop, actors)
+            yield fleet
+            fleet.learner.stop()
+        except (UserError, Fault, Preempted, Diverged):
             raise
-        raise explained from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+        except Exception as error:
+            explained = explain(error, actors)
+            if explained is None:
+                raise
+            raise explained from error
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
 @contextmanager
@@ -177,18 +190,20 @@ def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
 
     from actors.rollout import Generator
 
-    device, actors = resolve_device(config), []
-    for _ in range(config.cluster.generators):
-        options = _resources(device, config.cluster.generators)
-        actors.append(ray.remote(Generator).options(**options).remote(config, device, stop_ids, None))
-    try:
-        pool = Pool("generators", actors, config.cluster.timeout_s, Events())
-        pool.wait_ready()
-        pool.serve_folder()
-        yield pool
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+    device, size = resolve_device(config), config.cluster.generators
+    actors: list[Any] = []
+    with placed(config, device, ("generator",)) as places:
+        try:
+            for i in range(size):
+                options = places.options("generator", i, size)
+                actors.append(ray.remote(Generator).options(**options).remote(config, device, stop_ids, None))
+            pool = Pool("generators", actors, config.cluster.timeout_s, Events())
+            pool.wait_ready()
+            pool.serve_folder()
+            yield pool
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
 def explain(error: Exception, actors: list[Any]) -> Exception | None:
@@ -222,8 +237,7 @@ def _build(
     problems: ProblemSet,
     vocab_size: int,
     stop_ids: list[int],
-    device: str,
-    engines: Collection[str],
+    places: Places,
     on_span: OnSpan,
     on_event: Callable[[str], None],
     start: Start,
@@ -236,32 +250,35 @@ def _build(
     from actors.teacher import Teacher
     from learner.worker import LearnerRank
 
+    device = places.device
     table, events = ray.put(problems), Events(stop, config.checkpoint.grace_s)
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
     together = 2 if sdft and config.rollout.max_staleness else 1
+    kind = push_transport(config, device)
 
-    def place(cls: type, role: str, sharing: int, *args: Any) -> Any:
-        pinned = resource(config, role)
-        options = _resources(device, sharing) | ({"resources": {pinned: 0.001}} if pinned else {})
-        actor = ray.remote(cls).options(**options).remote(*args)
+    def start_actor(cls: type, role: str, sharing: int, args: tuple[Any, ...], index: int) -> Any:
+        actor = ray.remote(cls).options(**places.options(role, index, sharing)).remote(*args)
         actors.append(actor)
         return actor
 
-    num_generators = cluster.generators if (sdft or config.eval.every) and "generators" in engines else 0
-    num_teachers = cluster.teachers if sdft and "teachers" in engines else 0
+    def pool(role: str, cls: type, size: int, workers: int, *args: Any) -> Pool:
+        make = partial(start_actor, cls, role, together * workers, args)
+        made = [make(i) for i in range(size if places.has(role) else 0)]
+        found = Pool(PLURAL[role], made, cluster.timeout_s, events, make, workers, kind)
+        if cluster.colocate != "none":  # an engine looks how much memory is free, so they start one by one
+            found.wait_ready()
+        return found
 
-    def pool(role: str, size: int, make: Callable[[], Any]) -> Pool:
-        return Pool(role, [make() for _ in range(size)], cluster.timeout_s, events, make)
-
-    make_generator = partial(place, Generator, "generator", together, config, device, stop_ids, table)
-    generators = pool("generators", num_generators, make_generator)
+    generators = pool(
+        "generator", Generator, cluster.generators, cluster.generator_tensor_parallel, config, device, stop_ids, table
+    )
     teachers = pool(
-        "teachers", num_teachers, partial(place, Teacher, "teacher", together, config, device, vocab_size, table)
+        "teacher", Teacher, cluster.teachers, cluster.teacher_tensor_parallel, config, device, vocab_size, table
     )
     learner = LearnerGroup(
         config,
         [
-            place(LearnerRank, "learner", together * ranks, config, r, ranks, device, vocab_size, table)
+            start_actor(LearnerRank, "learner", together * ranks, (config, r, ranks, device, vocab_size, table), r)
             for r in range(ranks)
         ],
         events,
@@ -281,6 +298,7 @@ def _build(
         start=start.step,
         teacher_moves=config.teacher.kind != "base",
         max_mends=cluster.max_restarts,
+        sleep=cluster.sleep,
         on_event=on_event,
     )
     fleet.rollouts.mend = fleet.mend
@@ -310,19 +328,3 @@ def _target_bytes(config: Config) -> int:
 
     settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
     return settings.get_text_config().hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
-
-
-def _resources(device: str, sharing: int) -> dict[str, Any]:
-    """Ray options of one actor. On CPU `sharing` actors that work at the same time divide the cores: the
-    ranks of a learner, and the roles where rollouts run ahead; otherwise the roles take turns."""
-    if device == "cuda":
-        return {"num_gpus": 1, "num_cpus": 1}
-    threads = max(1, (os.cpu_count() or 1) // sharing)
-    env = {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin on cores that another role needs
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    # Ray puts an actor that asks for nothing on a random node, whatever the strategy.
-    return {"num_cpus": 0.01, "scheduling_strategy": "SPREAD", "runtime_env": {"env_vars": env}}

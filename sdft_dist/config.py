@@ -29,6 +29,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, description="Rank of the low-rank adapters that are trained; 0 trains all weights.")
+    alpha: int = Field(32, ge=1, description="The adapters' product is scaled by alpha / rank.")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="Modules that get adapters, by the ends of their names; all-linear is all but the output head.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' product."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
 class ModelConfig(Section):
     path: str = Field(description="Hugging Face folder or hub id of the model to train, with its tokenizer.")
     revision: str | None = Field(None, description="Hub revision to pin; saved with the run.")
@@ -38,9 +53,12 @@ class ModelConfig(Section):
     max_length: int = Field(
         4096, ge=8, description="Context in tokens: teacher prompt + completion must fit. Longer rows are errors."
     )
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
-        "sdpa", description="The learner's attention implementation, as named by transformers."
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "varlen"] = Field(
+        "sdpa",
+        description="The learner's attention implementation, as named by transformers; varlen is the FlashAttention "
+        "that comes with torch. It and flash_attention_2 need a GPU and bfloat16, and pack without free slots.",
     )
+    lora: LoraConfig = LoraConfig()
 
 
 class DataConfig(Section):
@@ -171,6 +189,11 @@ class LearnerConfig(Section):
     tokens_per_microbatch: int = Field(
         8192, ge=8, description="Largest number of tokens (prompt + completion) in one packed micro-batch of a rank."
     )
+    offload: Literal["none", "optimizer"] = Field(
+        "none",
+        description="optimizer: fp32 master weights and moments live in host memory, and the update is computed there; "
+        "with zero_stage 1, 2 or 3.",
+    )
     gradient_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="What backward computes again instead of keeping it. full: whole layers. selective: all of a layer "
@@ -189,7 +212,8 @@ class ClusterConfig(Section):
         "auto", description="auto takes CUDA where torch sees it on the driver's node."
     )
     autoscaling: bool = Field(
-        False, description="Nodes join on demand: do not refuse a cluster that has too few GPUs at the start."
+        False,
+        description="Nodes join on demand: wait up to timeout_s for a cluster that has too few GPUs at the start.",
     )
     pin_roles: bool = Field(
         False,
@@ -198,16 +222,42 @@ class ClusterConfig(Section):
     )
     generators: int = Field(1, ge=1, description="Generator actors.")
     teachers: int = Field(1, ge=1, description="Teacher actors; none are started for method=sft.")
-    gpu_memory_utilization: float = Field(
-        0.85, gt=0, le=1, description="Share of its GPU that each vLLM engine may take."
+    generator_tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that each generator spans.")
+    teacher_tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that each teacher spans.")
+    colocate: Literal["none", "teachers", "all"] = Field(
+        "none",
+        description="Which roles share GPUs: none; each generator one with a teacher; all: one actor of each role.",
+    )
+    sleep: bool = Field(
+        False,
+        description="With colocate=all and max_staleness 0: engines keep their weights in host memory and give up the "
+        "rest while the learner works.",
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of its GPU that each vLLM engine may take. Default: 0.85; 0.4 where two engines share one; "
+        "0.2 where the learner does too.",
     )
     kv_cache_gib: int = Field(1, ge=1, description="KV cache of each engine on CPU, GiB.")
     max_sequences: int = Field(256, ge=1, description="Largest decode batch of a generator.")
+    push_transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto",
+        description="How weights travel to the engines. gloo: through host memory, everywhere. nccl: between GPUs. "
+        "ipc: within one GPU, or one machine without GPUs. auto: nccl where the learner has GPUs of its own, ipc where "
+        "it is one rank that shares its GPU with the engines, otherwise gloo.",
+    )
     push_bucket_mib: int = Field(256, ge=1, description="Size of one message of a weight push, MiB.")
     max_restarts: int = Field(
         3, ge=0, description="How often a run starts its actors anew before a new checkpoint shows that it gets on."
     )
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
+
+    @property
+    def engine_memory(self) -> float:
+        """Share of its GPU that each engine takes."""
+        return self.gpu_memory_utilization or {"none": 0.85, "teachers": 0.4, "all": 0.2}[self.colocate]
 
 
 MEAN = "mean"  # of all held-out sets, as a metric
@@ -321,10 +371,34 @@ class Config(Section):
         self._check_loss()
         if self.teacher.reanchor == (self.teacher.anchor is not None):
             raise ValueError("teacher.anchor: is where the teacher starts when teacher.reanchor is false: give both")
+        if self.model.lora.rank and self.teacher.anchor:
+            raise ValueError(
+                "teacher.anchor: with model.lora.rank the teacher is model.path with adapters: leave it out"
+            )
+        self._check_topology()
         if self.eval.every and not self.eval.sets:
             raise ValueError("eval.every: there is nothing to evaluate: give eval.sets.NAME=FILE")
         self._check_selection()
         return self
+
+    def _check_topology(self) -> None:
+        cluster = self.cluster
+        if cluster.sleep and (cluster.colocate != "all" or self.rollout.max_staleness):
+            raise ValueError("cluster.sleep: needs cluster.colocate=all and rollout.max_staleness=0")
+        if cluster.colocate == "none":
+            return
+        numbers = {"cluster.generators": cluster.generators, "cluster.teachers": cluster.teachers}
+        if cluster.colocate == "all":
+            numbers["learner.ranks"] = self.learner.ranks
+        if len(set(numbers.values())) > 1:
+            got = ", ".join(f"{name}={number}" for name, number in numbers.items())
+            raise ValueError(
+                f"cluster.colocate: {cluster.colocate} puts one of each on a GPU, they must be equal: {got}"
+            )
+        if max(cluster.generator_tensor_parallel, cluster.teacher_tensor_parallel) > 1:
+            raise ValueError("cluster.colocate: shares single GPUs: set both …_tensor_parallel to 1, or it to none")
+        if cluster.pin_roles:
+            raise ValueError("cluster.pin_roles: keeps roles apart: set it to false, or cluster.colocate to none")
 
     def _check_selection(self) -> None:
         chosen, valid = self.eval, [*self.eval.sets, MEAN]
@@ -363,6 +437,8 @@ class Config(Section):
             raise ValueError(
                 "learner.zero_stage: 0 keeps no fp32 master of bfloat16 weights for the average: use 1, 2 or 3"
             )
+        if self.learner.offload != "none" and self.learner.zero_stage == 0:
+            raise ValueError("learner.offload: needs learner.zero_stage 1, 2 or 3")
         if self.learner.compile and self.learner.zero_stage == 3:
             raise ValueError("learner.compile: ZeRO-3's hooks cannot be compiled: use learner.zero_stage 0, 1 or 2")
         plain = loss.importance == "none" and loss.token_clip is None
@@ -384,13 +460,17 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML recipe and apply `section.field=value` overrides (values are YAML).
+    """Read a YAML recipe and apply overrides, in order: `section.field=value` (values are YAML), or another YAML file,
+    whose fields replace those of the same name.
 
     Raises ConfigError with one line per mistake: field, value got, what is valid.
     """
     tree = load_yaml(path)
     for text in overrides or []:
-        _override(tree, text)
+        if is_layer(text):
+            _merge(tree, load_yaml(text))
+        else:
+            _override(tree, text)
     return parse(Config, tree)
 
 
@@ -424,6 +504,19 @@ def parse(section: type[S], tree: dict[str, Any]) -> S:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def is_layer(text: str) -> bool:
+    """Whether an override names a file."""
+    return "=" not in text and text.endswith((".yaml", ".yml"))
+
+
+def _merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
+    for name, value in layer.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

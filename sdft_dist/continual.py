@@ -23,7 +23,7 @@ from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config, Section, load_config, load_yaml, parse
 from sdft_dist.continual_results import write_results
 from sdft_dist.data import load_rows
-from sdft_dist.errors import UserError
+from sdft_dist.rundir import refuse_changed
 from sdft_dist.train import run
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # also the name of a folder
@@ -154,7 +154,7 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     where a stage was run with other settings before, DataError where a file is wrong: both before anything starts."""
     work = stages(plan)
     for stage in work:
-        _refuse_changed(stage)
+        refuse_changed(stage.config)
     for task in plan.tasks.values():  # a mistake in the last file must not be found after days
         load_rows(task.train)
     for held_out in (*(task.eval for task in plan.tasks.values()), *plan.prior.values()):
@@ -166,15 +166,3 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
                 title = f"{i}/{len(work)} {stage.method} seed {stage.seed} {stage.task}"
                 run(stage.config, title=title, console=console, resume="auto")
     return write_results(Path(plan.out), list(plan.tasks), list(plan.prior), work)
-
-
-def _refuse_changed(stage: Stage) -> None:
-    path = stage.folder / "config.yaml"
-    if not path.is_file():
-        return
-    before, now = load_config(path).model_dump(), stage.config.model_dump()
-    differing = [name for name in now if before[name] != now[name]]
-    if differing:
-        raise UserError(
-            f"{path.parent}: was run with another {', '.join(differing)}: give the plan another `out`, or remove it"
-        )

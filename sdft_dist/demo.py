@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Outcome:
     curve: list[dict[str, float]]  # accuracies by set, with `step`, from before the first step on
     train_seconds: float  # of the optimizer steps: generate, score, learn, push
     samples_per_s: float  # median over the steps
+    pushed_mib: float  # to all engines before a step, median
 
     def old(self, point: dict[str, float]) -> float:
         """Mean accuracy on the old skills."""
@@ -51,10 +53,15 @@ def unused_folder() -> Path:
 
 
 def demo(
-    out: Path | None, *, num_seeds: int = 1, steps: int | None = None, rebuild_base: bool = False
+    out: Path | None,
+    *,
+    num_seeds: int = 1,
+    steps: int | None = None,
+    rebuild_base: bool = False,
+    overrides: Sequence[str] = (),
 ) -> list[Outcome]:
-    """Run all and print the table; writes `curves.png`, `report/` and the runs into `out`, which
-    must be unused."""
+    """Run all, with `overrides` over the lab's recipe, and print the table; writes `curves.png`, `report/` and the
+    runs into `out`, which must be unused."""
     console, out = Console(), out or unused_folder()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} is already in use: give another --out, or remove it")
@@ -67,13 +74,15 @@ def demo(
     )
     outcomes = []
     configs = [
-        (seed, method, _config(out, base, seed, method, steps)) for seed in range(num_seeds) for method in METHODS
+        (seed, method, lab_config(out, base, seed, method, steps, overrides))
+        for seed in range(num_seeds)
+        for method in METHODS
     ]
     started = time.monotonic()
     with PeakMemory() as memory, ray_session(configs[0][2]):
         for seed, method, config in configs:
             run(config, title=f"{method.upper():4} seed {seed}", console=console)
-            outcomes.append(_outcome(config))
+            outcomes.append(measured(config))
     console.print(_table(outcomes, num_seeds))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     peak = f", peak memory of all processes {memory.gib:.1f} GiB" if memory.gib else ""
@@ -95,7 +104,7 @@ def demo(
     return outcomes
 
 
-def _config(out: Path, base: Path, seed: int, method: str, steps: int | None) -> Config:
+def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None, more: Sequence[str]) -> Config:
     """One run's configuration, also left as a recipe beside it."""
     data = out / f"seed-{seed}" / "data"
     if not data.exists():
@@ -110,12 +119,13 @@ def _config(out: Path, base: Path, seed: int, method: str, steps: int | None) ->
         **{f"eval.sets.{name}": path for name, path in sets.items()},
         **({"steps": steps} if steps else {}),
     }
-    config = load_config(RECIPE, [f"{key}={value}" for key, value in overrides.items()])
+    config = load_config(RECIPE, [*(f"{key}={value}" for key, value in overrides.items()), *more])
     (out / f"seed-{seed}" / f"{method}.yaml").write_text(dump_config(config))
     return config
 
 
-def _outcome(config: Config) -> Outcome:
+def measured(config: Config) -> Outcome:
+    """What a finished run of the lab came to."""
     folder = Path(config.run_dir)
     train = read_metrics(folder, "train")
     return Outcome(
@@ -123,6 +133,7 @@ def _outcome(config: Config) -> Outcome:
         curve=read_metrics(folder, "eval"),
         train_seconds=sum(m["time/step"] for m in train),
         samples_per_s=statistics.median(m["samples_per_s"] for m in train),
+        pushed_mib=statistics.median(m["pushed_mib"] for m in train),
     )
 
 
@@ -131,11 +142,11 @@ def _table(outcomes: list[Outcome], num_seeds: int) -> Table:
     table = Table(
         padding=(0, 0), title=f"Accuracy after training, % ({seeds}, greedy, 150 held-out questions a column)"
     )
-    columns = ("", f"new {WORD}", *world.OLD_SKILLS, "old mean", "train s", "samples/s")
+    columns = ("", f"new {WORD}", *world.OLD_SKILLS, "old mean", "train s", "samples/s", "pushed MiB")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     first = [o.curve[0] for o in outcomes]
-    table.add_row("base", *_accuracies(outcomes, first), "", "")
+    table.add_row("base", *_accuracies(outcomes, first), "", "", "")
     for method in METHODS:
         mine = [o for o in outcomes if o.method == method]
         table.add_row(
@@ -143,6 +154,7 @@ def _table(outcomes: list[Outcome], num_seeds: int) -> Table:
             *_accuracies(mine, [o.curve[-1] for o in mine]),
             f"{statistics.mean(o.train_seconds for o in mine):.0f}",
             f"{statistics.median(o.samples_per_s for o in mine):.0f}",
+            f"{statistics.median(o.pushed_mib for o in mine):.2f}",
         )
     return table
 

@@ -20,6 +20,8 @@ def fingerprint(config: Config, problems: Iterable[Problem]) -> dict[str, Any]:
     """One entry for each setting that decides what is learned, a hash of the rows' token ids, and one of
     the model's configuration."""
     entries = {key: value for key, value in _flat("", config.model_dump(mode="json")) if not _free(key)}
+    if not config.model.lora.rank:  # settings of adapters that there are not, and that earlier runs did not write
+        entries = {key: value for key, value in entries.items() if not key.startswith("model.lora.")}
     digest = hashlib.sha256()
     for problem in problems:
         for ids in (problem.prompt_ids, problem.teacher_prompt_ids, problem.demonstration_ids):

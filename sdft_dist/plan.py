@@ -12,6 +12,7 @@ prompt, demonstration and completion:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.topology import needs, push_transport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +73,11 @@ class Dimensions:
     def total(self) -> int:
         """All parameters."""
         return self.body + self.head * (1 if self.tied else 2)
+
+    def adapters(self, rank: int) -> int:
+        """Parameters of adapters of all linear layers of the body."""
+        attention = 2 * (self.width + self.head_dim * self.heads) + 2 * (self.width + self.head_dim * self.kv_heads)
+        return self.layers * rank * (attention + 3 * (self.width + self.mlp_width))
 
     def attention_flops(self, tokens: float) -> float:
         """Of a causal forward pass over one sequence."""
@@ -163,10 +170,13 @@ def seconds(
 def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
     """Of one GPU of each role, without the KV cache, which takes what is left. bf16 weights; fp32 master
     weights, moments and EMA."""
-    learner, stage = config.learner, config.learner.zero_stage
-    weights = 2 * m.total / (ranks if stage == 3 else 1)
-    gradients = 2 * m.total / (ranks if stage >= 2 else 1)
-    states = (12 + (4 if config.teacher.kind == "ema" else 0)) * m.total / (ranks if stage >= 1 else 1)
+    learner, stage, rank = config.learner, config.learner.zero_stage, config.model.lora.rank
+    trained = m.adapters(rank) if rank else m.total
+    weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
+    gradients = 2 * trained / (ranks if stage >= 2 else 1)
+    states = (12 + (4 if config.teacher.kind == "ema" else 0)) * trained / (ranks if stage >= 1 else 1)
+    if learner.offload == "optimizer":
+        states = 0
     # Kept for backward, bf16, per token and layer: block inputs; with selective recomputation also queries, keys,
     # values, attention's output and the MLP's inner products; with none also norms and what the activation gives.
     kept = {
@@ -175,10 +185,16 @@ def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
         "none": 6 * m.width + 2 * m.heads * m.head_dim + 3 * m.mlp_width,
     }[learner.gradient_checkpointing]
     activations = 2 * kept * m.layers * learner.tokens_per_microbatch
+    # What learner/push.py holds back at most, and the message that is being made.
+    push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
     versions = 1 if config.teacher.kind == "base" else config.rollout.max_staleness + 2
     head = 4 * m.head + versions * 2 * m.head + 4 * (128 << 20)
-    engine = 2 * m.total + 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
-    gib = {"learner": weights + gradients + states + activations + head, "generator": engine, "teacher": engine}
+    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
+    gib = {
+        "learner": weights + gradients + states + max(activations, push) + head,
+        "generator": 2 * m.total / config.cluster.generator_tensor_parallel + work,
+        "teacher": 2 * m.total / config.cluster.teacher_tensor_parallel + work,
+    }
     return {role: size / 2**30 for role, size in gib.items()}
 
 
@@ -187,7 +203,8 @@ class Plan:
     """What is predicted for one number of GPUs."""
 
     gpus: int
-    split: dict[str, int]  # GPUs of each role; one GPU is shared by all
+    split: dict[str, int]  # GPUs of each role
+    groups: tuple[tuple[str, ...], ...]  # roles that share GPUs
     decode_batch: float
     seconds: Seconds
     step_s: float
@@ -198,47 +215,64 @@ class Plan:
     fits: bool
 
 
+def own_plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu) -> Plan:
+    """What the recipe itself asks for. Raises UserError for a method without a teacher."""
+    wanted = needs(config, "cuda")
+    if {role for need in wanted for role in need.roles} != set(ROLES):
+        raise UserError(f"sdft plan: is about method=sdft, with all three roles; this is {config.method}")
+    split = {role: need.number * need.gpus for need in wanted for role in need.roles}
+    return _plan(config, m, n, gpu, split, [need.roles for need in wanted])
+
+
 def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan:
-    """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles.
-    Raises UserError for 2 GPUs."""
-    if gpus == 1:
-        return _plan(config, m, n, gpu, dict.fromkeys(ROLES, 1), shared=True)
-    if gpus == 2:
-        raise UserError("--gpus: three roles need 1 GPU that they share, or 3 and more")
+    """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles, the
+    second of two by both engines."""
+    if gpus <= 2:
+        shared = [ROLES] if gpus == 1 else [("learner",), ("generator", "teacher")]
+        together = config.cluster.model_copy(update={"colocate": "all" if gpus == 1 else "teachers"})
+        return _plan(config.model_copy(update={"cluster": together}), m, n, gpu, dict.fromkeys(ROLES, 1), shared)
     step = max(1, gpus // 64)
     splits = [
         {"generator": g, "teacher": t, "learner": gpus - g - t}
         for g in range(step, gpus, step)
         for t in range(step, gpus - g, step)
     ]
-    plans = [_plan(config, m, n, gpu, split, shared=False) for split in splits]
+    plans = [_plan(config, m, n, gpu, split, [(role,) for role in ROLES]) for split in splits]
     return min(plans, key=lambda p: (not p.fits, p.step_s))
 
 
-def _plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, int], *, shared: bool) -> Plan:
+def _plan(
+    config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, int], groups: Sequence[tuple[str, ...]]
+) -> Plan:
+    """`groups` are the roles that share GPUs, and `split` the GPUs of each role."""
     copies = config.rollout.completions_per_prompt
     batch = config.rollout.prompts_per_step * copies
     memory = memory_gib(config, m, split["learner"])
     usable = USABLE * gpu.memory_gib
-    room = usable - (sum(memory.values()) if shared else memory["generator"])  # for keys and values
-    in_flight = batch * (1 + config.rollout.max_staleness) / split["generator"]
-    kv_limit = max(1.0, room * 2**30 / (m.kv_bytes * (n.prompt + n.completion)))
+    reserve = config.cluster.engine_memory * gpu.memory_gib  # of each engine on one GPU, for all that it holds
+    room = reserve - max(memory["generator"], memory["teacher"])  # for keys and values
+    held = [sum(memory[role] if role == "learner" else reserve for role in group) for group in groups]
+    spans = config.cluster.generator_tensor_parallel
+    in_flight = batch * (1 + config.rollout.max_staleness) / max(1, split["generator"] // spans)
+    kv_limit = max(1.0, room * spans * 2**30 / (m.kv_bytes * (n.prompt + n.completion)))
     decode_batch = min(in_flight, config.cluster.max_sequences, kv_limit)
     cost = seconds(m, n, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
     times = {role: batch * getattr(cost, role) / split[role] for role in split}
-    at_once = config.rollout.max_staleness > 0 and not shared
-    step_s = max(times.values()) if at_once else sum(times.values())
+    taken = [sum(times[role] for role in group) for group in groups]  # who shares a GPU takes turns
+    step_s = max(taken) if config.rollout.max_staleness else sum(taken)
+    gpus = sum(split[group[0]] for group in groups)
     return Plan(
-        gpus=1 if shared else sum(split.values()),
+        gpus=gpus,
         split=split,
+        groups=tuple(groups),
         decode_batch=decode_batch,
         seconds=cost,
         step_s=step_s,
-        ratio_with_waiting=(1 if shared else sum(split.values())) * step_s / batch / cost.sft,
+        ratio_with_waiting=gpus * step_s / batch / cost.sft,
         bottleneck=max(times, key=lambda role: times[role]),
         idle_share={role: 1 - t / step_s for role, t in times.items()},
         memory_gib=memory,
-        fits=room > 0 and (shared or all(size <= usable for size in memory.values())),
+        fits=room > 0 and max(held) <= usable,
     )
 
 
@@ -269,12 +303,14 @@ def show(plans: list[Plan], console: Console) -> None:
         highlight=False,
     )
     table = Table(title="Predicted, not measured")
-    columns = ("GPUs", "gen/teach/learn", "batch", "s/step", "SDFT/SFT", "slowest", "GiB", "fits")
+    columns = ("GPUs", "gen/tea/lea", "batch", "s/step", "SDFT/SFT", "slowest", "GiB", "fits")
     for column in columns:
         table.add_column(column, justify="right")
     for p in plans:
         sizes = "/".join(f"{p.memory_gib[role]:.0f}" for role in ROLES)
-        split = "all shared" if p.gpus == 1 else "/".join(str(p.split[role]) for role in ROLES)
+        shared = [group for group in p.groups if len(group) > 1]
+        split = "/".join(str(p.split[role]) for role in ROLES)
+        split += "".join(" all shared" if len(g) == len(ROLES) else " engines shared" for g in shared)
         row = (p.gpus, split, f"{p.decode_batch:.0f}", f"{p.step_s:.2f}", f"{p.ratio_with_waiting:.2f}", p.bottleneck)
         table.add_row(*map(str, row), sizes, "yes" if p.fits else "NO")
     console.print(table)

@@ -98,7 +98,7 @@ def preflight(config: Config, num_rows: int = 64) -> Preflight:
     kept = [row for row in rows if row.where not in left_out][:num_rows]
     problems = ProblemSet(encoded.problems[i] for i in range(len(kept)))
     ends = stop_ids(tokenizer, config.model.path, config.model.revision)
-    with ray_session(config), launch(config, problems, len(tokenizer), ends, engines=("generators",)) as fleet:
+    with ray_session(config), launch(config, problems, len(tokenizer), ends, engines=("generator",)) as fleet:
         fleet.to_generators(0)
         difference = _agreement(fleet, problems, config)
         likelihood = _likelihood(fleet, problems)

@@ -11,13 +11,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from sdft_dist import commits
 from sdft_dist.commits import Commits
-from sdft_dist.config import Config, dump_config
+from sdft_dist.config import Config, dump_config, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import refuse_changes
@@ -224,3 +225,14 @@ class RunDir:
                 continue
         path.with_suffix(".new").write_text("".join(line + "\n" for line in kept))
         path.with_suffix(".new").replace(path)
+
+
+def refuse_changed(config: Config, ignore: Collection[str] = ()) -> None:
+    """Raises UserError where `config.run_dir` was begun with other settings, in sections besides `ignore`."""
+    path = Path(config.run_dir) / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = load_config(path).model_dump(), config.model_dump()
+    differing = [name for name in now if name not in ignore and before[name] != now[name]]
+    if differing:
+        raise UserError(f"{path.parent}: was run with another {', '.join(differing)}: give another `out`, or remove it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,8 @@ from sdft_dist.watch import Watch, item_metrics
 
 class RunLog:
     """Writes `metrics.jsonl` and `events/` below `folder`, and a trace to the file `trace`. Use as a context
-    manager."""
+    manager. A record's `seconds` count from the start of its `attempt`; `on_step` hears the records of optimizer
+    steps."""
 
     def __init__(
         self,
@@ -30,12 +31,14 @@ class RunLog:
         console: Console | None = None,
         trace: Path | None = None,
         first_step: int = 1,
+        attempt: int = 1,
+        on_step: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(folder / "events"), purge_step=first_step)
-        self._started = time.monotonic()
+        self._started, self._attempt, self._on_step = time.monotonic(), attempt, on_step
         self._times: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._trace = Trace(trace) if trace else None
@@ -93,6 +96,7 @@ class RunLog:
         }
         self._times, self._busy = {}, {}
         self.write("train", step, record)
+        self._on_step({"step": step, **record})
         rate = record["samples_per_s"]
         shown = (
             f"loss {metrics['loss']:.4f} KL {metrics['divergence_per_token']:.4f} "
@@ -108,7 +112,8 @@ class RunLog:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         seconds = round(time.monotonic() - self._started, 3)
-        self._metrics.write(json.dumps({"kind": kind, "step": step, "seconds": seconds, **values}) + "\n")
+        place = {"kind": kind, "step": step, "attempt": self._attempt, "seconds": seconds}
+        self._metrics.write(json.dumps({**place, **values}) + "\n")
         self._metrics.flush()
         # All numbers in one event: add_scalar costs a tenth of a millisecond for each.
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

@@ -14,17 +14,18 @@ LOOK_S = 5.0  # how often Ray is asked about draining nodes
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """A function that tells. Needs Ray; takes SIGTERM over in the main thread, until the block's end."""
-    told, looked = False, time.monotonic()
+    # The signal may come while nodes are looked at: each has a flag of its own, which the other cannot undo.
+    told, leaving, looked = False, False, time.monotonic()
 
     def note(number: int, frame: Any) -> None:
         nonlocal told
         told = True
 
     def asked() -> bool:
-        nonlocal told, looked
-        if not told and time.monotonic() > looked + LOOK_S:
-            told, looked = bool(leaving_nodes()), time.monotonic()
-        return told
+        nonlocal leaving, looked
+        if not (told or leaving) and time.monotonic() > looked + LOOK_S:
+            leaving, looked = bool(leaving_nodes()), time.monotonic()
+        return told or leaving
 
     try:
         before = signal.signal(signal.SIGTERM, note)

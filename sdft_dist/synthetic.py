@@ -9,7 +9,8 @@ from typing import Any
 
 from sdft_dist.errors import UserError
 
-# Fields of transformers' Qwen3Config, from the models' published configurations.
+# Fields of the models' published configurations. Only Qwen3's are made as they are; the others' sizes serve the plan,
+# and models of random weights are Qwen3s of those sizes.
 SHAPES: dict[str, dict[str, Any]] = {
     "lab": {
         "vocab_size": 102, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -26,6 +27,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
         "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    },
+    "qwen2.5-7b": {
+        "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False,
+    },
+    "llama-3.1-8b": {
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    },
+    "olmo-3-7b": {
+        "vocab_size": 100_278, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "tie_word_embeddings": False,
     },
 }  # fmt: skip
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")

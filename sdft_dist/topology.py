@@ -1,37 +1,112 @@
-"""What a run asks of a Ray cluster, and what is missing there: told before anything starts. Pure."""
+"""What a run asks of a Ray cluster, where each actor goes, and what is missing there: told before anything starts.
+Pure.
+
+A run's actors live in one placement group. Each of its bundles is on one node, and holds one actor, or with
+`cluster.colocate` one of each role that shares a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdft_dist.config import Config
+from sdft_dist.errors import ConfigError
+from sdft_dist.types import TransportKind
+
+PLURAL = {"learner": "learner ranks", "generator": "generators", "teacher": "teachers"}
+CPU_SHARE = 0.01  # of an actor without a GPU: Ray puts what asks for nothing on a random node
 
 
 class Need(NamedTuple):
-    """`actors` of a role, each with as many GPUs of one node, which offers `resource` where that is given."""
+    """`number` bundles of `gpus` each, which an actor of each of `roles` shares, on nodes that offer `resource`
+    where that is given."""
 
-    role: str
-    actors: int
-    gpus: float
+    roles: tuple[str, ...]
+    number: int
+    gpus: int
     resource: str | None = None
 
-
-def resource(config: Config, role: str) -> str | None:
-    """Ray's custom resource that nodes for a role ("learner", "generator" or "teacher") offer, with
-    `cluster.pin_roles`."""
-    return f"sdft_{role}" if config.cluster.pin_roles else None
+    def __str__(self) -> str:
+        return f"{' + '.join(PLURAL[role] for role in self.roles)} {self.number} × {self.gpus}"
 
 
-def needs(config: Config, device: str) -> list[Need]:
-    """The actors of a run on `device` ("cuda" or "cpu")."""
-    sdft, cluster, gpus = config.method == "sdft", config.cluster, float(device == "cuda")
-    found = [Need("learner ranks", config.learner.ranks, gpus, resource(config, "learner"))]
-    if sdft or config.eval.every:
-        found.append(Need("generators", cluster.generators, gpus, resource(config, "generator")))
-    if sdft:
-        found.append(Need("teachers", cluster.teachers, gpus, resource(config, "teacher")))
-    return found
+def roles_of(config: Config) -> set[str]:
+    """What a run is made of."""
+    sdft = config.method == "sdft"
+    return {"learner"} | ({"generator"} if sdft or config.eval.every else set()) | ({"teacher"} if sdft else set())
+
+
+def needs(config: Config, device: str, roles: Collection[str] | None = None) -> list[Need]:
+    """The bundles on `device` ("cuda" or "cpu") of these roles, or of all that the run is made of."""
+    cluster, there = config.cluster, roles_of(config) if roles is None else set(roles)
+    size = {
+        "learner": (config.learner.ranks, 1),
+        "generator": (cluster.generators, cluster.generator_tensor_parallel),
+        "teacher": (cluster.teachers, cluster.teacher_tensor_parallel),
+    }
+    shared = {"none": (), "teachers": ("generator", "teacher"), "all": tuple(PLURAL)}[cluster.colocate]
+    groups = [tuple(r for r in shared if r in there), *((r,) for r in PLURAL if r in there and r not in shared)]
+    found = []
+    for group in groups:
+        if group:
+            number, gpus = size[group[0]]
+            pinned = f"sdft_{group[0]}" if cluster.pin_roles else None
+            found.append(Need(group, number, gpus if device == "cuda" else 0, pinned))
+    return sorted(found, key=lambda need: list(PLURAL).index(need.roles[0]))
+
+
+def bundles(wanted: Sequence[Need]) -> list[dict[str, float]]:
+    """The placement group's bundles: those of the first need, then those of the next, …"""
+    return [
+        {
+            **({"GPU": need.gpus, "CPU": len(need.roles)} if need.gpus else {"CPU": CPU_SHARE * len(need.roles)}),
+            **({need.resource: 0.001} if need.resource else {}),
+        }
+        for need in wanted
+        for _ in range(need.number)
+    ]
+
+
+def push_transport(config: Config, device: str) -> TransportKind:
+    """How weights travel from the learner's rank 0 to the engines. Raises ConfigError where `cluster.push_transport`
+    asks for what cannot be."""
+    cluster, wanted = config.cluster, config.cluster.push_transport
+    shared = device == "cuda" and cluster.colocate == "all"
+    alone = config.learner.ranks == 1 and max(cluster.generator_tensor_parallel, cluster.teacher_tensor_parallel) == 1
+    if wanted == "nccl" and (device == "cpu" or shared):
+        raise ConfigError("cluster.push_transport: nccl needs GPUs that the learner shares with no engine: use auto")
+    if wanted == "ipc" and device == "cuda" and not (shared and alone):
+        raise ConfigError(
+            "cluster.push_transport: ipc needs one GPU that holds all roles (cluster.colocate=all, learner.ranks=1): "
+            "use auto"
+        )
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "gloo"
+    if not shared:
+        return "nccl"
+    return "ipc" if alone else "gloo"
+
+
+class Place(NamedTuple):
+    """Where an actor goes, and what it takes of its bundle."""
+
+    bundle: int
+    gpus: float
+    cpus: float
+
+
+def place(wanted: Sequence[Need], role: str, index: int) -> Place:
+    """Of actor `index` of a role. Several roles take equal shares of a GPU."""
+    start = 0
+    for need in wanted:
+        if role in need.roles:
+            share = 1 if len(need.roles) == 1 else int(10_000 / len(need.roles)) / 10_000  # Ray counts to four digits
+            return Place(start + index, need.gpus * share, 1 if need.gpus else CPU_SHARE)
+        start += need.number
+    raise KeyError(role)
 
 
 def lacking(wanted: Sequence[Need], nodes: Sequence[Mapping[str, Any]]) -> str | None:
@@ -43,13 +118,18 @@ def lacking(wanted: Sequence[Need], nodes: Sequence[Mapping[str, Any]]) -> str |
     for need in sorted(wanted, key=lambda need: -need.gpus):
         mine = [offer for offer in offers if need.resource is None or need.resource in offer]
         if not mine:
-            return f"no node offers {need.resource}, which cluster.pin_roles asks for {need.role}"
-        for _ in range(need.actors):
-            place = next((offer for offer in mine if offer.get("GPU", 0) >= need.gpus), None)
-            if place is None:
-                parts = ", ".join(f"{n.role} {n.actors} × {n.gpus:g}" for n in wanted if n.gpus)
-                asked = sum(n.actors * n.gpus for n in wanted)
-                where = f"; {sum(o.get('GPU', 0) for o in mine):g} are left for {need.role}" if need.resource else ""
-                return f"needs {asked:g} GPUs ({parts}), the cluster has {total:g} on {len(offers)} nodes{where}"
-            place["GPU"] = place.get("GPU", 0) - need.gpus
+            return f"no node offers {need.resource}, which cluster.pin_roles asks for {PLURAL[need.roles[0]]}"
+        for _ in range(need.number):
+            home = next((offer for offer in mine if offer.get("GPU", 0) >= need.gpus), None)
+            if home is None:
+                return _shortage(wanted, need, total, len(offers), sum(offer.get("GPU", 0) for offer in mine))
+            home["GPU"] = home.get("GPU", 0) - need.gpus
     return None
+
+
+def _shortage(wanted: Sequence[Need], need: Need, total: float, nodes: int, left: float) -> str:
+    asked = sum(n.number * n.gpus for n in wanted)
+    parts = ", ".join(str(n) for n in wanted if n.gpus)
+    together = f", {need.gpus} of them on one node" if need.gpus > 1 else ""
+    where = f"; {left:g} are left for {PLURAL[need.roles[0]]}" if need.resource or need.gpus > 1 else ""
+    return f"needs {asked} GPUs ({parts}){together}, the cluster has {total:g} on {nodes} nodes{where}"

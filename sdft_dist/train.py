@@ -16,6 +16,7 @@ from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted, UserError, brief
 from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer, pass_at
 from sdft_dist.fingerprint import fingerprint
+from sdft_dist.gauges import Gauges
 from sdft_dist.judge import Judge
 from sdft_dist.loop import train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
@@ -23,6 +24,7 @@ from sdft_dist.rundir import RunDir, Start
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.selection import best, exhausted
 from sdft_dist.stop import asked_to_stop
+from sdft_dist.topology import push_transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Prepared:
     scorer: Any
     stop_ids: list[int]
     num_steps: int
+    on_evaluation: Callable[[dict[str, Any]], None]
 
 
 def run(
@@ -45,14 +48,15 @@ def run(
     console: Console | None = None,
     resume: str | None = None,
     allow_changes: bool = False,
+    on_evaluation: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> RunDir:
     """Train as `config` says and return the run directory, with the trained model in `model/`.
 
-    `resume` is as in `RunDir.claim`. Raises UserError before anything starts where configuration, data or
-    model folder are wrong; Preempted on SIGTERM, with the state saved; Fault where parts are lost more
-    often than `cluster.max_restarts` allows.
+    `resume` is as in `RunDir.claim`; `on_evaluation` hears each evaluation: its step and accuracies. Raises UserError
+    before anything starts where configuration, data or model folder are wrong; Preempted on SIGTERM, with the state
+    saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
     """
-    prepared, encoded = _prepare(config)
+    prepared, encoded = _prepare(config, on_evaluation)
     facts = {"fingerprint": fingerprint(config, prepared.problems), "ranks": config.learner.ranks}
     rundir, start = RunDir.claim(config, resume, facts, allow_changes=allow_changes)
     try:
@@ -66,7 +70,7 @@ def run(
             with ray_session(config), asked_to_stop() as asked:
                 _survive(prepared, rundir, start, title or config.method, console, asked)
         rundir.say("training is done")
-        _export(rundir, _kept(config, rundir))
+        _export(config, rundir, _kept(config, rundir))
     except BaseException as error:  # Ctrl-C too is an end that the log tells of
         rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
         raise
@@ -75,10 +79,15 @@ def run(
     return rundir
 
 
-def _prepare(config: Config) -> tuple[Prepared, Any]:
+def _prepare(config: Config, on_evaluation: Callable[[dict[str, Any]], None]) -> tuple[Prepared, Any]:
     device = resolve_device(config)
     if device == "cpu" and config.model.dtype == "bfloat16":
         raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
+    if device == "cpu" and config.model.attention in ("varlen", "flash_attention_2"):
+        raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
+    if device == "cpu" and config.cluster.sleep:
+        raise ConfigError("cluster.sleep: there is no GPU's memory to give up; set it to false")
+    push_transport(config, device)  # raises where there is no such way
     tokenizer = load_tokenizer(config)
     encoded = encode_problems(config, tokenizer, load_training_rows(config.data, config.method))
     prepared = Prepared(
@@ -89,6 +98,7 @@ def _prepare(config: Config) -> tuple[Prepared, Any]:
         scorer=load_scorer(config.eval),
         stop_ids=stop_ids(tokenizer, config.model.path, config.model.revision),
         num_steps=config.num_steps(len(encoded.problems)),
+        on_evaluation=on_evaluation,
     )
     return prepared, encoded
 
@@ -125,7 +135,16 @@ def _attempt(
     rundir.commits.kept = _kept(config, rundir)
     attempt = rundir.new_attempt(config)
     trace = attempt / "trace.json" if config.trace else None
-    runlog = RunLog(rundir.path, title=title, console=console, trace=trace, first_step=start.step + 1)
+    gauges = Gauges("/".join(rundir.path.absolute().parts[-2:]))  # of sweeps all end in "run"
+    runlog = RunLog(
+        rundir.path,
+        title=title,
+        console=console,
+        trace=trace,
+        first_step=start.step + 1,
+        attempt=int(attempt.name),
+        on_step=lambda record: gauges.set(record, fleet.rollouts.queues(), fleet.versions()),
+    )
 
     def event(text: str) -> None:
         rundir.say(text)
@@ -172,7 +191,7 @@ def _attempt(
                     config,
                     prepared.problems,
                     fleet.rollouts,
-                    fleet.learner,
+                    fleet,
                     fleet,
                     log,
                     after_step=after_step,
@@ -195,6 +214,7 @@ def _evaluate(prepared: Prepared, rundir: RunDir, fleet: Fleet, log: RunLog, ste
     passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
     cost = scorer.cost() if isinstance(scorer, Judge) else {}
     log.write("eval", step, {**found, **intervals, **passes, **cost})
+    prepared.on_evaluation({"step": step, **found})
 
 
 def _save_now(rundir: RunDir, fleet: Fleet, step: int) -> None:
@@ -217,12 +237,16 @@ def _kept(config: Config, rundir: RunDir) -> int | None:
     return None if found is None else int(found["step"])
 
 
-def _export(rundir: RunDir, step: int | None) -> None:
-    """The model of a checkpoint (None: the last), in the place of one that an earlier attempt may have left."""
-    from sdft_dist.export import export
+def _export(config: Config, rundir: RunDir, step: int | None) -> None:
+    """The model of a checkpoint (None: the last), and its adapters where such were trained, in the place of what an
+    earlier attempt may have left."""
+    from sdft_dist.export import export, export_adapter
 
-    beside = rundir.path / "model.new"
-    shutil.rmtree(beside, ignore_errors=True)
-    export(rundir, beside, step=step)
-    shutil.rmtree(rundir.path / "model", ignore_errors=True)
-    beside.rename(rundir.path / "model")
+    # The model last: that it is there says that the run is finished.
+    written = {**({"adapter": export_adapter} if config.model.lora.rank else {}), "model": export}
+    for name, write in written.items():
+        beside = rundir.path / f"{name}.new"
+        shutil.rmtree(beside, ignore_errors=True)
+        write(rundir, beside, step=step)
+        shutil.rmtree(rundir.path / name, ignore_errors=True)
+        beside.rename(rundir.path / name)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+TransportKind = Literal["gloo", "nccl", "ipc"]  # of a weight push; see transport.py
 
 
 class SampleKey(NamedTuple):
@@ -157,3 +158,4 @@ class WeightManifest:
 
     version: int
     buckets: tuple[Bucket, ...]
+    adapter_scale: float = 0.0  # alpha / r, where there are adapters among them

@@ -9,6 +9,8 @@ import torch
 
 from sdft_dist.types import Bucket
 
+CHECKED_WORDS = 1 << 20  # at a time: the sum's own memory stays small beside a bucket
+
 
 def plan_buckets(weights: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], bucket_bytes: int) -> list[Bucket]:
     """Consecutive weights (name, type on the wire, shape) in buckets of at most `bucket_bytes`; a
@@ -33,16 +35,24 @@ def bucket_bytes(bucket: Bucket) -> int:
     return _padded(sum(size for _, _, _, size in _layout(bucket)))
 
 
-def pack(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The bucket's message, uint8 [bucket_bytes + 8]: payload, then its checksum. Tensors are cast."""
-    message = torch.zeros(bucket_bytes(bucket) + 8, dtype=torch.uint8)
+def pack(bucket: Bucket, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The bucket's message, uint8 [bucket_bytes + 8] on `device`: payload, then its checksum. Tensors are cast."""
+    message = torch.zeros(bucket_bytes(bucket) + 8, dtype=torch.uint8, device=device)
     offset = 0
     for name, dtype, _, size in _layout(bucket):
-        flat = tensors[name].detach().to(device="cpu", dtype=dtype).reshape(-1).contiguous()
+        flat = tensors[name].detach().to(device=device, dtype=dtype).reshape(-1).contiguous()
         message[offset : offset + size] = flat.view(torch.uint8)
         offset += size
-    message[-8:].view(torch.int64).fill_(checksum(message[:-8]))
+    message[-8:].view(torch.int64).copy_(checksum(message[:-8]))
     return message
+
+
+def opened(bucket: Bucket, message: torch.Tensor) -> torch.Tensor:
+    """The payload of a message. Raises RuntimeError where it is not what was sent."""
+    payload = message[:-8]
+    if int(checksum(payload)) != int(message[-8:].view(torch.int64)):
+        raise RuntimeError(f"weight push: checksum of the bucket {bucket.names[0]} … {bucket.names[-1]} is wrong")
+    return payload
 
 
 def unpack(bucket: Bucket, payload: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -53,11 +63,15 @@ def unpack(bucket: Bucket, payload: torch.Tensor) -> Iterator[tuple[str, torch.T
         offset += size
 
 
-def checksum(payload: torch.Tensor) -> int:
-    """Position-weighted sum of the payload's 64-bit words, modulo 2^64: sees a flipped bit and
-    swapped words. `payload` is uint8 [8·n]."""
-    words = payload.view(torch.int64)
-    return int((words * torch.arange(1, 2 * len(words), 2)).sum())
+def checksum(payload: torch.Tensor) -> torch.Tensor:
+    """Sum of the payload's 64-bit words, each times an odd number of its own, modulo 2^64: sees a flipped bit and
+    swapped words. `payload` is uint8 [8·n]; int64 [] on its device."""
+    total, first = torch.zeros((), dtype=torch.int64, device=payload.device), 0
+    odd = torch.arange(1, 2 * CHECKED_WORDS, 2, device=payload.device)
+    for words in payload.view(torch.int64).split(CHECKED_WORDS):
+        total += (words * odd[: len(words)]).sum() + 2 * first * words.sum()
+        first += len(words)
+    return total
 
 
 def _layout(bucket: Bucket) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:

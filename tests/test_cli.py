@@ -139,5 +139,5 @@ def test_a_dry_run_prints_settings_and_needs_and_starts_nothing(recipe, tmp_path
     assert main(["train", str(recipe), "learner.ranks=2", "cluster.device=auto", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert yaml.safe_load(shown)["learner"]["ranks"] == 2
-    assert "# learner ranks 2, generators 1, teachers 1: 4 GPUs on cuda" in shown
+    assert "# learner ranks 2 × 1, generators 1 × 1, teachers 1 × 1: 4 GPUs on cuda" in shown
     assert not (tmp_path / "run").exists()

@@ -109,6 +109,10 @@ def agree(x, objective, name=None, ids=None):
     assert_relative(got.total, loss)
     assert_relative(states.grad, grad_states)
     assert_relative(head.grad, grad_head)
+    alone = x["states"].clone().requires_grad_()  # with a head that is not trained
+    targets = targets_for(x, objective, ids)
+    weighted_loss(alone, x["head"], x["weights"], targets, objective, vocab_size=V).total.backward()
+    assert torch.equal(alone.grad, states.grad)
     return got
 
 

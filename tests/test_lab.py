@@ -90,6 +90,20 @@ def test_the_shipped_base_knows_the_old_skills_and_reads_demonstrations():
     knows_the_old_and_can_read_a_demonstration(shipped_base())
 
 
+def test_the_recipe_begins_as_the_shipped_base_did(tmp_path):
+    """Its first losses are those of the day when the base was made; `make test-all` goes through to the end."""
+    found = {}
+
+    def ten_steps(step, loss):
+        found[step] = loss
+        if step == 10:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        build(tmp_path / "base", BaseSettings(), ten_steps)
+    assert (found[1], found[5], found[10]) == pytest.approx((4.60136, 4.41922, 4.12348), rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_recipe_still_makes_an_equivalent_base(tmp_path):

@@ -20,7 +20,7 @@ class FakeActor:
 
 def pool(size=2):
     events = SimpleNamespace(wait_all=lambda refs, **_: refs)
-    return Pool("generators", [FakeActor() for _ in range(size)], 1.0, events, FakeActor)
+    return Pool("generators", [FakeActor() for _ in range(size)], 1.0, events, lambda index: FakeActor())
 
 
 def test_the_dead_are_replaced_and_the_tainted_forget():

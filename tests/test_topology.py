@@ -1,5 +1,8 @@
+import pytest
+
 from sdft_dist.config import parse_config
-from sdft_dist.topology import Need, lacking, needs
+from sdft_dist.errors import ConfigError
+from sdft_dist.topology import Need, bundles, lacking, needs, place, push_transport
 
 
 def config(**sections):
@@ -11,16 +14,62 @@ def node(gpus, alive=True, **offers):
 
 
 def test_every_role_of_the_method_is_asked_for():
-    sizes = {"learner": {"ranks": 4}, "cluster": {"generators": 3, "teachers": 2}}
+    sizes = {"learner": {"ranks": 4}, "cluster": {"generators": 3, "teachers": 2, "generator_tensor_parallel": 2}}
     assert needs(config(**sizes), "cuda") == [
-        Need("learner ranks", 4, 1.0), Need("generators", 3, 1.0), Need("teachers", 2, 1.0)
+        Need(("learner",), 4, 1), Need(("generator",), 3, 2), Need(("teacher",), 2, 1)
     ]  # fmt: skip
-    assert needs(config(method="sft", **sizes), "cuda") == [Need("learner ranks", 4, 1.0)]
+    assert needs(config(method="sft", **sizes), "cuda") == [Need(("learner",), 4, 1)]
     evaluated = {"eval": {"every": 5, "sets": {"new": "file"}}}
-    assert [n.role for n in needs(config(method="sft", **sizes, **evaluated), "cuda")] == [
-        "learner ranks",
-        "generators",
+    assert [n.roles for n in needs(config(method="sft", **sizes, **evaluated), "cuda")] == [
+        ("learner",),
+        ("generator",),
     ]
+    for method in ("sdft", "sft"):
+        assert needs(config(method=method, **sizes), "cuda", ["generator"]) == [Need(("generator",), 3, 2)], "serving"
+
+
+def test_roles_that_share_gpus_share_bundles():
+    together = config(cluster={"generators": 2, "teachers": 2, "colocate": "teachers"}, learner={"ranks": 3})
+    wanted = needs(together, "cuda")
+    assert wanted == [Need(("learner",), 3, 1), Need(("generator", "teacher"), 2, 1)]
+    assert [b["GPU"] for b in bundles(wanted)] == [1] * 5
+    assert (place(wanted, "generator", 1), place(wanted, "teacher", 1)) == ((4, 0.5, 1), (4, 0.5, 1))
+    wanted = needs(config(cluster={"colocate": "all"}), "cuda")
+    assert wanted == [Need(("learner", "generator", "teacher"), 1, 1)]
+    assert {place(wanted, role, 0).gpus for role in wanted[0].roles} == {0.3333}
+    assert bundles(wanted) == [{"GPU": 1, "CPU": 3}]
+
+
+def test_every_actor_fits_into_its_bundle():
+    for colocate in ("none", "teachers", "all"):
+        for device in ("cpu", "cuda"):
+            wanted = needs(config(cluster={"colocate": colocate}), device)
+            left = [dict(b) for b in bundles(wanted)]
+            for role in ("learner", "generator", "teacher"):
+                spot = place(wanted, role, 0)
+                left[spot.bundle]["CPU"] -= spot.cpus
+                left[spot.bundle]["GPU"] = left[spot.bundle].get("GPU", 0) - spot.gpus
+            assert all(value > -1e-9 for bundle in left for value in bundle.values())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"cluster": {"colocate": "all", "generators": 2}},
+            "generators=2, cluster.teachers=1, learner.ranks=1",
+        ),
+        ({"cluster": {"colocate": "teachers", "teachers": 2}}, "they must be equal"),
+        ({"cluster": {"colocate": "all", "teacher_tensor_parallel": 2}}, "shares single GPUs"),
+        ({"cluster": {"colocate": "all", "pin_roles": True}}, "keeps roles apart"),
+        ({"cluster": {"sleep": True}}, "cluster.sleep: needs cluster.colocate=all"),
+        ({"cluster": {"sleep": True, "colocate": "all"}, "rollout": {"max_staleness": 1}}, "rollout.max_staleness=0"),
+        ({"learner": {"offload": "optimizer", "zero_stage": 0}}, "learner.offload: needs learner.zero_stage"),
+    ],
+)
+def test_what_cannot_share_is_refused(sections, words):
+    with pytest.raises(ConfigError, match=words):
+        config(**sections)
 
 
 def test_what_is_missing_is_told_in_numbers():
@@ -33,9 +82,12 @@ def test_what_is_missing_is_told_in_numbers():
 
 
 def test_an_actor_must_find_all_its_gpus_on_one_node():
-    wanted = [Need("generators", 1, 2.0), Need("teachers", 1, 1.0)]
+    wanted = [Need(("generator",), 1, 2), Need(("teacher",), 1, 1)]
     assert lacking(wanted, [node(1), node(2)]) is None
-    assert "generators 1 × 2" in lacking(wanted, [node(1), node(1), node(1)])
+    assert lacking(wanted, [node(1), node(1), node(1)]) == (
+        "needs 3 GPUs (generators 1 × 2, teachers 1 × 1), 2 of them on one node, the cluster has 3 on 3 nodes; "
+        "3 are left for generators"
+    )
 
 
 def test_cpu_runs_ask_for_no_gpu():
@@ -49,3 +101,40 @@ def test_a_pinned_role_goes_only_where_its_resource_is():
     assert lacking(wanted, groups[:2]) == "no node offers sdft_teacher, which cluster.pin_roles asks for teachers"
     short = [node(1, sdft_learner=1), node(4, sdft_generator=1), node(1, sdft_teacher=1)]
     assert lacking(wanted, short).endswith("the cluster has 6 on 3 nodes; 0 are left for learner ranks")
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "expected"),
+    [
+        ("cpu", {}, "gloo"),
+        ("cpu", {"push_transport": "ipc"}, "ipc"),
+        ("cuda", {}, "nccl"),
+        ("cuda", {"colocate": "teachers"}, "nccl"),
+        ("cuda", {"colocate": "all"}, "ipc"),
+        ("cuda", {"colocate": "all", "ranks": 2}, "gloo"),
+        ("cuda", {"push_transport": "gloo"}, "gloo"),
+    ],
+)
+def test_weights_travel_the_shortest_way_there_is(device, fields, expected):
+    assert push_transport(travelling(**fields), device) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "says"),
+    [
+        ("cpu", {"push_transport": "nccl"}, "nccl needs GPUs that the learner shares with no engine"),
+        ("cuda", {"push_transport": "nccl", "colocate": "all"}, "nccl needs GPUs that the learner shares with no"),
+        ("cuda", {"push_transport": "ipc"}, "ipc needs one GPU that holds all roles"),
+        ("cuda", {"push_transport": "ipc", "colocate": "all", "ranks": 2}, "ipc needs one GPU that holds all roles"),
+    ],
+)
+def test_a_way_that_there_is_not_is_refused(device, fields, says):
+    with pytest.raises(ConfigError, match=says):
+        push_transport(travelling(**fields), device)
+
+
+def travelling(*, ranks=1, **cluster):
+    actors = {"generators": ranks, "teachers": ranks}
+    return parse_config(
+        {"model": {"path": "m"}, "data": {"train": "d"}, "learner": {"ranks": ranks}, "cluster": {**actors, **cluster}}
+    )

@@ -3,16 +3,20 @@
 import pytest
 import torch
 
-from sdft_dist.wire import bucket_bytes, checksum, pack, plan_buckets, unpack
+from sdft_dist import wire
+from sdft_dist.wire import bucket_bytes, checksum, opened, pack, plan_buckets, unpack
 
 
 def test_tensors_come_back_as_they_were_cast():
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(2, 2)}
     (bucket,) = plan_buckets([(n, torch.bfloat16, tuple(t.shape)) for n, t in tensors.items()], 1 << 20)
-    message = pack(bucket, tensors)
+    message = pack(bucket, tensors, torch.device("cpu"))
     assert len(message) == bucket_bytes(bucket) + 8
-    back = dict(unpack(bucket, message[:-8]))
+    back = dict(unpack(bucket, opened(bucket, message)))
     assert all(torch.equal(back[n], t.bfloat16()) for n, t in tensors.items())
+    message[3] ^= 1
+    with pytest.raises(RuntimeError, match="checksum of the bucket a … c is wrong"):
+        opened(bucket, message)
 
 
 def test_buckets_keep_the_order_and_the_size():
@@ -28,4 +32,12 @@ def test_checksum_sees_a_flipped_bit_and_swapped_words():
     flipped, swapped = payload.clone(), payload.clone()
     flipped[17] ^= 1
     swapped[:8], swapped[8:16] = payload[8:16], payload[:8]
-    assert len({checksum(p) for p in (payload, flipped, swapped)}) == 3
+    assert len({int(checksum(p)) for p in (payload, flipped, swapped)}) == 3
+
+
+def test_checksum_is_that_of_all_words_at_once(monkeypatch):
+    payload = torch.randint(0, 256, (8 * 23,), dtype=torch.uint8)
+    words = payload.view(torch.int64)
+    whole = int((words * torch.arange(1, 46, 2)).sum())
+    monkeypatch.setattr(wire, "CHECKED_WORDS", 5)
+    assert int(checksum(payload)) == whole

@@ -10,6 +10,7 @@ from sdft_dist.config import dump_config, load_config
 from sdft_dist.lab import world
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
+SWEEP = Path(__file__).parent / "sweep.yaml"
 PLANS = {"final": Path(__file__).parent / "sequence.yaml", "sweep": Path(__file__).parent / "sequence-sweep.yaml"}
 
 
@@ -24,6 +25,18 @@ def write_sequence(folder: Path, base: Path, plan: str = "final") -> Path:
     (folder / "recipe.yaml").write_text(dump_config(recipe))
     (folder / "plan.yaml").write_text(PLANS[plan].read_text().replace("FOLDER", str(folder)))
     return folder / "plan.yaml"
+
+
+def write_sweep(folder: Path, base: Path) -> Path:
+    """Write SWEEP for the model `base`, and all files that it names, into `folder`; returns the sweep's path."""
+    write_teaching_set(folder / "data", *next(iter(zip(world.TAUGHT, world.DOMAINS, strict=True))), seed=0)
+    sets = {name: str(folder / "data" / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)}
+    fields = {"model.path": base, "data.train": folder / "data" / "train.jsonl", "eval.sets": json.dumps(sets)}
+    fields |= {"steps": 100, "eval.every": 25, "checkpoint.every": 25}
+    recipe = load_config(RECIPE, [f"{key}={value}" for key, value in fields.items()])
+    (folder / "recipe.yaml").write_text(dump_config(recipe))
+    (folder / "sweep.yaml").write_text(SWEEP.read_text().replace("FOLDER", str(folder)))
+    return folder / "sweep.yaml"
 
 
 def write_teaching_set(

@@ -63,11 +63,13 @@ def pids_of(role, mark):
 
 
 def finished_alike(config, undisturbed):
-    """Asserts that every step was done once, and that the last checkpoint is that of the undisturbed run."""
+    """Asserts that every step was done once, and that losses and last checkpoint are those of the undisturbed run."""
     records = read_metrics(Path(config.run_dir), "train")
     assert [m["step"] for m in records] == list(range(1, STEPS + 1)), "every step once"
     assert {m["samples"] for m in records} == {8}, "with all its samples"
-    assert differing(last_checkpoint(config), undisturbed) == []
+    checkpoint, losses = undisturbed
+    assert [m["loss"] for m in records] == losses
+    assert differing(last_checkpoint(config), checkpoint) == []
 
 
 def recovery(run, process, victim, how=signal.SIGKILL):

@@ -9,16 +9,18 @@ from harness import Ranks, config_for, engine_pools, random_problems
 from helpers import tiny_model
 from processes import start
 
+from sdft_dist.runlog import read_metrics
+
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The last checkpoint of a run of STEPS steps that nobody touched."""
+    """The last checkpoint and the losses of a run of STEPS steps on one node that nobody touched."""
     folder = tmp_path_factory.mktemp("quiet")
     config = lab(folder / "quiet", STEPS, 1)
     process, _ = start(config, folder / "quiet")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    return last_checkpoint(config)
+    return last_checkpoint(config), [m["loss"] for m in read_metrics(folder / "quiet" / "run", "train")]
 
 
 @pytest.fixture(scope="session")

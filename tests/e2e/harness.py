@@ -6,6 +6,7 @@ new group inside.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import torch
 from actors.pool import Pool
 from actors.rollout import Generator
 from actors.teacher import Teacher
+from learner.checkpoint import Shards
 from learner.group import LearnerGroup
 from learner.push import manifest
 from learner.worker import LearnerRank
-from sdft_dist.cluster import _resources, stream
+from sdft_dist.cluster import stream
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet
+from sdft_dist.export import checkpoint_model
+from sdft_dist.placement import environment
 from sdft_dist.remote import Events
 from sdft_dist.types import Problem, SampleKey, Span, TrainItem, WeightManifest
 from sdft_dist.wire import pack
@@ -63,10 +67,10 @@ class ReusableRank(LearnerRank):
         """Send it to the generators; "altered" flips a bit on the way, "interrupted" goes after two messages."""
         sender = self._senders["generators"]
         for bucket in plan.buckets[: 2 if how == "interrupted" else None]:
-            message = pack(bucket, self._source("generators")(list(bucket.names)))
+            message = pack(bucket, self._source("generators")(list(bucket.names)), sender._transport.device)
             if how == "altered":
                 message[5] ^= 1
-            sender._sending.append(sender._thread.submit(lambda m=message: sender._group.broadcast(m, 0).wait()))
+            sender._sending.append(sender._thread.submit(sender._transport.send, message))
             if how == "altered":
                 break  # the receiver gives up here
         sender.flush()
@@ -115,6 +119,10 @@ class ReusableTeacher(Teacher):
 class ReusableGenerator(Generator):
     """A generator whose loss can be changed, and that can be left as after an interrupted push."""
 
+    def pid(self) -> int:
+        """Of the actor's process."""
+        return os.getpid()
+
     def taint(self) -> None:
         self.engine.version = None
 
@@ -125,6 +133,11 @@ class ReusableGenerator(Generator):
         """Serve another model in the same process."""
         _retired.append(self.engine)
         Generator.__init__(self, config, "cpu", [98], problems)
+
+
+def cpu_options(sharing: int) -> dict[str, Any]:
+    """Ray options of an actor that shares the cores with others; not 0 CPUs, which may go to any node."""
+    return {"num_cpus": 0.01, "runtime_env": {"env_vars": environment(sharing)}}
 
 
 def config_for(folder: Path, /, **sections: Any) -> Config:
@@ -177,7 +190,7 @@ class Ranks:
 
     def __init__(self) -> None:
         threads = (1, 2, 2)
-        self.actors = [ray.remote(ReusableRank).options(**_resources("cpu", n)).remote() for n in threads]
+        self.actors = [ray.remote(ReusableRank).options(**cpu_options(n)).remote() for n in threads]
 
     def group(
         self, config: Config, problems: ProblemSet, vocab_size: int = 102, resume: Path | None = None
@@ -212,9 +225,11 @@ def rollouts(config: Config, problems: ProblemSet, generators: Pool, teachers: P
 def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] = (98,)) -> tuple[Pool, Pool]:
     """One generator and one teacher, ready."""
     table = ray.put(problems)
-    make = lambda cls, *args: ray.remote(cls).options(**_resources("cpu", 1)).remote(config, "cpu", *args)  # noqa: E731
-    generators = Pool("generators", [make(ReusableGenerator, list(stop_ids), table)], config.cluster.timeout_s, EVENTS)
-    teachers = Pool("teachers", [make(ReusableTeacher, 102, table)], config.cluster.timeout_s, EVENTS)
+    make = lambda cls, *args: ray.remote(cls).options(**cpu_options(1)).remote(config, "cpu", *args)  # noqa: E731
+    timeout_s, cluster = config.cluster.timeout_s, config.cluster
+    generator, teacher = make(ReusableGenerator, list(stop_ids), table), make(ReusableTeacher, 102, table)
+    generators = Pool("generators", [generator], timeout_s, EVENTS, workers=cluster.generator_tensor_parallel)
+    teachers = Pool("teachers", [teacher], timeout_s, EVENTS, workers=cluster.teacher_tensor_parallel)
     generators.wait_ready()
     teachers.wait_ready()
     return generators, teachers
@@ -228,16 +243,6 @@ def save(group: LearnerGroup, folder: Path) -> None:
 
 def exported(folder: Path, group: LearnerGroup, config: Config, kind: str = "master") -> Any:
     """The Hugging Face model in eval mode with the weights that the learner's checkpoint holds."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from learner.checkpoint import read_full
-
     save(group, folder)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path), attn_implementation="eager")
-    named = dict(lm.named_parameters())
-    full = read_full(folder, kind, {name: tuple(p.shape) for name, p in named.items()})
     with torch.no_grad():
-        for name, param in named.items():
-            param.copy_(full[name])
-    return lm.eval()
+        return checkpoint_model(config, Shards(folder), kind).eval()

@@ -104,6 +104,7 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     assert nothing_left(mark)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "one of two generators killed, rollouts ahead",
     "SIGKILL, twice",

@@ -16,12 +16,17 @@ def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize(("stage", "num_ranks"), [(2, 2), (3, 2), (0, 1)])
-def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, model, tmp_path, stage, num_ranks):
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "dtype"),
+    [(2, 2, "float32"), (3, 2, "float32"), (0, 1, "float32"), (1, 1, "bfloat16"), (3, 2, "bfloat16")],
+)
+def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, model, tmp_path, stage, num_ranks, dtype):
+    """Of the fp32 master weights, whatever the type of those that compute."""
     rate = 0.01
     config = config_for(
         model,
         method="sft",
+        model={"dtype": dtype},
         learner={"zero_stage": stage, "ranks": num_ranks},
         teacher={"kind": "ema", "ema_rate": rate},
         optim={"learning_rate": 1e-3},
@@ -29,7 +34,7 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, mode
     group = ranks.group(config, problems)
     shapes = {
         name: s
-        for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
+        for bucket in ray.get(group.ranks[0].manifest.remote(0, True)).buckets
         for name, s in zip(bucket.names, bucket.shapes, strict=True)
     }
 
@@ -117,7 +122,7 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_pa
         group = ranks.group(config, problems)
         shapes = {
             name: s
-            for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
+            for bucket in ray.get(group.ranks[0].manifest.remote(0, True)).buckets
             for name, s in zip(bucket.names, bucket.shapes, strict=True)
         }
         group.update(0, 1, demonstration_items(problems))
@@ -153,3 +158,28 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
         before, after = (load_file(tmp_path / name / f"rank-{rank:03d}.safetensors") for name in ("before", "after"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [(1, 1), (2, 2), (3, 2)])
+def test_an_optimizer_in_host_memory_makes_the_same_updates(ranks, problems, model, tmp_path, stage, num_ranks):
+    """On CPU both are host memory: this holds the paths, fragments and checkpoints; not what a GPU saves."""
+    states = {}
+    for offload in ("none", "optimizer"):
+        config = config_for(
+            model,
+            method="sft",
+            learner={"zero_stage": stage, "ranks": num_ranks, "offload": offload},
+            teacher={"kind": "ema", "ema_rate": 0.3},
+        )
+        group = ranks.group(config, problems)
+        losses = [group.update(step, 3, demonstration_items(problems, step))["loss"] for step in range(3)]
+        save(group, tmp_path / offload)
+        group.stop()
+        found = {k: t for f in sorted((tmp_path / offload).iterdir()) for k, t in load_file(f).items()}
+        states[offload] = losses, found
+    losses, found = states["optimizer"]
+    assert losses == pytest.approx(states["none"][0], rel=1e-5)
+    assert found.keys() == states["none"][1].keys()
+    for key, tensor in states["none"][1].items():
+        if not key.startswith("rng"):
+            assert_relative(found[key], tensor, 1e-4)

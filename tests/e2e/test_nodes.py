@@ -58,10 +58,11 @@ def homes(cluster):
     return found
 
 
-def joined(cluster, folder):
+def joined(cluster, folder, **settings):
     """A run on the cluster, and its process at step 2."""
     config = lab(folder, STEPS, 1)
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": cluster.address})})
+    settings["address"] = cluster.address
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
     process, _ = start(config, folder, mark=cluster.mark)
     wait_for(lambda: steps_done(Path(config.run_dir)) >= 2, process, 150, "step 2")
     return config, process
@@ -79,6 +80,40 @@ def test_actors_of_a_lost_node_are_placed_on_others(undisturbed, nodes, tmp_path
     record_property("node lost", recovery(Path(config.run_dir), process, raylet))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
+    finished_alike(config, undisturbed)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """A head for the learner, a node for generators and one for teachers."""
+    cluster_mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, cluster_mark)
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"resources": {"sdft_learner": 1}})
+    for role in ("generator", "teacher"):
+        cluster.add_node(**NODE, resources={f"sdft_{role}": 1})
+    cluster.wait_for_nodes()
+    cluster.mark = cluster_mark
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.fault(
+    "node lost and put back", "the only node for teachers, 5 s without", "the run waits for it, the end bit-equal"
+)
+def test_roles_on_nodes_of_their_own_equal_one_node_and_wait_for_a_node_that_comes_back(undisturbed, apart, tmp_path):
+    config, process = joined(apart, tmp_path / "run", pin_roles=True)
+    where = homes(apart)
+    assert where["generator"][1] != where["teacher"][1]
+    assert "learner rank" not in where, "it is on the head"
+    node, raylet = where["teacher"]
+    apart.worker_nodes.remove(node)
+    os.kill(raylet, signal.SIGKILL)
+    time.sleep(5)
+    before = steps_done(Path(config.run_dir))
+    apart.add_node(**NODE, resources={"sdft_teacher": 1})
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert before < STEPS, "it did not go on without"
     finished_alike(config, undisturbed)
 
 

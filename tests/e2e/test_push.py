@@ -84,6 +84,14 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
     assert len(generators.complete([problems[0].prompt_ids], 4)) == 1
 
 
+@pytest.fixture(params=["gloo", "ipc"])
+def transport(request, served):
+    """How weights travel to the generators."""
+    served.generators.transport = request.param
+    yield request.param
+    served.generators.transport = "gloo"
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
@@ -100,7 +108,7 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
         ),
     ],
 )
-def test_a_damaged_push_is_noticed_and_the_next_whole_one_serves(served, ranks, problems, how, says):
+def test_a_damaged_push_is_noticed_and_the_next_whole_one_serves(served, ranks, problems, transport, how, says):
     generators, prompts = served.generators, [p.prompt_ids for p in problems]
     group = ranks.group(config_for(served.model, method="sft"), problems)
     group.open_push(generators)

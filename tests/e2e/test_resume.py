@@ -15,10 +15,11 @@ def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def config(model, stage, num_ranks):
+def config(model, stage, num_ranks, dtype="float32"):
     return config_for(
         model,
         method="sft",
+        model={"dtype": dtype},
         learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": 64},
         teacher={"kind": "ema", "ema_rate": 0.1},
         optim={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
@@ -31,30 +32,37 @@ def steps(group, problems, first, last):
 
 @pytest.fixture(scope="module")
 def saved(ranks, problems, model, tmp_path_factory):
-    """For a stage and a number of ranks: the folder of a checkpoint after 3 steps, the losses of 3 more,
-    and the folder of the state after those."""
+    """For a stage, a number of ranks and a type of weights: the folder of a checkpoint after 3 steps, the losses of
+    3 more, and the folder of the state after those."""
     made = {}
 
-    def make(stage, num_ranks):
-        if (stage, num_ranks) not in made:
+    def make(stage, num_ranks, dtype="float32"):
+        how = stage, num_ranks, dtype
+        if how not in made:
             middle, end = (tmp_path_factory.mktemp("checkpoint") for _ in range(2))
-            group = ranks.group(config(model, stage, num_ranks), problems)
+            group = ranks.group(config(model, *how), problems)
             steps(group, problems, 0, 3)
             save(group, middle)
             losses = steps(group, problems, 3, 6)
             save(group, end)
             group.stop()
-            made[stage, num_ranks] = middle, losses, end
-        return made[stage, num_ranks]
+            made[how] = middle, losses, end
+        return made[how]
 
     return make
 
 
-@pytest.mark.parametrize(("stage", "num_ranks"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)])
-def test_resumed_is_bit_equal_to_uninterrupted(ranks, problems, model, saved, tmp_path, stage, num_ranks):
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "dtype"),
+    [
+        *((*how, "float32") for how in [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)]),
+        *((*how, "bfloat16") for how in [(1, 1), (2, 2), (3, 2)]),
+    ],
+)
+def test_resumed_is_bit_equal_to_uninterrupted(ranks, problems, model, saved, tmp_path, stage, num_ranks, dtype):
     """Weights, both moments, the average, the count of updates, and random state."""
-    middle, losses, end = saved(stage, num_ranks)
-    group = ranks.group(config(model, stage, num_ranks), problems, resume=middle)
+    middle, losses, end = saved(stage, num_ranks, dtype)
+    group = ranks.group(config(model, stage, num_ranks, dtype), problems, resume=middle)
     save(group, tmp_path / "again")
     assert steps(group, problems, 3, 6) == losses
     save(group, tmp_path / "end")
@@ -78,7 +86,7 @@ def test_another_stage_and_number_of_ranks_goes_on_from_the_same_state(
     group = ranks.group(config(model, *after), problems, resume=middle)
     shapes = {
         name: s
-        for bucket in ray.get(group.ranks[0].manifest.remote(0)).buckets
+        for bucket in ray.get(group.ranks[0].manifest.remote(0, True)).buckets
         for name, s in zip(bucket.names, bucket.shapes, strict=True)
     }
     save(group, tmp_path)

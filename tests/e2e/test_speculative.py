@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import ray
 import torch
-from harness import EVENTS, config_for
+from harness import EVENTS, config_for, cpu_options
 from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 from actors.pool import Pool
 from actors.rollout import Generator
-from sdft_dist.cluster import _resources
 from sdft_dist.data import ProblemSet
 from sdft_dist.pieces import fetch
 from sdft_dist.types import Problem, SampleKey
@@ -34,7 +33,7 @@ def sampled(ray_cluster, ranks, tmp_path_factory):
         rollout={"speculative": "ngram", "max_completion_tokens": TOKENS, "temperature": TEMPERATURE},
         cluster={"max_sequences": SLOTS},
     )
-    actor = ray.remote(Generator).options(**_resources("cpu", 1)).remote(config, "cpu", [], ray.put(problems))
+    actor = ray.remote(Generator).options(**cpu_options(1)).remote(config, "cpu", [], ray.put(problems))
     pool = Pool("generators", [actor], config.cluster.timeout_s, EVENTS)
     group = ranks.group(config, problems, vocab_size=VOCAB)
     group.open_push(pool)

@@ -1,0 +1,90 @@
+"""The placement group of a run's actors, and the Ray options of each."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sdft_dist.config import Config
+from sdft_dist.errors import Fault, Preempted, UserError
+from sdft_dist.topology import Need, bundles, lacking, needs, place
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A placement group, the needs that its bundles answer from bundle `first` on, and the device."""
+
+    wanted: list[Need]
+    group: Any
+    first: int
+    device: str
+
+    def has(self, role: str) -> bool:
+        """Whether there is room for the role."""
+        return any(role in need.roles for need in self.wanted)
+
+    def options(self, role: str, index: int, sharing: int) -> dict[str, Any]:
+        """Ray options of actor `index` of a role; `sharing` as in `_environment`."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        spot = place(self.wanted, role, index)
+        return {
+            "num_gpus": spot.gpus,
+            "num_cpus": spot.cpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + spot.bundle),
+            **({} if self.device == "cuda" else {"runtime_env": {"env_vars": environment(sharing)}}),
+        }
+
+
+@contextmanager
+def placed(
+    config: Config,
+    device: str,
+    roles: Collection[str],
+    stop: Callable[[], bool] = lambda: False,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> Iterator[Places]:
+    """Room for all actors of `roles` that the run needs: the placement group that this process was given, as a trial
+    of a sweep is, or one of its own that ends with the block. It waits for room, with
+    `cluster.autoscaling` for nodes too, as long as cluster.timeout_s. Raises UserError where the cluster is too small,
+    Fault where no room came, and Preempted where `stop` says so while it waits."""
+    import ray
+
+    wanted = needs(config, device, roles)
+    given = ray.util.get_current_placement_group()
+    if given is not None and given.bundle_specs[1:] == bundles(wanted):  # the first holds the trial's own process
+        yield Places(wanted, given, 1, device)
+        return
+    missing = lacking(wanted, ray.nodes())
+    if missing and not config.cluster.autoscaling:
+        raise UserError(f"cluster: {missing}; cluster.autoscaling=true waits for nodes to join")
+    # GPUs close together, learner ranks next to each other; without GPUs, spread over the nodes' cores.
+    group = ray.util.placement_group(bundles(wanted), strategy="PACK" if device == "cuda" else "SPREAD")
+    try:
+        why = missing or "others hold the room for " + ", ".join(map(str, wanted))
+        deadline = time.monotonic() + config.cluster.timeout_s
+        if missing:
+            on_event(f"waiting for nodes: {missing}")
+        while not group.wait(1):
+            if stop():
+                raise Preempted(f"asked to stop while waiting for room: {why}")
+            if time.monotonic() > deadline:
+                raise Fault(f"no room within cluster.timeout_s={config.cluster.timeout_s:g}: {why}")
+        yield Places(wanted, group, 0, device)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def environment(sharing: int) -> dict[str, str]:
+    """Variables of an actor without a GPU. `sharing` actors that work at the same time divide the cores: the ranks
+    of a learner, and the roles where rollouts run ahead; otherwise the roles take turns."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // sharing)),
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin on cores that another role needs
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,87 @@
+"""Engines that span two processes serve what is pushed, and leave nothing behind."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from chaos import wait_until
+from harness import config_for, demonstration_items, engine_pools, exported
+from helpers import tiny_model
+from processes import lab_config
+from test_push import greedy
+
+from sdft_dist.runlog import read_metrics
+from sdft_dist.train import run
+
+
+@pytest.fixture(scope="module")
+def spanning(ray_cluster, problems, tmp_path_factory):
+    """A model folder, and a generator and a teacher of two processes each."""
+    model = tiny_model(tmp_path_factory.mktemp("model"), tied=False)
+    two = {"generator_tensor_parallel": 2, "teacher_tensor_parallel": 2}
+    generators, teachers = engine_pools(config_for(model, cluster=two), problems)
+    yield model, generators, teachers
+    for actor in [*generators.actors, *teachers.actors]:
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapters"])
+def test_they_equal_hugging_face_after_pushes(spanning, ranks, problems, rank, tmp_path):
+    model, generators, teachers = spanning
+    config = config_for(model, method="sft", model={"lora": {"rank": rank}}, teacher={"kind": "ema", "ema_rate": 0.3})
+    group = ranks.group(config, problems)
+    for pool in (generators, teachers):
+        group.open_push(pool)
+    for step in range(3):
+        for pool in (generators, teachers):
+            group.push(pool, step, step, wait=True)
+        if step < 2:
+            group.update(step, 2, demonstration_items(problems))
+    student, average = exported(tmp_path / "s", group, config), exported(tmp_path / "e", group, config, "ema")
+    group.stop()
+    prompts = [p.prompt_ids for p in problems]
+    assert [s.tolist() for s in generators.complete(prompts, 12)] == [greedy(student, p, 12) for p in prompts]
+    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in problems]
+    starts = [len(p.teacher_prompt_ids) for p in problems]
+    read = ray.get(teachers.actors[0].read.remote(sequences, starts))
+    for tokens, start, states in zip(sequences, starts, read, strict=True):
+        with torch.no_grad():
+            expected = average.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
+        assert np.abs(states - expected.numpy()).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_them(ray_cluster, tmp_path):
+    """In the placement group of a run, where vLLM would start Ray workers of its own if it were let."""
+    two = {"generator_tensor_parallel": 2, "teacher_tensor_parallel": 2}
+    rundir = run(lab_config(tmp_path, steps=2, cluster=two | {"timeout_s": 120}))
+    records = read_metrics(rundir.path, "train")
+    assert [record["samples"] for record in records] == [8, 8]
+    assert max(record["logprob_difference_max"] for record in records) < 1e-4, "generator and learner agree"
+
+
+def children(pid):
+    """Pids below a process, by Linux's /proc."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                found += [int(folder.name), *children(int(folder.name))]
+    return found
+
+
+def test_a_killed_engine_takes_its_processes_along(spanning):
+    _, generators, _ = spanning
+    engine = ray.get(generators.actors[0].pid.remote())
+    below = children(engine)
+    assert len(below) >= 2, "a process for each half"
+    os.kill(engine, signal.SIGKILL)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 30, "the end of its processes")
