@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo words test chaos lint clean-clone-test
+.PHONY: help setup demo words test test-all chaos gpu lint clean-clone-test
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -32,13 +32,20 @@ words: setup ## teach three words in sequence by three methods with three seeds 
 	$(BIN)/sdft lab sequence --out runs/words
 	$(BIN)/sdft continual runs/words/plan.yaml
 
-test: setup ## all tests
+test: setup ## the tests (half an hour)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test-all: setup ## the same, and those that do at length what others do in short or in parts
 	$(BIN)/python -m pytest $(TESTS)
 
 KILLS ?= 50
 chaos: setup ## inject every fault (20 minutes), then kill a run's processes at random (25 minutes), with a table of each
 	$(BIN)/python -m pytest $(TESTS) --fault-table -q
 	PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/chaos.py --kills $(KILLS)
+
+gpu: setup ## on a machine with a GPU, in an environment with the extra `gpu`: its tests, and all figures in one table
+	$(BIN)/python -m pytest $(TESTS) -m gpu
+	$(BIN)/python -m sdft_dist.gpu_check --out runs/gpu
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
