@@ -29,17 +29,19 @@ class Pool:
         make: Callable[[int], Any] | None = None,
         workers: int = 1,
         transport: TransportKind = "gloo",
+        start_timeout_s: float | None = None,
     ) -> None:
         self.workers = workers  # processes of each engine that take part in a push
         self.transport = transport  # of a push
         self.role, self.actors, self._timeout_s, self._events = role, list(actors), timeout_s, events
+        self._start_timeout_s = start_timeout_s or timeout_s
         self._make = make  # a new actor in the place of a dead one, by its index
         self.lost: dict[int, str] = {}  # actors that serve nothing, and why
         self._dead: set[int] = set()
 
     def wait_ready(self) -> None:
         """Returns when every engine stands; raises the first failure."""
-        self._wait([a.ready.remote() for a in self.actors], "start")
+        self._wait_ready(self.actors, "start")
 
     def sample(self, problems: Sequence[int]) -> list[Sample]:
         """One completion for each problem index, as the records themselves; for checks. Generators only."""
@@ -119,7 +121,7 @@ class Pool:
             tainted = self.lost.keys() - dead
             for index in dead:
                 self.actors[index] = self._make(index)
-            self._wait([self.actors[i].ready.remote() for i in dead], "start anew")
+            self._wait_ready([self.actors[i] for i in dead], "start anew")
             self._wait([self.actors[i].forget.remote() for i in tainted], "forget")
             self._dead -= dead
             done = (dead | tainted) - self._dead
@@ -156,6 +158,10 @@ class Pool:
         for i, part in enumerate(done):
             out[i::n] = part
         return out
+
+    def _wait_ready(self, actors: Sequence[Any], what: str) -> None:
+        refs = [actor.ready.remote() for actor in actors]
+        self._events.wait_all(refs, timeout_s=self._start_timeout_s, what=f"{self.role} {what}")
 
     def _wait(self, refs: list[Any], what: str) -> list[Any]:
         return self._events.wait_all(refs, timeout_s=self._timeout_s, what=f"{self.role} {what}")

@@ -49,8 +49,10 @@ class LearnerGroup:
     def start(self, resume: Path | None = None) -> None:
         """Build the process group, the model and the optimizer on all ranks, from the checkpoint in
         `resume` where one is given."""
-        ((host, port),) = self._wait([self.ranks[0].address.remote()], "learner address")
-        self._all("start", host, port, None if resume is None else str(resume))
+        limit = self.config.cluster.start_timeout_s
+        ((host, port),) = self._wait([self.ranks[0].address.remote()], "learner address", limit)
+        folder = None if resume is None else str(resume)
+        self._wait([rank.start.remote(host, port, folder) for rank in self.ranks], "learner start", limit)
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step on `items`. Returns the step's metrics, over all ranks."""
@@ -162,5 +164,5 @@ class LearnerGroup:
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self._wait([getattr(rank, method).remote(*args) for rank in self.ranks], f"learner {method}")
 
-    def _wait(self, refs: list[Any], what: str) -> list[Any]:
-        return self._events.wait_all(refs, timeout_s=self.config.cluster.timeout_s, what=what)
+    def _wait(self, refs: list[Any], what: str, timeout_s: float | None = None) -> list[Any]:
+        return self._events.wait_all(refs, timeout_s=timeout_s or self.config.cluster.timeout_s, what=what)

@@ -197,7 +197,8 @@ def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
             for i in range(size):
                 options = places.options("generator", i, size)
                 actors.append(ray.remote(Generator).options(**options).remote(config, device, stop_ids, None))
-            pool = Pool("generators", actors, config.cluster.timeout_s, Events())
+            timeout_s, start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
+            pool = Pool("generators", actors, timeout_s, Events(), start_timeout_s=start_timeout_s)
             pool.wait_ready()
             pool.serve_folder()
             yield pool
@@ -264,7 +265,7 @@ def _build(
     def pool(role: str, cls: type, size: int, workers: int, *args: Any) -> Pool:
         make = partial(start_actor, cls, role, together * workers, args)
         made = [make(i) for i in range(size if places.has(role) else 0)]
-        found = Pool(PLURAL[role], made, cluster.timeout_s, events, make, workers, kind)
+        found = Pool(PLURAL[role], made, cluster.timeout_s, events, make, workers, kind, cluster.start_timeout_s)
         if cluster.colocate != "none":  # an engine looks how much memory is free, so they start one by one
             found.wait_ready()
         return found

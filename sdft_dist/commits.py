@@ -56,12 +56,14 @@ class Commits:
 
     def finish(self, saver: Saver, *, wait: bool) -> Path | None:
         """Commit what `start` began, if it is written or `wait` says to wait for it; returns its folder.
-        Raises Fault where a shard could not be written."""
+        Raises Fault where a shard could not be written, TimeoutError where a rank does not answer."""
         if self._pending is None:
             return None
         step, beside = self._pending
         try:
             files = saver.finish_saving(wait=wait)
+        except TimeoutError:  # an OSError by name, but of a silent rank, not of the disk
+            raise
         except OSError as e:
             self._pending = None
             raise Fault(f"checkpoint of step {step}: {e}; earlier checkpoints are intact") from e

@@ -253,6 +253,9 @@ class ClusterConfig(Section):
         3, ge=0, description="How often a run starts its actors anew before a new checkpoint shows that it gets on."
     )
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
+    start_timeout_s: float = Field(
+        1800, gt=0, description="Longest wait for engines and ranks to start (load weights, compile), seconds."
+    )
 
     @property
     def engine_memory(self) -> float:

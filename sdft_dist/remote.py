@@ -36,7 +36,7 @@ class Events:
 
         Raises the first failure without waiting for the rest: in a collective, the others wait for the
         one that failed, or it has waited for them; a note names those. Raises TimeoutError that names `what`
-        after `timeout_s` seconds.
+        after `timeout_s` seconds, or `grace_s` after the run was asked to stop.
         """
         import ray
 
@@ -50,7 +50,9 @@ class Events:
             if ready is None and time.monotonic() < min(deadline, self._patience()):
                 continue
             if ready is None:
-                raise TimeoutError(f"{what}: no answer in {timeout_s:g} s from {silent()}")
+                asked = time.monotonic() < deadline
+                waited = f"{self._grace_s:g} s after being asked to stop" if asked else f"in {timeout_s:g} s"
+                raise TimeoutError(f"{what}: no answer {waited} from {silent()}")
             waiting.discard(ready)
             try:
                 self._handle(ready)

@@ -161,6 +161,17 @@ def test_a_full_disk_leaves_what_there_is(store, monkeypatch):
     assert newest(store) == (10, [])
 
 
+def test_a_silent_rank_is_no_full_disk(store, monkeypatch):
+    """It ends an attempt, from which a run recovers; a full disk ends the run."""
+
+    def hang(self, *, wait):
+        raise TimeoutError("no answer in 120 s from 0 of 0 … 1")
+
+    monkeypatch.setattr(FakeSaver, "finish_saving", hang)
+    with pytest.raises(TimeoutError, match="no answer"):
+        save(store, 10)
+
+
 def test_going_back_forgets_what_came_after(store):
     for step in (10, 20, 30):
         save(store, step)

@@ -54,3 +54,13 @@ def test_an_error_of_the_program_is_no_loss():
         one.lose(0, KeyError("a bug"))
     one.lose(0, NotServing("a push must succeed before it serves"))
     assert 0 in one.lost
+
+def test_a_start_may_take_longer_than_work():
+    """Weights of 8B parameters are read for minutes; a call that takes as long is a hang."""
+    allowed = {}
+    events = SimpleNamespace(wait_all=lambda refs, timeout_s, what: allowed.__setitem__(what, timeout_s))
+    one = Pool("teachers", [FakeActor()], 1.0, events, lambda index: FakeActor(), start_timeout_s=60.0)
+    one.wait_ready()
+    one.lose(0, RayActorError())
+    one.replace_lost()
+    assert allowed == {"teachers start": 60.0, "teachers start anew": 60.0, "teachers forget": 1.0}

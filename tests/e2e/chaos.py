@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from processes import lab_config, marked, start
+from processes import PATIENCE_S, lab_config, marked, start
 
 from sdft_dist.runlog import read_metrics
 
@@ -38,15 +38,15 @@ def steps_done(run):
     return len(read_metrics(run, "train")) if path.exists() else 0
 
 
-def wait_until(condition, seconds, what):
-    """Polls until `condition()`; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition, what):
+    """Polls until `condition()`; fails after PATIENCE_S."""
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        assert time.monotonic() < deadline, f"{what} did not happen in {PATIENCE_S} s"
         time.sleep(0.05)
 
 
-def wait_for(condition, process, seconds, what):
+def wait_for(condition, process, what):
     """The same; also fails where the run ends first."""
 
     def met():
@@ -54,7 +54,7 @@ def wait_for(condition, process, seconds, what):
             raise AssertionError(f"the run ended with {process.returncode} before {what}:\n{process.stdout.read()}")
         return condition()
 
-    wait_until(met, seconds, what)
+    wait_until(met, what)
 
 
 def pids_of(role, mark):
@@ -81,7 +81,7 @@ def recovery(run, process, victim, how=signal.SIGKILL):
         # What the driver had under way may still be recorded: a step at once is none that needed the dead.
         return (run / "metrics.jsonl").stat().st_mtime > killed + 2 and steps_done(run) > before
 
-    wait_for(further, process, 150, "recovery")
+    wait_for(further, process, "recovery")
     return time.time() - killed
 
 
@@ -91,7 +91,7 @@ def under_fire(config, folder, kills, seed):
     process, mark = start(config, folder)
     for _ in range(kills):
         goal = steps_done(run) + rng.randint(1, 4)
-        wait_for(lambda goal=goal: steps_done(run) >= goal, process, 120, f"step {goal}")
+        wait_for(lambda goal=goal: steps_done(run) >= goal, process, f"step {goal}")
         time.sleep(rng.random())
         role = rng.choice(list(ROLES))
         victims = pids_of(role, mark)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for, wait_until
-from processes import lab_config, nothing_left, start
+from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
 
@@ -26,9 +26,9 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
     faults = ("generator killed", "teacher crashes", "learner rank killed")
     signals = (signal.SIGKILL, signal.SIGABRT, signal.SIGKILL)
     for fault, role, step, how in zip(faults, ROLES, (2, 4, 7), signals, strict=True):
-        wait_for(lambda step=step: steps_done(run) >= step, process, 150, f"step {step}")
+        wait_for(lambda step=step: steps_done(run) >= step, process, f"step {step}")
         record_property(fault, recovery(run, process, pids_of(role, mark)[0], how))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     finished_alike(config, undisturbed)
     log = (run / "run.log").read_text()
@@ -59,11 +59,11 @@ def test_hanging_engines_and_a_hanging_rank_are_ended(tmp_path, record_property)
     )
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "fire")
-    wait_for(lambda: steps_done(run) >= 2, process, 150, "step 2")
+    wait_for(lambda: steps_done(run) >= 2, process, "step 2")
     record_property("generator hangs", recovery(run, process, pids_of("generator", mark)[0], signal.SIGSTOP))
-    wait_for(lambda: steps_done(run) >= 5, process, 150, "step 5")
+    wait_for(lambda: steps_done(run) >= 5, process, "step 5")
     record_property("learner rank hangs", recovery(run, process, pids_of("learner rank", mark)[0], signal.SIGSTOP))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert [m["step"] for m in read_metrics(run, "train")] == list(range(1, 9))
     log = (run / "run.log").read_text()
@@ -78,27 +78,27 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     config = lab(tmp_path / "run", STEPS, 1)
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "run")
-    wait_for(lambda: steps_done(run) >= 3, process, 150, "step 3")
+    wait_for(lambda: steps_done(run) >= 3, process, "step 3")
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     assert "is saved; go on with --resume auto" in output
     assert nothing_left(mark)
 
     process, mark = start(config, tmp_path / "run")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2
     assert "go on from step" in output
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
-    wait_for(lambda: steps_done(run) >= 8, process, 150, "step 8")
+    wait_for(lambda: steps_done(run) >= 8, process, "step 8")
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE_S)
     # Ray's own agents notice the end of their node after a minute or two.
-    wait_until(lambda: not any(pids_of(role, mark) for role in ROLES), 20, "the end of all actors")
+    wait_until(lambda: not any(pids_of(role, mark) for role in ROLES), "the end of all actors")
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     finished_alike(config, undisturbed)
     assert nothing_left(mark)
@@ -118,10 +118,10 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path, record
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "fire")
     for step, which in ((2, 0), (6, -1)):
-        wait_for(lambda step=step: steps_done(run) >= step, process, 150, f"step {step}")
+        wait_for(lambda step=step: steps_done(run) >= step, process, f"step {step}")
         seconds = recovery(run, process, sorted(pids_of("generator", mark))[which])
         record_property("one of two generators killed, rollouts ahead", seconds)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     records = read_metrics(run, "train")
     assert [m["step"] for m in records] == list(range(1, STEPS + 1))
@@ -134,12 +134,14 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path, record
 @pytest.mark.fault("preemption while a rank hangs", "SIGTERM after SIGSTOP", "exit 3 after checkpoint.grace_s")
 def test_a_rank_that_hangs_does_not_hold_up_a_preempted_run(tmp_path):
     (tmp_path / "run").mkdir()
-    config = lab_config(tmp_path / "run", steps=STEPS, checkpoint={"every": 2, "grace_s": 5})
+    config = lab_config(
+        tmp_path / "run", steps=STEPS, checkpoint={"every": 2, "grace_s": 5}, cluster={"timeout_s": 2 * PATIENCE_S}
+    )
     process, mark = start(config, tmp_path / "run")
-    wait_for(lambda: steps_done(Path(config.run_dir)) >= 3, process, 150, "step 3")
+    wait_for(lambda: steps_done(Path(config.run_dir)) >= 3, process, "step 3")
     os.kill(pids_of("learner rank", mark)[0], signal.SIGSTOP)
     process.terminate()
-    output, _ = process.communicate(timeout=60)  # cluster.timeout_s is 120
+    output, _ = process.communicate(timeout=PATIENCE_S)  # cluster.timeout_s is longer
     assert process.returncode == 3, output
     assert "asked to stop, and lost" in output
     assert "Go on from step 2 with --resume auto" in output

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import PATIENCE_S
 
 PROGRAM = """
 import time, urllib.request
@@ -34,7 +35,7 @@ def test_prometheus_finds_every_metric():
         port = s.getsockname()[1]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(port=port)],
-        env=os.environ, capture_output=True, text=True, timeout=120, check=True,
+        env=os.environ, capture_output=True, text=True, timeout=PATIENCE_S, check=True,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if 'run="one"' in line]
     value = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for
-from processes import MARK, start
+from processes import MARK, PATIENCE_S, start
 from ray.cluster_utils import Cluster
 
 from sdft_dist.stop import LOOK_S
@@ -40,7 +40,7 @@ def test_a_run_without_an_address_leaves_a_cluster_of_this_machine_alone(nodes):
     )
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     address, count = done.stdout.split()[-2:]
     assert (address != nodes.address, count) == (True, "1")
@@ -64,7 +64,7 @@ def joined(cluster, folder, **settings):
     settings["address"] = cluster.address
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
     process, _ = start(config, folder, mark=cluster.mark)
-    wait_for(lambda: steps_done(Path(config.run_dir)) >= 2, process, 150, "step 2")
+    wait_for(lambda: steps_done(Path(config.run_dir)) >= 2, process, "step 2")
     return config, process
 
 
@@ -78,7 +78,7 @@ def test_actors_of_a_lost_node_are_placed_on_others(undisturbed, nodes, tmp_path
     node, raylet = next(iter(where.values()))
     nodes.worker_nodes.remove(node)  # the raylet's end is all that the cluster hears
     record_property("node lost", recovery(Path(config.run_dir), process, raylet))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     finished_alike(config, undisturbed)
 
@@ -111,7 +111,7 @@ def test_roles_on_nodes_of_their_own_equal_one_node_and_wait_for_a_node_that_com
     time.sleep(5)
     before = steps_done(Path(config.run_dir))
     apart.add_node(**NODE, resources={"sdft_teacher": 1})
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert before < STEPS, "it did not go on without"
     finished_alike(config, undisturbed)
@@ -124,13 +124,13 @@ def test_a_draining_node_ends_the_run_with_its_state_saved(undisturbed, nodes, t
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address, "--node-id"]
     drain += [node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "maintenance"]
     process.send_signal(signal.SIGSTOP)  # the whole run takes less time than the command that drains
-    subprocess.run([*drain, "--deadline-remaining-seconds", "300"], check=True, capture_output=True, timeout=60)
+    subprocess.run([*drain, "--deadline-remaining-seconds", "300"], check=True, capture_output=True, timeout=PATIENCE_S)
     time.sleep(LOOK_S)  # so that it looks as soon as it goes on
     process.send_signal(signal.SIGCONT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     assert "is saved; go on with --resume auto" in output
     process, _ = start(config, tmp_path / "run", "--resume", "auto", mark=nodes.mark)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     finished_alike(config, undisturbed)

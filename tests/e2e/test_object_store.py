@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 SPILLS = ("object store full", "200 MB into 80 MB", "spills to disk, comes back whole")
 FULL = ("spill disk full", "a disk that counts as full", "ends by name, exit 4")
@@ -19,5 +20,5 @@ FULL = ("spill disk full", "a disk that counts as full", "ends by name, exit 4")
 )
 def test_a_store_that_is_too_small(disk, expected):
     script = Path(__file__).parent / "small_store.py"
-    done = subprocess.run([sys.executable, str(script), disk], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, str(script), disk], capture_output=True, text=True, timeout=PATIENCE_S)
     assert expected in done.stdout, done.stdout + done.stderr

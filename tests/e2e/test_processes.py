@@ -5,7 +5,7 @@ import signal
 import time
 
 from helpers import write_jsonl
-from processes import marked, nothing_left, start
+from processes import PATIENCE_S, marked, nothing_left, start
 
 from sdft_dist.config import parse_config
 from sdft_dist.lab import world
@@ -30,7 +30,7 @@ def lab_config(folder, *, steps, scorer="sdft_dist.lab.world:score"):
 
 def test_an_exception(tmp_path):
     process, mark = start(lab_config(tmp_path, steps=2, scorer="failing_scorer:score"), tmp_path)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "the user's scorer failed" in output
     assert nothing_left(mark)
@@ -39,14 +39,14 @@ def test_an_exception(tmp_path):
 def test_ctrl_c(tmp_path):
     process, mark = start(lab_config(tmp_path, steps=100_000), tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_S
     while not (metrics.exists() and metrics.read_text().count('"train"') >= 3):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.5)
     assert len(marked(mark)) > 4, "Ray, a generator, a teacher and a learner must be running"
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the whole foreground group
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, output
     assert "sdft: interrupted" in output
     assert nothing_left(mark)

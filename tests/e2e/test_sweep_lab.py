@@ -57,7 +57,7 @@ def test_asha_stops_what_is_behind_and_nothing_is_done_twice(ray_cluster, tmp_pa
     assert (keeps.state, loses.state) == ("finished", "stopped")
     assert [r["step"] for r in loses.records()] == [0, 2]
     assert loses.records()[-1]["rev"] < 0.5
-    wait_until(lambda: held() <= before, 30, "the end of all that a stopped trial held")
+    wait_until(lambda: held() <= before, "the end of all that a stopped trial held")
     sweep_all(sweep, Console())
     assert attempts(keeps) == attempts(loses) == ["001"]
 

@@ -84,4 +84,4 @@ def test_a_killed_engine_takes_its_processes_along(spanning):
     below = children(engine)
     assert len(below) >= 2, "a process for each half"
     os.kill(engine, signal.SIGKILL)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 30, "the end of its processes")
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the end of its processes")
