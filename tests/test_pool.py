@@ -55,6 +55,7 @@ def test_an_error_of_the_program_is_no_loss():
     one.lose(0, NotServing("a push must succeed before it serves"))
     assert 0 in one.lost
 
+
 def test_a_start_may_take_longer_than_work():
     """Weights of 8B parameters are read for minutes; a call that takes as long is a hang."""
     allowed = {}
