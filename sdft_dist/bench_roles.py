@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,38 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     """
     if config.method != "sdft" and role != "learner":
         raise UserError(f"--{role}-only: method={config.method} has no {role}")
+    (report,) = bench_batches(config, out, role, [config.rollout.prompts_per_step], repeats=repeats, fixed=fixed)
+    return report
+
+
+def bench_batches(
+    config: Config, out: Path, role: str, batches: Sequence[int], *, repeats: int, fixed: bool
+) -> list[dict[str, Any]]:
+    """The same for several values of `rollout.prompts_per_step` with one start; a report for each, `bench.json`
+    is of the last."""
     new_folder(out)
     ours = contestant(config, config.method, out, fixed=fixed)
     start = launch(ours.config, ours.problems, ours.vocab_size, ours.stop_ids, engines=ENGINES[role])
     with ray_session(config), start as fleet:
-        work = {"generator": _generating, "teacher": _scoring, "learner": _learning}[role](ours, fleet)
-        taken, tokens = [], []
-        for step in range(WARM + repeats):
-            started = time.perf_counter()
-            tokens.append(work(step))
-            taken.append(time.perf_counter() - started)
-        used = machine(fleet)
+        reports = [_measure(_with_batch(ours, batch), fleet, role, repeats) for batch in batches]
+    (out / "bench.json").write_text(json.dumps(reports[-1], indent=2) + "\n")
+    return reports
+
+
+def _with_batch(ours: Ours, batch: int) -> Ours:
+    rollout = ours.config.rollout.model_copy(update={"prompts_per_step": batch})
+    return replace(ours, config=ours.config.model_copy(update={"rollout": rollout}))
+
+
+def _measure(ours: Ours, fleet: Fleet, role: str, repeats: int) -> dict[str, Any]:
+    config = ours.config
+    work = {"generator": _generating, "teacher": _scoring, "learner": _learning}[role](ours, fleet)
+    taken, tokens = [], []
+    for step in range(WARM + repeats):
+        started = time.perf_counter()
+        tokens.append(work(step))
+        taken.append(time.perf_counter() - started)
+    used = machine(fleet)
     cluster, batch = config.cluster, len(batch_keys(config, ours.problems, 0))
     actors = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": config.learner.ranks}[role]
     lengths = mean_lengths(ours.problems, statistics.mean(tokens[WARM:]) / batch)
@@ -66,7 +87,7 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     name = role if config.method == "sdft" else "sft"
     device_s = {name: actors * statistics.median(taken[WARM:]) / batch}
     (account,) = accounts(config, lengths, used, device_s, batch / cluster.generators).values()
-    report = {
+    return {
         "role": role,
         "method": config.method,
         "batch": batch,
@@ -78,8 +99,6 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
         "tokens_per_s": summary([batch * processed / seconds for seconds in taken[WARM:]]),
         "account": account,
     }
-    (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
 
 
 def show(report: dict[str, Any], console: Console) -> None:

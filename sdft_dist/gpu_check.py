@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sdft_dist.errors import UserError
 
 RECIPE = Path(__file__).parent.parent / "deploy" / "recipes" / "paper.yaml"
 LENGTHS = {"short": "300/400/400", "long": "1000/600/600"}
-DECODE = (64, 128, 256)  # requests at a time
+DECODE = (64, 256, 128)  # requests at a time; SDFT/SFT goes by the last: four steps of 32 in flight
 LOSS = {"tokens": 8192, "width": 4096, "vocab": 128_256}
 SMALL_LOSS = {"tokens": 64, "width": 4096, "vocab": 2048}
 LIMIT_S = 150  # of one check
@@ -107,15 +107,13 @@ def all_checks(args: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
     }
     for length in LENGTHS:
         measure = partial(role, args.out, args.device, args.shape, length)
-        checks[f"sft-{length}"] = partial(measure, "learner", batch=32, method="sft")
-        checks[f"learner-{length}"] = partial(measure, "learner", batch=32)
-        checks[f"teacher-{length}"] = partial(measure, "teacher", batch=64)
-        checks[f"generator-{length}"] = partial(measure, "generator", batch=DECODE[1])
-    decode = partial(role, args.out, args.device, args.shape, "short", "generator")
-    checks |= {f"generator-{batch}": partial(decode, batch=batch) for batch in (DECODE[0], DECODE[2])}
-    large = partial(role, args.out, args.device, args.large, "short", "learner")
-    checks["large"] = partial(large, batch=16, more=("learner.offload=optimizer",))
-    sft = partial(role, args.out, args.device, args.shape, "short", "learner", batch=32, method="sft")
+        checks[f"sft-{length}"] = partial(measure, "learner", [32], method="sft")
+        checks[f"learner-{length}"] = partial(measure, "learner", [32])
+        checks[f"teacher-{length}"] = partial(measure, "teacher", [64])
+        checks[f"generator-{length}"] = partial(measure, "generator", DECODE)
+    large = partial(role, args.out, args.device, args.large, "short", "learner", [16])
+    checks["large"] = partial(large, more=("learner.offload=optimizer",))
+    sft = partial(role, args.out, args.device, args.shape, "short", "learner", [32], method="sft")
     for field in ("learner.compile=true", "model.attention=sdpa"):
         checks[f"sft-short-{field.split('.')[1]}"] = partial(sft, more=(field,))
     return checks
@@ -211,24 +209,25 @@ def role(
     shape: str,
     length: str,
     which: str,
+    batches: Sequence[int],
     *,
-    batch: int,
     method: str = "sdft",
     more: tuple[str, ...] = (),
 ) -> Figures:
-    """One role by itself on random weights of a published shape."""
-    from sdft_dist.bench_roles import bench_role
+    """One role by itself on random weights of a published shape; its figures are of the last batch, and
+    tokens/s of each."""
+    from sdft_dist.bench_roles import bench_batches
     from sdft_dist.plan import memory_gib, read_dimensions
 
     fields = [f"method={method}", "learner.gradient_checkpointing=none", *more]
     if which != "learner":  # beside a learner that has next to nothing, so that keys and values find room
         fields += ["model.lora.rank=1", *_room(device, 0.6)]
     config = recipe(out, device, shape, length, fields)
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"prompts_per_step": batch})})
-    folder = out / "-".join([shape, which, length, str(batch), method, *more])
-    report = bench_role(config, folder, which, repeats=3, fixed=True)
+    folder = out / "-".join([shape, which, length, method, *more])
+    reports = bench_batches(config, folder, which, batches, repeats=3, fixed=True)
+    rates = {f"tokens_per_s_at_{report['batch']}": report["tokens_per_s"]["median"] for report in reports}
     predicted = memory_gib(config, read_dimensions(config), 1)[which]
-    return {"tokens_per_s": report["tokens_per_s"]["median"], **report["account"], "predicted_gib": predicted}
+    return {**rates, **reports[-1]["account"], "predicted_gib": predicted}
 
 
 def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
@@ -302,14 +301,17 @@ def _room(device: str, share: float) -> list[str]:
 
 
 def recipe(out: Path, device: str, shape: str, length: str, more: list[str]) -> Config:
-    """The paper's recipe on random weights, which are made once."""
-    from sdft_dist.synthetic import synthetic
+    """The paper's recipe on random weights, which are made once for all lengths."""
+    from sdft_dist.synthetic import parse_lengths, synthetic, write_model
 
     folder = out / "inputs" / f"{shape}-{length}"
     made = folder / "made.json"
     if not made.is_file():
-        dtype = "bfloat16" if device == "cuda" else "float32"
-        made_of = synthetic(folder, shape, LENGTHS[length], 512, dtype)
+        dtype, model = "bfloat16" if device == "cuda" else "float32", out / "inputs" / shape
+        if not model.is_dir():
+            longest = max(sum(parse_lengths(lengths)) for lengths in LENGTHS.values())
+            write_model(model, shape, dtype, longest + 16)
+        made_of = synthetic(folder, shape, LENGTHS[length], 512, dtype, model)
         made.write_text(json.dumps(made_of))
     fields = [f"{key}={value}" for key, value in json.loads(made.read_text()).items()]
     if not RECIPE.is_file():

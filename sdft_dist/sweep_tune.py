@@ -115,7 +115,7 @@ class Progress(tune.Callback):
         self._say(f"{self._which(trial.config).name} failed")
 
     def _say(self, text: str) -> None:
-        self._console.print(f"[{self._ended}/{self._number}] {text}", highlight=False, markup=False)
+        self._console.print(f"[{self._ended}/{self._number}] {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Asking(Searcher):

@@ -106,16 +106,19 @@ def write_rows(path: Path, shape: str, prompt: int, demonstration: int, count: i
     return path
 
 
-def synthetic(out: Path, shape: str, lengths: str, num_rows: int, dtype: str) -> dict[str, Any]:
+def synthetic(
+    out: Path, shape: str, lengths: str, num_rows: int, dtype: str, model: Path | None = None
+) -> dict[str, Any]:
     """Write a random model of `shape` and rows of `lengths`, "prompt/demonstration/completion" in tokens,
-    and return the overrides that a configuration needs for them."""
+    and return the overrides that a configuration needs for them. `model` is a folder of
+    that shape, where one has been written for contexts as long."""
     if shape not in SHAPES:
         raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
     prompt, demonstration, completion = parse_lengths(lengths)
     out.mkdir(parents=True, exist_ok=True)
     context = prompt + demonstration + completion + 16
     return {
-        "model.path": str(write_model(out / "model", shape, dtype, context)),
+        "model.path": str(model or write_model(out / "model", shape, dtype, context)),
         "model.dtype": dtype,
         "model.max_length": context,
         "data.train": str(write_rows(out / "rows.jsonl", shape, prompt, demonstration, num_rows)),

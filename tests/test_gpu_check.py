@@ -17,10 +17,7 @@ def test_every_role_is_measured_at_both_lengths(tmp_path):
         "targets",
         "push",
         "loss",
-        "generator-64",
-        "generator-256",
         "large",
-    } | {
         "sft-short-compile=true",
         "sft-short-attention=sdpa",
     }
