@@ -25,10 +25,10 @@ $(VENV)/.installed: pyproject.toml deploy/requirements-cpu.txt
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## teach a small model a new word with SDFT and with SFT (about 5 minutes)
+demo: setup ## teach a small model a new word with SDFT and with SFT (3 minutes)
 	$(BIN)/sdft demo
 
-words: setup ## teach three words in sequence by three methods with three seeds (40 minutes)
+words: setup ## teach three words in sequence by three methods with three seeds (45 minutes)
 	$(BIN)/sdft lab sequence --out runs/words
 	$(BIN)/sdft continual runs/words/plan.yaml
 
@@ -43,7 +43,9 @@ chaos: setup ## inject every fault (20 minutes), then kill a run's processes at 
 	$(BIN)/python -m pytest $(TESTS) --fault-table -q
 	PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/chaos.py --kills $(KILLS)
 
-gpu: setup ## on a machine with a GPU, in an environment with the extra `gpu`: its tests, and all figures in one table
+gpu: ## on a machine with a GPU, VENV=FOLDER of an environment with the extras `gpu` and `dev`: its tests, and all figures in one table
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "No GPU for the torch in \
+$(VENV): python3 -m venv venv && venv/bin/pip install -e '.[gpu,dev]', then make gpu VENV=venv"; exit 1; }
 	$(BIN)/python -m pytest $(TESTS) -m gpu
 	$(BIN)/python -m sdft_dist.gpu_check --out runs/gpu
 

@@ -144,7 +144,7 @@ def _add_measuring(commands: Commands) -> None:
     sweep.add_argument(
         "words", nargs="+", metavar="[status | report] SWEEP.yaml", help="run what is missing of it, or look at it"
     )
-    sweep.add_argument("--dry-run", action="store_true", help="list the trials and what each asks of Ray")
+    sweep.add_argument("--dry-run", action="store_true", help="list the trials")
     sweep.set_defaults(command=_sweep)
 
     what = "predict cost, memory and the split of GPUs, without starting anything"
@@ -173,7 +173,7 @@ def _add_lab(commands: Commands) -> None:
 
     lab = commands.add_parser("lab", help="the small world for trying things without pretrained weights")
     lab_commands = lab.add_subparsers(required=True, metavar="COMMAND")
-    build = lab_commands.add_parser("build", help="train the lab's base model (about 4 minutes on two cores)")
+    build = lab_commands.add_parser("build", help="train the lab's base model (about 3 minutes on two cores)")
     build.add_argument("--out", type=Path, default=None, help="folder (default: a cache keyed by the settings)")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--steps", type=_positive, default=None)

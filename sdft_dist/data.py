@@ -99,7 +99,7 @@ def _records(source: str, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
         if not path.is_file():
-            raise DataError(f"data: {source}: no such file")
+            raise DataError(f"data.train: {source}: no such file")
         if path.stat().st_size == 0:
             raise DataError(f"{source}: the file is empty")
         yield from (_json_lines(path) if path.suffix == ".jsonl" else _json_array(path))
@@ -114,12 +114,14 @@ def _dataset(source: str, path: Path, split: str) -> Any:
     try:
         if path.suffix == ".parquet":
             if not path.is_file():
-                raise DataError(f"data: {source}: no such file")
+                raise DataError(f"data.train: {source}: no such file")
             return datasets.Dataset.from_parquet(source)
         if path.is_dir():
             found = datasets.load_from_disk(source)
         elif path.suffix or source.startswith((".", "/")):
-            raise DataError(f"data: {source}: no such file (known: .jsonl, .json, .parquet, a saved dataset, a hub id)")
+            raise DataError(
+                f"data.train: {source}: no such file (known: .jsonl, .json, .parquet, a saved dataset, a hub id)"
+            )
         else:
             found = datasets.load_dataset(source)
     except DataError:

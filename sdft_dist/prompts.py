@@ -25,7 +25,7 @@ def load_tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
     path = config.model.path
-    if path.startswith((".", "/")) and not Path(path).is_dir():
+    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():  # a hub id has one slash
         raise UserError(f"model.path: {path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.model.revision)

@@ -194,8 +194,8 @@ class RunDir:
         if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"lock"}:
             return
         steps = self.commits.steps()
-        hint = f"go on from step {steps[-1]} with --resume auto, " if steps else ""
-        raise UserError(f"run_dir: {self.path} is already in use: {hint}give another run_dir=…, or remove it")
+        ways = f"go on from step {steps[-1]} with --resume auto, " if steps else "remove it, as it has no checkpoint, "
+        raise UserError(f"run_dir: {self.path} is already in use: {ways}or give another run_dir=…")
 
     def _take_lock(self) -> None:
         # The kernel lets go of it with its owner, however that ends.

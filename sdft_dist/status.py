@@ -19,7 +19,9 @@ def status(path: Path) -> dict[str, Any]:
     """State, progress, rates and last evaluation of the run in `path`, while it is written to or after. Raises
     UserError where `path` is no run."""
     rundir = RunDir.open(path)
-    config, owner = load_config(path / "config.yaml"), rundir.owner()
+    # An attempt's settings hold its number of steps, also where the recipe gives epochs.
+    attempts = sorted(path.glob("attempts/*/config.yaml"))
+    config, owner = load_config(attempts[-1] if attempts else path / "config.yaml"), rundir.owner()
     written = (path / "metrics.jsonl").is_file()
     train, evals = (read_metrics(path, kind) if written else [] for kind in ("train", "eval"))
     recent, commits = train[-RECENT:], rundir.commits.steps()

@@ -133,7 +133,7 @@ def _attempt(
 ) -> None:
     config, at = prepared.config, start.step
     rundir.commits.kept = _kept(config, rundir)
-    attempt = rundir.new_attempt(config)
+    attempt = rundir.new_attempt(config.model_copy(update={"steps": prepared.num_steps}))
     trace = attempt / "trace.json" if config.trace else None
     gauges = Gauges("/".join(rundir.path.absolute().parts[-2:]))  # of sweeps all end in "run"
     runlog = RunLog(

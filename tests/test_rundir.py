@@ -39,7 +39,7 @@ def finished(tmp_path):
 
 
 def test_a_used_folder_is_refused_with_what_to_do(finished):
-    with pytest.raises(UserError, match="already in use: go on from step 20 with --resume auto, give another"):
+    with pytest.raises(UserError, match="already in use: go on from step 20 with --resume auto, or give another"):
         claim(finished)
 
 
@@ -56,7 +56,7 @@ def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
 
 def test_resume_auto_does_not_take_a_folder_that_is_no_runs(tmp_path):
     (tmp_path / "thesis.tex").write_text("words")
-    with pytest.raises(UserError, match="already in use: give another"):
+    with pytest.raises(UserError, match="already in use: remove it, as it has no checkpoint, or give another"):
         claim(config_in(tmp_path), "auto")
 
 
