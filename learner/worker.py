@@ -76,6 +76,9 @@ class LearnerRank:
         timeout = timedelta(seconds=0.8 * self.config.cluster.timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
+        if self.device.type == "cuda" and self.config.learner.offload == "optimizer":
+            # Ray gives a process one thread; at most eight ranks share a node's cores.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(self.config.learner.ranks, 8)))
         lm = load_causal_lm(self.config.model)
         if self.config.model.lora.rank:
             attach(lm, self.config.model.lora)

@@ -156,17 +156,18 @@ def launch(
     on_event: Callable[[str], None] = lambda text: None,
     start: Start = FROM_THE_BEGINNING,
     stop: Callable[[], bool] = lambda: False,
+    wait_for_nodes: bool = False,
 ) -> Iterator[Fleet]:
     """All actors of a run, ready and connected, with the learner at `start`; they end with the block. Of the
     engines that the run needs, those that `engines` names are started.
 
-    `on_span` hears what they do, `on_event` what befalls them; `stop` says whether to stop. Raises ActorLost
-    where an actor's end or silence is behind an error.
+    `on_span` hears what they do, `on_event` what befalls them; `stop` says whether to stop; `wait_for_nodes` is
+    as for `placed`. Raises ActorLost where an actor's end or silence is behind an error.
     """
     import ray
 
     device, actors = resolve_device(config), list[Any]()
-    with placed(config, device, roles_of(config) & {"learner", *engines}, stop, on_event) as places:
+    with placed(config, device, roles_of(config) & {"learner", *engines}, wait_for_nodes, stop, on_event) as places:
         try:
             fleet = _build(config, problems, vocab_size, stop_ids, places, on_span, on_event, start, stop, actors)
             yield fleet

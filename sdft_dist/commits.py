@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,10 @@ class Commits:
     def start(self, saver: Saver, step: int) -> None:
         """Begin to save the state after `step` optimizer steps. Raises Fault where there is no space."""
         self.finish(saver, wait=True)
+        with _disk(step):
+            self._start(saver, step)
+
+    def _start(self, saver: Saver, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         needed, free = int(HEADROOM * saver.state_bytes()), shutil.disk_usage(self.folder).free
         if needed > free:
@@ -56,23 +61,18 @@ class Commits:
 
     def finish(self, saver: Saver, *, wait: bool) -> Path | None:
         """Commit what `start` began, if it is written or `wait` says to wait for it; returns its folder.
-        Raises Fault where a shard could not be written, TimeoutError where a rank does not answer."""
+        Raises Fault where it could not be written, TimeoutError where a rank does not answer."""
         if self._pending is None:
             return None
         step, beside = self._pending
-        try:
+        with _disk(step):
             files = saver.finish_saving(wait=wait)
-        except TimeoutError:  # an OSError by name, but of a silent rank, not of the disk
-            raise
-        except OSError as e:
+            if files is None:
+                return None
             self._pending = None
-            raise Fault(f"checkpoint of step {step}: {e}; earlier checkpoints are intact") from e
-        if files is None:
-            return None
-        self._pending = None
-        folder = self._commit(step, beside, files)
-        self._prune()
-        return folder
+            folder = self._commit(step, beside, files)
+            self._prune()
+            return folder
 
     def abandon(self) -> None:
         """Forget what was begun by a learner that is no more."""
@@ -104,13 +104,25 @@ class Commits:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints with a marker, ascending."""
-        return sorted(int(p.parent.name.removeprefix("step-")) for p in self.folder.glob(f"step-*/{MARKER}"))
+        found = (p.parent.name.removeprefix("step-") for p in self.folder.glob(f"step-*/{MARKER}"))
+        return sorted(int(step) for step in found if step.isdecimal())  # not of a copy that somebody made
 
     def drop_after(self, step: int) -> None:
         """Remove later checkpoints: of a history that the run leaves by going back to `step`."""
         for later in self.steps():
             if later > step:
                 _remove(self.path(later))
+
+
+@contextmanager
+def _disk(step: int) -> Iterator[None]:
+    """Raises Fault where the disk fails."""
+    try:
+        yield
+    except TimeoutError:  # an OSError by name, but of a silent rank, not of the disk
+        raise
+    except OSError as e:
+        raise Fault(f"checkpoint of step {step}: {e}; earlier checkpoints are intact") from e
 
 
 def check(folder: Path) -> str | None:

@@ -37,9 +37,12 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     disable_progress_bar()
     with torch.no_grad():
         lm = checkpoint_model(config, shards, KINDS[weights])
-    with suppress(OSError):  # a model folder need not have generation settings
-        lm.generation_config = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision)
+    # The base's own settings for generation as they are: transformers refuses to save some that it loads.
+    lm.generation_config = GenerationConfig.from_model_config(lm.config)
     lm.save_pretrained(out)
+    with suppress(OSError):  # a model folder need not have them
+        settings = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision)
+        settings.to_json_file(out / "generation_config.json")
     load_tokenizer(config).save_pretrained(out)
     (out / "README.md").write_text(model_card(rundir, config, facts, weights))
     return out

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sdft_dist.errors import UserError
 RECIPE = Path(__file__).parent.parent / "deploy" / "recipes" / "paper.yaml"
 LENGTHS = {"short": "300/400/400", "long": "1000/600/600"}
 DECODE = (64, 256, 128)  # requests at a time; SDFT/SFT goes by the last: four steps of 32 in flight
+SMALL_DECODE = (2, 8, 4)
 LOSS = {"tokens": 8192, "width": 4096, "vocab": 128_256}
 SMALL_LOSS = {"tokens": 64, "width": 4096, "vocab": 2048}
 LIMIT_S = 150  # of one check
@@ -79,10 +81,9 @@ def _in_a_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
             printed, said = process.communicate(timeout=args.limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # so that Ray ends all of it before the next check needs the memory
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=60)
-            finally:
-                process.kill()
+            process.kill()
             return {"failed": f"not done in {args.limit} s"}
     (args.out / f"{name}.log").write_text(said)
     if process.returncode:
@@ -105,12 +106,13 @@ def all_checks(args: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
         "push": partial(push, args.out, args.device, args.shape),
         "loss": partial(loss, args.device, **(LOSS if args.device == "cuda" else SMALL_LOSS)),
     }
+    decode = DECODE if args.device == "cuda" else SMALL_DECODE
     for length in LENGTHS:
         measure = partial(role, args.out, args.device, args.shape, length)
         checks[f"sft-{length}"] = partial(measure, "learner", [32], method="sft")
         checks[f"learner-{length}"] = partial(measure, "learner", [32])
         checks[f"teacher-{length}"] = partial(measure, "teacher", [64])
-        checks[f"generator-{length}"] = partial(measure, "generator", DECODE)
+        checks[f"generator-{length}"] = partial(measure, "generator", decode)
     large = partial(role, args.out, args.device, args.large, "short", "learner", [16])
     checks["large"] = partial(large, more=("learner.offload=optimizer",))
     sft = partial(role, args.out, args.device, args.shape, "short", "learner", [32], method="sft")

@@ -45,13 +45,14 @@ def placed(
     config: Config,
     device: str,
     roles: Collection[str],
+    wait_for_nodes: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Places]:
     """Room for all actors of `roles` that the run needs: the placement group that this process was given, as a trial
     of a sweep is, or one of its own that ends with the block. It waits for room, with
-    `cluster.autoscaling` for nodes too, as long as cluster.timeout_s. Raises UserError where the cluster is too small,
-    Fault where no room came, and Preempted where `stop` says so while it waits."""
+    `wait_for_nodes` or `cluster.autoscaling` for nodes too, as long as cluster.timeout_s. Raises UserError where the
+    cluster is too small, Fault where no room came, and Preempted where `stop` says so while it waits."""
     import ray
 
     wanted = needs(config, device, roles)
@@ -60,7 +61,7 @@ def placed(
         yield Places(wanted, given, 1, device)
         return
     missing = lacking(wanted, ray.nodes())
-    if missing and not config.cluster.autoscaling:
+    if missing and not (wait_for_nodes or config.cluster.autoscaling):
         raise UserError(f"cluster: {missing}; cluster.autoscaling=true waits for nodes to join")
     # GPUs close together, learner ranks next to each other; without GPUs, spread over the nodes' cores.
     group = ray.util.placement_group(bundles(wanted), strategy="PACK" if device == "cuda" else "SPREAD")

@@ -118,7 +118,10 @@ class Seconds:
 
 
 def dimensions(settings: dict[str, Any]) -> Dimensions:
-    """From the fields of a Hugging Face configuration."""
+    """From the fields of a Hugging Face configuration. Raises UserError where one has another name there."""
+    for name in ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
+        if name not in settings:
+            raise UserError(f"model.path: its configuration has no {name}, which the plan's arithmetic needs")
     heads = settings["num_attention_heads"]
     return Dimensions(
         layers=settings["num_hidden_layers"],
@@ -229,7 +232,8 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
     second of two by both engines."""
     if gpus <= 2:
         shared = [ROLES] if gpus == 1 else [("learner",), ("generator", "teacher")]
-        together = config.cluster.model_copy(update={"colocate": "all" if gpus == 1 else "teachers"})
+        sharing = {"colocate": "all" if gpus == 1 else "teachers", "push_transport": "auto"}
+        together = config.cluster.model_copy(update=sharing)
         return _plan(config.model_copy(update={"cluster": together}), m, n, gpu, dict.fromkeys(ROLES, 1), shared)
     step = max(1, gpus // 64)
     splits = [
@@ -237,6 +241,8 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
         for g in range(step, gpus, step)
         for t in range(step, gpus - g, step)
     ]
+    alone = config.cluster.model_copy(update={"colocate": "none", "push_transport": "auto"})
+    config = config.model_copy(update={"cluster": alone})
     plans = [_plan(config, m, n, gpu, split, [(role,) for role in ROLES]) for split in splits]
     return min(plans, key=lambda p: (not p.fits, p.step_s))
 

@@ -64,7 +64,7 @@ class RunDir:
         except UserError:
             run.release()
             raise
-        (run.path / "config.yaml").write_text(dump_config(config))
+        write_whole(run.path / "config.yaml", dump_config(config))
         return run, start
 
     def _begin(self, resume: str | None, here: bool, facts: dict[str, Any], allow_changes: bool) -> Start:
@@ -191,7 +191,7 @@ class RunDir:
     def _refuse_used(self) -> None:
         if not self.path.exists():
             return
-        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"lock"}:
+        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"lock", "config.yaml.new"}:
             return
         steps = self.commits.steps()
         ways = f"go on from step {steps[-1]} with --resume auto, " if steps else "remove it, as it has no checkpoint, "
@@ -236,3 +236,11 @@ def refuse_changed(config: Config, ignore: Collection[str] = ()) -> None:
     differing = [name for name in now if name not in ignore and before[name] != now[name]]
     if differing:
         raise UserError(f"{path.parent}: was run with another {', '.join(differing)}: give another `out`, or remove it")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, and its folders, so that a reader or a kill finds it whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)

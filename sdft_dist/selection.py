@@ -22,12 +22,12 @@ def score(config: EvalConfig, record: Mapping[str, Any]) -> float:
 
 def best(config: EvalConfig, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The first of the best evaluations after training began; None where there is none."""
-    return max(_trained(records), key=lambda record: score(config, record), default=None)
+    return max(_trained(config, records), key=lambda record: score(config, record), default=None)
 
 
 def exhausted(config: EvalConfig, records: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last `eval.patience` evaluations were all no better than the best before them."""
-    trained = _trained(records)
+    trained = _trained(config, records)
     found = best(config, trained) if config.patience else None
     return found is not None and len(trained) - 1 - trained.index(found) >= config.patience
 
@@ -39,5 +39,7 @@ def exported(config: EvalConfig, records: Sequence[Mapping[str, Any]]) -> Mappin
     return records[-1] if records else None
 
 
-def _trained(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [record for record in records if record["step"] > 0]
+def _trained(config: EvalConfig, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without those of before training, and of before a resumed run got a further held-out set."""
+    judged = [config.metric] if config.metric in config.sets else list(config.sets)
+    return [record for record in records if record["step"] > 0 and all(name in record for name in judged)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,16 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Until the block's end SIGTERM is what Ctrl-C is. Needs the main thread."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def leaving_nodes() -> set[str]:
     """Ids of nodes that are being drained, as before a preemption, and that this run has actors on."""
     import ray
@@ -46,6 +57,9 @@ def leaving_nodes() -> set[str]:
     leaving = set(state.state.get_draining_nodes())
     if not leaving:
         return set()
+    group = ray.util.get_current_placement_group()
+    if group is not None:  # a trial of a sweep, which shares the job with others
+        return leaving & set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     mine = state.actors(job_id=job, actor_state_name="ALIVE").values()
     return leaving & {actor["Address"]["NodeID"] for actor in mine}

@@ -24,10 +24,11 @@ from rich.console import Console
 from sdft_dist.cluster import ray_session, resolve_device
 from sdft_dist.config import MEAN, Config, Section, load_config, load_yaml, parse
 from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
-from sdft_dist.rundir import RunDir, refuse_changed
+from sdft_dist.rundir import RunDir, refuse_changed, write_whole
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
-from sdft_dist.topology import bundles, lacking, needs
+from sdft_dist.stop import sigterm_as_ctrl_c
+from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs
 
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
 TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
@@ -179,13 +180,24 @@ def trials(sweep: Sweep) -> list[Trial]:
     """All trials of a grid or a random search, which depend on the file alone; of optuna those that were begun."""
     if sweep.search == "optuna":
         known = sorted(Path(sweep.out).glob(f"*/{TRIAL}"), key=lambda path: path.stat().st_mtime)
-        return [make_trial(sweep, **json.loads(path.read_text())) for path in known]
+        return [_known_trial(sweep, path) for path in known]
     found = {}
     for method in sweep.methods:
         for values in _points(sweep, method):
             trial = make_trial(sweep, method, values)
             found[trial.name] = trial  # a draw may come twice
     return list(found.values())
+
+
+def _known_trial(sweep: Sweep, path: Path) -> Trial:
+    try:
+        told = json.loads(path.read_text())
+        method, values = told["method"], told["values"]
+    except (ValueError, KeyError) as e:
+        raise ConfigError(f"{path}: does not tell a trial's method and values: remove the folder, or mend it") from e
+    if method not in sweep.methods:
+        raise ConfigError(f"{path}: is of method {method!r}, which this sweep does not have: give it another `out`")
+    return make_trial(sweep, method, values)
 
 
 def _points(sweep: Sweep, method: str) -> Iterator[dict[str, Any]]:
@@ -230,7 +242,8 @@ def at_a_time(sweep: Sweep, configs: list[Config], device: str, nodes: list[dict
 
 def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
     """Run what is missing; returns all trials. Raises UserError before anything starts where a trial is not valid or
-    does not fit, Preempted where it was interrupted, and Fault that names the trials that failed."""
+    does not fit, Preempted where it was interrupted (trials go on from their newest checkpoints), and
+    Fault that names the trials that failed."""
     first = trials(sweep)
     for trial in first:
         refuse_changed(trial.config, ignore=("cluster",))
@@ -242,7 +255,8 @@ def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
 
         device = resolve_device(probes[0].config)
         number = at_a_time(sweep, [trial.config for trial in probes], device, ray.nodes())
-        failed = tune_trials(sweep, first, device, number, console)
+        with sigterm_as_ctrl_c():  # after which Tune ends its trials
+            failed = tune_trials(sweep, first, device, number, console)
     found = trials(sweep)
     left = [trial for trial in found if trial.state not in ("finished", "stopped")]
     if failed:
@@ -257,7 +271,12 @@ def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None
     """Run or finish one trial, and report its evaluations, earlier ones too: what asha goes by."""
     from sdft_dist.train import run
 
+    last: list[dict[str, Any]] = []
+
     def tell(record: dict[str, Any]) -> None:
+        if record.get("num_steps") == record["step"] and not last:
+            last.append(record)  # asha must not stop a trial that has done all its steps and saves its model
+            return
         wanted = trial.config.eval.model_copy(update={"metric": metric})
         report({"step": record["step"], "score": score(wanted, record)})
 
@@ -265,15 +284,16 @@ def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None
         tell(record)
     if trial.state in ("finished", "stopped"):
         return
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    (trial.folder / TRIAL).write_text(json.dumps({"method": trial.method, "values": trial.values}))
+    write_whole(trial.folder / TRIAL, json.dumps({"method": trial.method, "values": trial.values}))
     # A process that Ray gave no GPU sees none, so it cannot tell whether there are any.
     cluster = trial.config.cluster.model_copy(update={"device": device})
     config = trial.config.model_copy(update={"cluster": cluster})
     with open(os.devnull, "w") as nowhere:
         run(config, console=Console(file=nowhere), resume="auto", on_evaluation=tell)
+    for record in last:
+        tell(record)
 
 
 def trial_bundles(config: Config, device: str) -> list[dict[str, float]]:
     """Of a trial's placement group: its own process, then its actors."""
-    return [{"CPU": 1 if device == "cuda" else 0.01}, *bundles(needs(config, device))]
+    return [{"CPU": CPU_SHARE}, *bundles(needs(config, device))]

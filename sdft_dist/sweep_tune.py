@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sdft_dist.errors import UserError, brief
+from sdft_dist.errors import Preempted, UserError, brief
 from sdft_dist.sweep import STOPPED, Interval, Sweep, Trial, make_trial, run_trial, trial_bundles
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of recipes are the driver's
@@ -26,7 +26,8 @@ ASK_AGAIN = 100  # times, for values that were not tried
 
 
 def tune_trials(sweep: Sweep, trials: list[Trial], device: str, number: int, console: Console) -> dict[str, str]:
-    """Run the trials that are not done, `number` at a time; returns those that failed, and why. With asha also the
+    """Run the trials that are not done, `number` at a time; returns those that failed, and why; not those
+    that a drained node has stopped. With asha also the
     done ones tell how they fared, which takes no GPU."""
     begun = {trial.name: trial for trial in trials}
     todo = [trial for trial in trials if sweep.asha or trial.state not in ("finished", "stopped")]
@@ -73,6 +74,8 @@ def tune_trials(sweep: Sweep, trials: list[Trial], device: str, number: int, con
         for result in results:
             if result.error:
                 cause = getattr(result.error, "cause", None) or result.error  # which Ray has wrapped
+                if isinstance(cause, Preempted):
+                    continue  # it is left for the next time
                 failed[which(result.config).name] = f"{type(cause).__name__}: {brief(cause)}"
     return failed
 
@@ -126,9 +129,8 @@ class Asking(Searcher):
             import optuna
         except ImportError as e:
             raise UserError("search: optuna is missing: pip install 'sdft-dist[sweep]'") from e
-        from sdft_dist.selection import exported, score
-
         super().__init__(metric="score", mode="max")
+        self._sweep = sweep
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         ((self._method, space),) = ((name, method.space) for name, method in sweep.methods.items())
         self._distributions: dict[str, Any] = {
@@ -144,13 +146,28 @@ class Asking(Searcher):
         for trial in todo:
             self._study.enqueue_trial(trial.values)
         for trial in begun:
-            config = trial.config.eval.model_copy(update={"metric": sweep.metric})
-            record = exported(config, trial.records())
-            if trial not in todo and record is not None:
-                found = self._scores[json.dumps(trial.values)] = score(config, record)
+            found = self._found(trial)
+            if trial not in todo and found is not None and self._is_inside(trial.values):
+                self._scores[json.dumps(trial.values)] = found
                 self._study.add_trial(
                     optuna.trial.create_trial(params=trial.values, distributions=self._distributions, value=found)
                 )
+
+    def _found(self, trial: Trial) -> float | None:
+        """What counts of a trial: the score of the weights that it exports, or the last so far."""
+        from sdft_dist.selection import exported, score
+
+        config = trial.config.eval.model_copy(update={"metric": self._sweep.metric})
+        record = exported(config, trial.records())
+        return None if record is None else score(config, record)
+
+    def _is_inside(self, values: dict[str, Any]) -> bool:
+        """Whether they are of the space as it is now: it may have been changed since."""
+        space = self._distributions
+        return values.keys() == space.keys() and all(
+            values[field] in how.choices if hasattr(how, "choices") else how.low <= values[field] <= how.high
+            for field, how in space.items()
+        )
 
     def suggest(self, trial_id: str) -> Any:
         """The next values that were not tried; Tune's FINISHED where Optuna finds none any more."""
@@ -173,11 +190,12 @@ class Asking(Searcher):
         import optuna
 
         asked = self._asked.pop(trial_id)
-        if error or not result:
+        found = self._found(make_trial(self._sweep, self._method, dict(asked.params)))
+        if error or found is None:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
-            self._scores[json.dumps(dict(asked.params))] = result["score"]
-            self._study.tell(asked, result["score"])
+            self._scores[json.dumps(dict(asked.params))] = found
+            self._study.tell(asked, found)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' folders hold all that a sweep needs."""

@@ -15,7 +15,7 @@ from sdft_dist.errors import ConfigError
 from sdft_dist.types import TransportKind
 
 PLURAL = {"learner": "learner ranks", "generator": "generators", "teacher": "teachers"}
-CPU_SHARE = 0.01  # of an actor without a GPU: Ray puts what asks for nothing on a random node
+CPU_SHARE = 0.01  # of each actor: Ray puts what asks for nothing on a random node, and a run is never short of cores
 
 
 class Need(NamedTuple):
@@ -60,7 +60,8 @@ def bundles(wanted: Sequence[Need]) -> list[dict[str, float]]:
     """The placement group's bundles: those of the first need, then those of the next, …"""
     return [
         {
-            **({"GPU": need.gpus, "CPU": len(need.roles)} if need.gpus else {"CPU": CPU_SHARE * len(need.roles)}),
+            **({"GPU": need.gpus} if need.gpus else {}),
+            "CPU": CPU_SHARE * len(need.roles),
             **({need.resource: 0.001} if need.resource else {}),
         }
         for need in wanted
@@ -104,7 +105,7 @@ def place(wanted: Sequence[Need], role: str, index: int) -> Place:
     for need in wanted:
         if role in need.roles:
             share = 1 if len(need.roles) == 1 else int(10_000 / len(need.roles)) / 10_000  # Ray counts to four digits
-            return Place(start + index, need.gpus * share, 1 if need.gpus else CPU_SHARE)
+            return Place(start + index, need.gpus * share, CPU_SHARE)
         start += need.number
     raise KeyError(role)
 

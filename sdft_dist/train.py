@@ -4,7 +4,8 @@ from the newest checkpoint when a part of it is lost."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,9 @@ def run(
 ) -> RunDir:
     """Train as `config` says and return the run directory, with the trained model in `model/`.
 
-    `resume` is as in `RunDir.claim`; `on_evaluation` hears each evaluation: its step and accuracies. Raises UserError
-    before anything starts where configuration, data or model folder are wrong; Preempted on SIGTERM, with the state
-    saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
+    `resume` is as in `RunDir.claim`; `on_evaluation` hears each evaluation: its step, the run's num_steps, and
+    accuracies. Raises UserError before anything starts where configuration, data or model folder are wrong; Preempted
+    on SIGTERM, with the state saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
     """
     prepared, encoded = _prepare(config, on_evaluation)
     facts = {"fingerprint": fingerprint(config, prepared.problems), "ranks": config.learner.ranks}
@@ -70,9 +71,10 @@ def run(
             with ray_session(config), asked_to_stop() as asked:
                 _survive(prepared, rundir, start, title or config.method, console, asked)
         rundir.say("training is done")
-        _export(config, rundir, _kept(config, rundir))
+        _export(config, rundir, _kept(config, rundir, rundir.commits.steps()))
     except BaseException as error:  # Ctrl-C too is an end that the log tells of
-        rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
+        with suppress(OSError):  # of a full disk, which may be the end that is told of
+            rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
         raise
     finally:
         rundir.release()
@@ -108,10 +110,10 @@ def _survive(
 ) -> None:
     """Attempts until one comes to the end, each from the newest checkpoint. Raises Fault when
     `cluster.max_restarts` of them in a row made no new one."""
-    restarts = 0
+    restarts, again = 0, False
     while True:
         try:
-            return _attempt(prepared, rundir, start, title, console, asked)
+            return _attempt(prepared, rundir, start, title, console, asked, again)
         except ActorLost as error:
             rundir.say(f"lost the learner or its engines: {error}")
             now = rundir.newest()
@@ -122,17 +124,24 @@ def _survive(
             restarts = 0 if now.step > start.step else restarts + 1
             if restarts > prepared.config.cluster.max_restarts:
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
-            start = now
+            start, again = now, True
             rundir.commits.abandon()
             rundir.rewind(start.step)
             rundir.say(f"starting anew from step {start.step}")
 
 
 def _attempt(
-    prepared: Prepared, rundir: RunDir, start: Start, title: str, console: Console | None, asked: Callable[[], bool]
+    prepared: Prepared,
+    rundir: RunDir,
+    start: Start,
+    title: str,
+    console: Console | None,
+    asked: Callable[[], bool],
+    again: bool,
 ) -> None:
     config, at = prepared.config, start.step
-    rundir.commits.kept = _kept(config, rundir)
+    saved = set(rundir.commits.steps())
+    rundir.commits.kept = _kept(config, rundir, saved)
     attempt = rundir.new_attempt(config.model_copy(update={"steps": prepared.num_steps}))
     trace = attempt / "trace.json" if config.trace else None
     gauges = Gauges("/".join(rundir.path.absolute().parts[-2:]))  # of sweeps all end in "run"
@@ -156,7 +165,7 @@ def _attempt(
         every, last = config.eval.every, step == prepared.num_steps
         if every and (step % every == 0 or last):
             _evaluate(prepared, rundir, fleet, log, step)
-            rundir.commits.kept = _kept(config, rundir)
+            rundir.commits.kept = _kept(config, rundir, saved | {step})
             if not last and exhausted(config.eval, _evaluations(rundir)):
                 event(f"stops early: eval.{config.eval.metric} was no better for {config.eval.patience} evaluations")
                 last = True
@@ -164,6 +173,7 @@ def _attempt(
         if last or step == rundir.commits.kept or (every and step and step % every == 0):
             with log.timer("checkpoint"):
                 rundir.commits.start(fleet.learner, step)
+            saved.add(step)
         finish(wait=last)
         if asked() and not last:
             raise Preempted
@@ -185,6 +195,7 @@ def _attempt(
             on_event=event,
             start=start,
             stop=asked,
+            wait_for_nodes=again,  # the lost one may come back
         ) as fleet:
             try:
                 train(
@@ -214,7 +225,7 @@ def _evaluate(prepared: Prepared, rundir: RunDir, fleet: Fleet, log: RunLog, ste
     passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
     cost = scorer.cost() if isinstance(scorer, Judge) else {}
     log.write("eval", step, {**found, **intervals, **passes, **cost})
-    prepared.on_evaluation({"step": step, **found})
+    prepared.on_evaluation({**found, "step": step, "num_steps": prepared.num_steps})
 
 
 def _save_now(rundir: RunDir, fleet: Fleet, step: int) -> None:
@@ -231,15 +242,19 @@ def _evaluations(rundir: RunDir) -> list[dict[str, Any]]:
     return read_metrics(rundir.path, "eval") if path.exists() else []
 
 
-def _kept(config: Config, rundir: RunDir) -> int | None:
-    """The step of the best evaluation so far, where `eval.keep_best` asks for it."""
-    found = best(config.eval, _evaluations(rundir)) if config.eval.keep_best else None
+def _kept(config: Config, rundir: RunDir, saved: Collection[int]) -> int | None:
+    """The step of the best evaluation so far, of those whose weights are `saved`, where `eval.keep_best` asks for it:
+    a resumed run may ask for it later than the first."""
+    records = [record for record in _evaluations(rundir) if record["step"] in saved]
+    found = best(config.eval, records) if config.eval.keep_best else None
     return None if found is None else int(found["step"])
 
 
 def _export(config: Config, rundir: RunDir, step: int | None) -> None:
     """The model of a checkpoint (None: the last), and its adapters where such were trained, in the place of what an
     earlier attempt may have left."""
+    from safetensors import SafetensorError
+
     from sdft_dist.export import export, export_adapter
 
     # The model last: that it is there says that the run is finished.
@@ -247,6 +262,10 @@ def _export(config: Config, rundir: RunDir, step: int | None) -> None:
     for name, write in written.items():
         beside = rundir.path / f"{name}.new"
         shutil.rmtree(beside, ignore_errors=True)
-        write(rundir, beside, step=step)
-        shutil.rmtree(rundir.path / name, ignore_errors=True)
-        beside.rename(rundir.path / name)
+        try:
+            write(rundir, beside, step=step)
+            shutil.rmtree(rundir.path / name, ignore_errors=True)
+            beside.rename(rundir.path / name)
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise Fault(f"{rundir.path / name}: {e}; the checkpoints are intact") from e

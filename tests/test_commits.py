@@ -161,6 +161,25 @@ def test_a_full_disk_leaves_what_there_is(store, monkeypatch):
     assert newest(store) == (10, [])
 
 
+def test_a_disk_that_is_full_when_the_shards_are_written_leaves_what_there_is(store, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    save(store, 10)
+    monkeypatch.setattr("sdft_dist.commits._write_durably", fail)
+    with pytest.raises(Fault, match=r"step 20: .*No space left on device; earlier checkpoints are intact"):
+        save(store, 20)
+    assert newest(store) == (10, [])
+
+
+def test_a_copy_that_somebody_keeps_is_left_alone(store):
+    kept = shutil.copytree(save(store, 10), store.folder / "step-000010-good")
+    for step in (20, 30, 40):
+        save(store, step)
+    assert store.steps() == [20, 30, 40]
+    assert kept.is_dir()
+
+
 def test_a_silent_rank_is_no_full_disk(store, monkeypatch):
     """It ends an attempt, from which a run recovers; a full disk ends the run."""
 

@@ -29,6 +29,11 @@ def test_the_base_is_pinned_and_all_else_is_a_stage():
     assert TEXT.count("\nFROM ") == len(stages) - 1, "every FROM has a name"
 
 
+def test_ray_up_finds_what_it_runs_inside_the_container():
+    (stage,) = re.findall(r"^FROM base AS plain\n(.*?)^FROM ", TEXT, re.MULTILINE | re.DOTALL)
+    assert {"openssh-client", "procps", "rsync", "tmux"} <= set(stage.split())
+
+
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_images_run_without_rights(target):
     (stage,) = re.findall(rf"^FROM plain AS {target}\n(.*?)(?=^FROM |\Z)", TEXT, re.MULTILINE | re.DOTALL)

@@ -121,3 +121,13 @@ def test_simulated_samples_are_never_staler_than_allowed_and_running_ahead_pays(
         assert outcome.staleness_max == c.rollout.max_staleness
         times.append(outcome.step_s)
     assert times[0] < 0.7 * times[1] if staleness else times[0] == times[1]
+
+
+def test_roles_with_gpus_of_their_own_get_them_whole_whatever_the_recipe_shares():
+    apart, shared = config(), config(cluster={"colocate": "teachers"})
+    assert plan(apart, QWEN4B, SHORT, GPUS["h100"], 8) == plan(shared, QWEN4B, SHORT, GPUS["h100"], 8)
+
+
+def test_a_configuration_with_other_names_is_refused_by_name():
+    with pytest.raises(UserError, match="has no intermediate_size"):
+        dimensions({name: 8 for name in SHAPES["lab"] if name != "intermediate_size"})

@@ -63,3 +63,10 @@ def test_the_best_is_saved_only_with_its_teacher():
     tree = {"every": 3, "sets": {"new": "n"}, "metric": "new", "keep_best": True}
     with pytest.raises(ConfigError, match=r"eval.keep_best: .* teacher.sync_every=2"):
         parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "teacher": {"sync_every": 2}, "eval": tree})
+
+
+def test_evaluations_from_before_a_set_was_added_are_no_candidates():
+    found = [{"step": 1, "new": 0.9}, *records(0, 0, 0.1)[2:]]
+    assert best(settings(metric="mean"), found)["step"] == 2
+    assert best(settings(), found)["step"] == 1
+    assert not exhausted(settings(metric="mean", patience=1), found)

@@ -31,3 +31,10 @@ def test_a_node_that_leaves_is_told_of_once_and_for_all(monkeypatch, always_look
     monkeypatch.setattr(stop, "leaving_nodes", lambda: next(answers))
     with stop.asked_to_stop() as asked:
         assert [asked() for _ in range(3)] == [False, True, True]
+
+
+def test_sigterm_is_what_ctrl_c_is():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop.sigterm_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -9,7 +9,7 @@ from helpers import write_jsonl
 from rich.console import Console
 
 from sdft_dist.errors import ConfigError, UserError
-from sdft_dist.sweep import at_a_time, corners, load_sweep, make_trial, sweep_all, trial_bundles, trials
+from sdft_dist.sweep import at_a_time, corners, load_sweep, make_trial, run_trial, sweep_all, trial_bundles, trials
 from sdft_dist.sweep_results import front, markdown, rows, write_report
 from sdft_dist.sweep_tune import Asking
 
@@ -121,7 +121,7 @@ def test_as_many_trials_as_the_budget_holds(sheet):
 
 def test_a_trial_s_group_holds_its_own_process_and_its_actors(sheet):
     (first, *_) = trials(sheet())
-    assert trial_bundles(first.config, "cuda") == [{"CPU": 1}, *[{"GPU": 1, "CPU": 1}] * 3]
+    assert trial_bundles(first.config, "cuda") == [{"CPU": 0.01}, *[{"GPU": 1, "CPU": 0.01}] * 3]
 
 
 def pretend(trial, lines, *, finished):
@@ -189,8 +189,38 @@ def test_optuna_is_not_asked_twice_for_the_same_and_its_corners_are_checked_firs
     asking = Asking(few, [done, begun], [begun], 1)
     assert asking.suggest("a") == {"method": "sdft", "values": {"teacher.ema_rate": 0.1}}
     assert asking.suggest("b") == Asking.FINISHED, "one is done, the other under way"
-    asking.on_trial_complete("a", {"score": 0.5})
+    pretend(begun, [evaluation(20, 9.0, 0.5, 0.8, 0.6)], finished=True)
+    asking.on_trial_complete("a", {"score": 0.1})
     assert asking.suggest("c") == Asking.FINISHED
+    assert [round(trial.value, 6) for trial in asking._study.trials[:2]] == [round(1.9 / 3, 6), round(2.3 / 3, 6)]
+    narrower = sheet(search="optuna", trials=4, methods={"sdft": {"space": {"teacher.ema_rate": [0.1, 0.2]}}})
+    assert Asking(narrower, [done], [], 1).suggest("a")["values"]["teacher.ema_rate"] in (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "does not tell a trial's method"), ('{"method": "dft", "values": {}}', "of method 'dft'")]
+)
+def test_a_folder_that_is_no_trial_of_this_sweep_is_named(sheet, text, words):
+    sweep = sheet(search="optuna", trials=1, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}})
+    (Path(sweep.out) / "one").mkdir(parents=True)
+    (Path(sweep.out) / "one" / "trial.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        trials(sweep)
+
+
+def test_asha_hears_of_the_last_step_when_the_model_is_saved(sheet, monkeypatch):
+    """Who is told to stop then has done all its steps."""
+    (trial, *_) = trials(sheet())
+    heard = []
+
+    def run(config, on_evaluation, **_):
+        for step in (10, 20):
+            on_evaluation({"step": step, "num_steps": 20, "new": 0.5, "old": 1.0, "older": 1.0})
+        heard.append("saved")
+
+    monkeypatch.setattr("sdft_dist.train.run", run)
+    run_trial(trial, "cpu", lambda found: heard.append(found["step"]), "new")
+    assert heard == [10, "saved", 20]
 
 
 def test_trials_of_optuna_are_those_that_were_begun(sheet):

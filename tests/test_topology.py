@@ -33,11 +33,11 @@ def test_roles_that_share_gpus_share_bundles():
     wanted = needs(together, "cuda")
     assert wanted == [Need(("learner",), 3, 1), Need(("generator", "teacher"), 2, 1)]
     assert [b["GPU"] for b in bundles(wanted)] == [1] * 5
-    assert (place(wanted, "generator", 1), place(wanted, "teacher", 1)) == ((4, 0.5, 1), (4, 0.5, 1))
+    assert (place(wanted, "generator", 1), place(wanted, "teacher", 1)) == ((4, 0.5, 0.01), (4, 0.5, 0.01))
     wanted = needs(config(cluster={"colocate": "all"}), "cuda")
     assert wanted == [Need(("learner", "generator", "teacher"), 1, 1)]
     assert {place(wanted, role, 0).gpus for role in wanted[0].roles} == {0.3333}
-    assert bundles(wanted) == [{"GPU": 1, "CPU": 3}]
+    assert bundles(wanted) == [{"GPU": 1, "CPU": 0.03}]
 
 
 def test_every_actor_fits_into_its_bundle():

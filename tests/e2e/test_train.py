@@ -17,6 +17,7 @@ from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
 REAL = os.environ.get("SDFT_REAL_DATA")
+SAMPLING = {"temperature": 0.6, "top_p": 0.9}  # without do_sample: transformers loads it, and refuses to save it
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -88,6 +89,7 @@ def real_model(tmp_path_factory):
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
     tiny_model(folder, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes)
     tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id} | SAMPLING))
     return folder
 
 
@@ -120,3 +122,5 @@ def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, nam
     assert len(found) == 20
     assert max(m["staleness_max"] for m in read_metrics(tmp_path / "run", "train")) <= staleness
     assert sum(found[-5:]) < 0.9 * sum(found[:5])
+    kept = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert kept.items() >= SAMPLING.items(), "the base's own settings for generation are exported"
