@@ -6,6 +6,7 @@ Every field says what it does and in which unit. Cross-field rules are in `Confi
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -552,6 +553,9 @@ def _yaml_value(text: str) -> Any:
 def _explain(root: type[Section], err: Any) -> str:
     where = ".".join(str(part) for part in err["loc"])
     if err["type"] == "extra_forbidden":
+        elsewhere = [name for name in _dotted(root) if name.rpartition(".")[2] == err["loc"][-1]]
+        if elsewhere:
+            return f"{where}: no such field; did you mean {' or '.join(elsewhere)}?"
         valid = _valid_names(root, err["loc"][:-1])
         close = difflib.get_close_matches(str(err["loc"][-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*map(str, err['loc'][:-1]), close[0]])}?" if close else ""
@@ -562,6 +566,14 @@ def _explain(root: type[Section], err: Any) -> str:
     if not where:
         return message
     return f"{where}: got {err['input']!r}: {message}"
+
+
+def _dotted(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every section and field below `section`, with its sections' names before it."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if hasattr(field.annotation, "model_fields"):
+            yield from _dotted(field.annotation, f"{prefix}{name}.")
 
 
 def _valid_names(root: type[Section], loc: tuple[Any, ...]) -> list[str]:

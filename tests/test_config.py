@@ -34,6 +34,8 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
     [
         ("optim.learning_rat=1", "optim.learning_rat: no such field; did you mean optim.learning_rate?"),
         ("lern=1", "lern: no such field"),
+        ("lora.rank=8", "lora: no such field; did you mean model.lora?"),
+        ("timeout_s=8", "did you mean cluster.timeout_s or eval.judge.timeout_s?"),
         ("loss.divergence=kl", "loss.divergence: got 'kl': Input should be 'forward_kl', 'reverse_kl' or 'jsd'"),
         ("optim.learning_rate=-1", "optim.learning_rate: got -1: Input should be greater than 0"),
         ("rollout.max_completion_tokens=5000", "leaves no room for a prompt in model.max_length=4096"),
