@@ -110,10 +110,10 @@ def _survive(
 ) -> None:
     """Attempts until one comes to the end, each from the newest checkpoint. Raises Fault when
     `cluster.max_restarts` of them in a row made no new one."""
-    restarts, again = 0, False
+    restarts, wait_for_nodes = 0, False
     while True:
         try:
-            return _attempt(prepared, rundir, start, title, console, asked, again)
+            return _attempt(prepared, rundir, start, title, console, asked, wait_for_nodes)
         except ActorLost as error:
             rundir.say(f"lost the learner or its engines: {error}")
             now = rundir.newest()
@@ -124,7 +124,7 @@ def _survive(
             restarts = 0 if now.step > start.step else restarts + 1
             if restarts > prepared.config.cluster.max_restarts:
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
-            start, again = now, True
+            start, wait_for_nodes = now, True  # a lost one may come back
             rundir.commits.abandon()
             rundir.rewind(start.step)
             rundir.say(f"starting anew from step {start.step}")
@@ -137,7 +137,7 @@ def _attempt(
     title: str,
     console: Console | None,
     asked: Callable[[], bool],
-    again: bool,
+    wait_for_nodes: bool,
 ) -> None:
     config, at = prepared.config, start.step
     saved = set(rundir.commits.steps())
@@ -195,7 +195,7 @@ def _attempt(
             on_event=event,
             start=start,
             stop=asked,
-            wait_for_nodes=again,  # the lost one may come back
+            wait_for_nodes=wait_for_nodes,
         ) as fleet:
             try:
                 train(
