@@ -111,6 +111,7 @@ class Engine:
         self._stop_ids = list(stop_ids)
         self._next_id = 0
         self._under_way: dict[str, _Request] = {}
+        self._done: dict[str, Completion] = {}  # what catching up has finished, for the next `advance`
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
         self.version: int | None = None
         self._head: Any = None  # of the last push, once it has been asked for: it may come from another process
@@ -167,23 +168,37 @@ class Engine:
     def abort(self) -> None:
         """Forget all requests."""
         self._llm.llm_engine.abort_request(list(self._under_way))
-        self._under_way = {}
+        self._under_way, self._done = {}, {}
 
     @property
     def unfinished(self) -> int:
-        """Requests that are taken on and not done."""
-        return len(self._under_way)
+        """Requests that are taken on and that `advance` has not given back."""
+        return len(self._under_way) + len(self._done)
 
     def advance(self) -> dict[str, Completion]:
-        """One decoding step of all requests; what it finished, by name. Needs a current push."""
+        """One decoding step of all requests; what has finished, by name. Needs a current push."""
         self._serving_version()
-        found = {}
+        if self._under_way:
+            self._step()
+        found, self._done = self._done, {}
+        return found
+
+    def _step(self) -> None:
         for output in self._llm.llm_engine.step():
             completion, request = output.outputs[0], self._under_way[output.request_id]
             request.num_tokens = len(completion.token_ids)
             if output.finished:
-                found[output.request_id] = _completion(completion, self._under_way.pop(output.request_id))
-        return found
+                self._done[output.request_id] = _completion(completion, self._under_way.pop(output.request_id))
+
+    def _catch_up(self) -> None:
+        """Take in the step that vLLM has begun before the last one was answered, as it does on CUDA (asynchronous
+        scheduling), and begin none: its tokens are the present weights', and it must not run without memory."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        if core.batch_queue:
+            core.pause_scheduler("keep", clear_cache=False)
+            while core.batch_queue:
+                self._step()
+            core.resume_scheduler()
 
     def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
@@ -215,6 +230,7 @@ class Engine:
         Returns how long it waited for messages and how long it loaded them; the two alternate, and come
         as one span each."""
         started = time.time()
+        self._catch_up()
         self.version, self._head = None, None
         self._llm.start_weight_update()
         update = {"buckets": list(manifest.buckets), "adapter_scale": manifest.adapter_scale}
@@ -230,6 +246,7 @@ class Engine:
         """Give the GPU's memory up, with the weights in host memory and the cache forgotten, or take it back. Needs
         cluster.sleep and that nothing is under way."""
         if asleep:
+            self._catch_up()
             self._llm.sleep(level=1)
         else:
             self._llm.wake_up()

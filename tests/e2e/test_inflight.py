@@ -3,15 +3,45 @@
 import numpy as np
 import pytest
 import ray
-from harness import config_for, rollouts
+from harness import EVENTS, ReusableGenerator, config_for, cpu_options, demonstration_items, rollouts
 
+from actors.pool import Pool
 from sdft_dist.pieces import fetch
 from sdft_dist.types import SampleKey
 
 
-def test_a_push_of_the_same_weights_changes_no_token_and_is_on_record(served, ranks, problems):
+class AheadGenerator(ReusableGenerator):
+    """One whose engine begins a step before the last one is answered, as vLLM's engines do by default on CUDA."""
+
+    def __init__(self, *args):
+        from vllm.platforms.cpu import CpuPlatform
+
+        check = CpuPlatform.check_and_update_config
+
+        def ahead(vllm_config):
+            check(vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = staticmethod(ahead)
+        super().__init__(*args)
+
+    def ahead(self):
+        """Whether a step is under way whose answer has not been taken in."""
+        return bool(self.engine._llm.llm_engine.engine_core.engine_core.batch_queue)
+
+
+@pytest.fixture(scope="module")
+def ahead(served, problems):
+    config = config_for(served.model, loss={"top_k": 50})
+    actor = ray.remote(AheadGenerator).options(**cpu_options(1)).remote(config, "cpu", [98], ray.put(problems))
+    yield Pool("generators", [actor], config.cluster.timeout_s, EVENTS)
+    ray.kill(actor)
+
+
+@pytest.mark.parametrize("begins_ahead", [False, True])
+def test_a_push_of_the_same_weights_changes_no_token_and_is_on_record(served, ranks, problems, begins_ahead, request):
     """Stronger than an equal distribution: with each request's own seed the very tokens are equal."""
-    generators = served.generators
+    generators = request.getfixturevalue("ahead") if begins_ahead else served.generators
     config = config_for(served.model, method="sft", rollout={"temperature": 1.0, "max_completion_tokens": 12})
     served.configure(config)
     group = ranks.group(config, problems)
@@ -37,6 +67,32 @@ def test_a_push_of_the_same_weights_changes_no_token_and_is_on_record(served, ra
         assert [s.start for s in spans[1:]] == [s.end for s in spans[:-1]]
         assert (spans[0].start, spans[-1].end) == (0, len(sample.completion_ids))
         assert len(spans) == len(sample.completion_ids), "one push for each decoding step"
+
+
+def test_a_step_begun_before_the_push_is_the_old_weights(served, ahead, ranks, problems):
+    """Up to where its first span ends, a completion is that of the old weights to the last bit; then it is not."""
+    config = config_for(served.model, method="sft", rollout={"temperature": 1.0, "max_completion_tokens": 12})
+    group = ranks.group(config, problems)
+    group.open_push(ahead)
+    group.push(ahead, 0, 0, wait=True)
+    (actor,) = ahead.actors
+    ray.get(actor.configure.remote(config))
+    keys = [SampleKey(0, i, copy) for i in range(len(problems)) for copy in range(4)]
+    old = {s.key: s for s in fetch([r.sample for r in ray.get(actor.rollout.remote(keys, None)).samples])}
+    refs = [r for part in range(4) for r in ray.get(actor.rollout.remote(keys if part == 0 else [], 0.0)).samples]
+    assert ray.get(actor.ahead.remote())
+    group.update(0, 3, demonstration_items(problems))
+    group.push(ahead, 1, 1, wait=True)
+    assert not ray.get(actor.ahead.remote())
+    refs += ray.get(actor.rollout.remote([], None)).samples
+    group.stop()
+    both = [s for s in fetch([r.sample for r in refs]) if len(s.policy_versions) == 2]
+    assert both
+    for sample in both:
+        before, after = sample.policy_versions
+        assert (before.version, before.end, after.version) == (0, 4, 1)
+        assert sample.logprobs[:4].tolist() == old[sample.key].logprobs[:4].tolist()
+        assert sample.logprobs[4] != old[sample.key].logprobs[4]
 
 
 def test_targets_of_two_teacher_versions_in_one_step(served, ranks, problems):
