@@ -59,7 +59,7 @@ def _measure(tokens: int, vocab: int, width: int, repeats: int) -> dict[str, flo
     def products() -> None:
         with torch.no_grad():
             grad_head = torch.zeros_like(head)
-            for rows in torch.arange(tokens).split(chunk_size(vocab)):
+            for rows in torch.arange(tokens).split(chunk_size(vocab, "cpu")):
                 logits = states[rows] @ head.T
                 logits = teacher_states[rows] @ teacher_head.T
                 _ = logits @ head

@@ -13,10 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from learner.objective import Divergence, ValueAndGrad, forward_kl
+from learner.objective import FLOOR, Divergence, ValueAndGrad, forward_kl
 from sdft_dist.logits import LogitTransform, log_softmax_, log_tail
 
-CHUNK_BYTES = 128 << 20  # of one fp32 [chunk, V] buffer
+# Of one fp32 [chunk, V] buffer. With every chunk the whole gradient of the head is read and written, which on a GPU
+# takes as long as a product of some hundred tokens.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 Kind = Literal["full", "chosen", "policy_gradient", "cross_entropy", "dft"]
 
 
@@ -59,9 +61,9 @@ class Losses(NamedTuple):
     importance: torch.Tensor  # the truncated importance weights; 1 where off
 
 
-def chunk_size(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens in a chunk so that one fp32 [chunk, V] buffer takes about `chunk_bytes`."""
-    return max(16, chunk_bytes // (4 * vocab_size))
+def chunk_size(vocab_size: int, device: str) -> int:
+    """Tokens in a chunk on `device`, "cpu" or "cuda": so that one fp32 [chunk, V] buffer takes CHUNK_BYTES."""
+    return max(16, CHUNK_BYTES[device] // (4 * vocab_size))
 
 
 def weighted_loss(
@@ -100,7 +102,7 @@ class _WeightedLoss(torch.autograd.Function):
         importance.fill_(1.0)
         if objective.importance == "sequence":
             importance.copy_(_sequence_importance(states_TD, head, targets, objective))
-        for span in _spans(n, vocab_size):
+        for span in _spans(states_TD, vocab_size):
             z = _transformed(states_TD[span], head, objective)
             slope = objective.transform.slope(z)
             logp = log_softmax_(z, objective.temperature)
@@ -121,7 +123,7 @@ class _WeightedLoss(torch.autograd.Function):
             grad, weight = grad.to(head.dtype), weight.unsqueeze(-1)
             grad_states[span] = (grad @ head) * weight
             if not frozen:
-                grad_head[:vocab_size].addmm_(grad.T.float(), states_TD[span].float() * weight)
+                _add_product(grad_head[:vocab_size], grad.T, states_TD[span].float() * weight)
         ctx.save_for_backward(grad_states, grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(per_token, label_logprobs, importance)
         counted = per_token if objective.token_clip is None else per_token.clamp(max=objective.token_clip)
@@ -135,14 +137,29 @@ class _WeightedLoss(torch.autograd.Function):
         return grad_states * scale, head, None, None, None, None
 
 
-def _spans(n: int, vocab_size: int) -> Iterator[slice]:
-    size = chunk_size(vocab_size)
+def _spans(states_TD: torch.Tensor, vocab_size: int) -> Iterator[slice]:
+    n, size = len(states_TD), chunk_size(vocab_size, states_TD.device.type)
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _transformed(states: torch.Tensor, head: torch.Tensor, objective: Objective) -> torch.Tensor:
     """fp32 logits [chunk, V] as the model gives them."""
+    if _in_tensor_cores(states):
+        return objective.transform(torch.mm(states, head.T, out_dtype=torch.float32))
     return objective.transform((states @ head.T).float())
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in fp32; `b` is fp32 and is rounded to the type of `a` where tensor cores multiply."""
+    if _in_tensor_cores(a):
+        torch.addmm(total, a, b.to(a.dtype), out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b)
+
+
+def _in_tensor_cores(operand: torch.Tensor) -> bool:
+    """Whether CUDA multiplies operands of this type with sums in fp32; an fp32 product takes ten times as long."""
+    return operand.is_cuda and operand.dtype != torch.float32
 
 
 def _teacher_logits(targets: Targets, span: slice, objective: Objective, vocab_size: int) -> torch.Tensor:
@@ -196,10 +213,11 @@ def _chosen(logp: torch.Tensor, targets: Targets, span: slice, objective: Object
         return value, logp.zero_().scatter_(-1, ids, by_category)
     assert targets.tail_T is not None
     tail = log_tail(logp, ids)
-    logq = torch.cat([logq, targets.tail_T[span, None]], -1)
-    value, by_category = objective.divergence(torch.cat([chosen, tail[:, None]], -1), logq)
+    student = torch.cat([chosen, tail[:, None]], -1).clamp_(min=FLOOR)  # the chosen may be all there is
+    teacher = torch.cat([logq, targets.tail_T[span, None]], -1).clamp_(min=FLOOR)
+    value, by_category = objective.divergence(student, teacher)
     # Within the tail the category's gradient falls to each id by its share of the tail's mass.
-    share = logp.sub_(tail.clamp(min=-1e30).unsqueeze(-1)).scatter_(-1, ids, -torch.inf).exp_()
+    share = logp.sub_(tail.clamp(min=FLOOR).unsqueeze(-1)).scatter_(-1, ids, -torch.inf).exp_()
     return value, share.mul_(by_category[:, -1:]).scatter_(-1, ids, by_category[:, :-1])
 
 
@@ -215,7 +233,7 @@ def _sequence_importance(
     """The mean of a sequence's truncated token weights, at each of its tokens; one more pass of the head."""
     assert targets.sequence_T is not None
     ratios = torch.zeros(len(states_TD), device=states_TD.device)
-    for span in _spans(len(states_TD), len(head)):
+    for span in _spans(states_TD, len(head)):
         logp = log_softmax_(_transformed(states_TD[span], head, objective), objective.temperature)
         own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
         ratios[span] = _ratio(own, targets, span, objective)

@@ -17,7 +17,7 @@ BETA = 0.3
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    monkeypatch.setattr(fused, "chunk_size", lambda vocab_size: 4)
+    monkeypatch.setattr(fused, "chunk_size", lambda vocab_size, device: 4)
 
 
 @pytest.fixture
@@ -300,3 +300,30 @@ def test_in_bf16_ligers_kernel_is_the_less_exact_one():
         errors[name] = ((own.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
     print(f"relative error of the gradient in bf16: ours {errors['ours']:.1e}, Liger {errors['liger']:.1e}")
     assert errors["ours"] < errors["liger"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_cores_sum_in_fp32(name, monkeypatch):
+    """bf16 operands, whose products are summed over many chunks: as near to fp32 as their own rounding."""
+    monkeypatch.setattr(fused, "chunk_size", lambda vocab_size, device: 16)
+    torch.manual_seed(0)
+    tokens, vocab, width = 512, 1024, 64
+    drawn = [torch.randn(n, width).bfloat16() for n in (tokens, vocab, tokens, vocab)]
+    objective = Objective(kind="full", divergence=divergence(name, BETA))
+
+    def gradients(device, dtype):
+        states, head, teacher_states, teacher_head = (t.to(device, dtype) for t in drawn)
+        targets = Targets(
+            labels_T=torch.zeros(tokens, dtype=torch.int64, device=device),
+            states_TD=teacher_states,
+            heads=((tokens, teacher_head / 8),),
+        )
+        inputs = [states.requires_grad_(), (head / 8).requires_grad_()]
+        weights = torch.full((tokens,), 1 / tokens, device=device)
+        weighted_loss(*inputs, weights, targets, objective, vocab_size=vocab).total.backward()
+        return [t.grad.double().cpu() for t in inputs]
+
+    for found, exact in zip(gradients("cuda", torch.bfloat16), gradients("cpu", torch.float32), strict=True):
+        assert (found - exact).norm() < 0.01 * exact.norm()
