@@ -102,6 +102,7 @@ class Engine:
                 options["speculative_config"] = drafts.settings(config.rollout)
         else:
             options["runner"], options["convert"] = "pooling", "embed"
+            options["enable_prefix_caching"] = False  # token_embed never reads it
             # Without use_activation=False the states come L2-normalised.
             options["pooler_config"] = PoolerConfig(task="token_embed", use_activation=False)
             if config.model.dtype != "float32":

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdft_dist.config import Config
-from sdft_dist.plan import GPUS, Gpu, Lengths, flops, read_dimensions, seconds
+from sdft_dist.dimensions import read_dimensions
+from sdft_dist.plan import GPUS, Gpu, Lengths, flops, seconds
 
 WORK = {"generator": "decode", "teacher": "score", "learner": "train"}  # spans in which a role does its own work
 WEIGHTS = ("await weights", "load weights", "gather weights")

@@ -23,9 +23,9 @@ from sdft_dist.bench import Ours, contestant, machine, new_folder, spread, summa
 from sdft_dist.cluster import Fleet, launch, ray_session
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
+from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.loop import batch_keys, demonstrations
-from sdft_dist.plan import read_dimensions
 from sdft_dist.types import Sample, SampleKey, SampleRef, TeacherTargets, TrainItem, VersionSpan
 
 WARM = 2  # batches that are not counted

@@ -377,8 +377,9 @@ def _plan(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from sdft_dist.config import load_config
+    from sdft_dist.dimensions import dimensions, read_dimensions
     from sdft_dist.errors import UserError
-    from sdft_dist.plan import GPUS, Lengths, as_json, dimensions, own_plan, plan, read_dimensions, show
+    from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, show
     from sdft_dist.synthetic import SHAPES, parse_lengths
 
     config = load_config(args.recipe, args.overrides)

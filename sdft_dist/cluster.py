@@ -23,7 +23,7 @@ from sdft_dist.last_words import obituary
 from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
-from sdft_dist.topology import PLURAL, push_transport, roles_of
+from sdft_dist.topology import PLURAL, roles_of
 from sdft_dist.types import OnSpan, TrainItem
 
 FROM_THE_BEGINNING = Start()
@@ -256,7 +256,6 @@ def _build(
     table, events = ray.put(problems), Events(stop, config.checkpoint.grace_s)
     sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
     together = 2 if sdft and config.rollout.max_staleness else 1
-    kind = push_transport(config, device)
 
     def start_actor(cls: type, role: str, sharing: int, args: tuple[Any, ...], index: int) -> Any:
         actor = ray.remote(cls).options(**places.options(role, index, sharing)).remote(*args)
@@ -266,7 +265,9 @@ def _build(
     def pool(role: str, cls: type, size: int, workers: int, *args: Any) -> Pool:
         make = partial(start_actor, cls, role, together * workers, args)
         made = [make(i) for i in range(size if places.has(role) else 0)]
-        found = Pool(PLURAL[role], made, cluster.timeout_s, events, make, workers, kind, cluster.start_timeout_s)
+        found = Pool(
+            PLURAL[role], made, cluster.timeout_s, events, make, workers, places.transport, cluster.start_timeout_s
+        )
         if cluster.colocate != "none":  # an engine looks how much memory is free, so they start one by one
             found.wait_ready()
         return found

@@ -11,17 +11,22 @@ from typing import Any
 
 from sdft_dist.config import Config
 from sdft_dist.errors import Fault, Preempted, UserError
-from sdft_dist.topology import Need, bundles, lacking, needs, place
+from sdft_dist.topology import Need, bundles, lacking, needs, place, push_transport
+from sdft_dist.types import TransportKind
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """A placement group, the needs that its bundles answer from bundle `first` on, and the device."""
+    """A placement group, the needs that its bundles answer from bundle `first` on, the device, and how weights
+    travel."""
 
     wanted: list[Need]
     group: Any
     first: int
     device: str
+    transport: TransportKind
 
     def has(self, role: str) -> bool:
         """Whether there is room for the role."""
@@ -32,11 +37,15 @@ class Places:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         spot = place(self.wanted, role, index)
+        variables = environment(sharing) if self.device == "cpu" else {}
+        if self.device == "cuda" and role == "learner" and self.transport != "ipc":
+            # Micro-batches differ in length, which scatters free memory. Engines have what they need from the start.
+            variables = {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")}
         return {
             "num_gpus": spot.gpus,
             "num_cpus": spot.cpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + spot.bundle),
-            **({} if self.device == "cuda" else {"runtime_env": {"env_vars": environment(sharing)}}),
+            "runtime_env": {"env_vars": variables},
         }
 
 
@@ -55,10 +64,10 @@ def placed(
     cluster is too small, Fault where no room came, and Preempted where `stop` says so while it waits."""
     import ray
 
-    wanted = needs(config, device, roles)
+    wanted, transport = needs(config, device, roles), push_transport(config, device)
     given = ray.util.get_current_placement_group()
     if given is not None and given.bundle_specs[1:] == bundles(wanted):  # the first holds the trial's own process
-        yield Places(wanted, given, 1, device)
+        yield Places(wanted, given, 1, device, transport)
         return
     missing = lacking(wanted, ray.nodes())
     if missing and not (wait_for_nodes or config.cluster.autoscaling):
@@ -75,7 +84,7 @@ def placed(
                 raise Preempted(f"asked to stop while waiting for room: {why}")
             if time.monotonic() > deadline:
                 raise Fault(f"no room within cluster.timeout_s={config.cluster.timeout_s:g}: {why}")
-        yield Places(wanted, group, 0, device)
+        yield Places(wanted, group, 0, device, transport)
     finally:
         ray.util.remove_placement_group(group)
 

@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.config import Config
+from sdft_dist.dimensions import Dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.topology import needs, push_transport
+from sdft_dist.plan_memory import memory_gib
+from sdft_dist.topology import needs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,54 +48,6 @@ USABLE = 0.92  # share of a GPU's memory that one may count on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dimensions:
-    """What costs depend on, of a decoder with grouped-query attention and a gated MLP."""
-
-    layers: int
-    width: int
-    mlp_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-
-    @property
-    def body(self) -> int:
-        """Parameters of all layers."""
-        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.width * self.mlp_width)
-
-    @property
-    def head(self) -> int:
-        """Parameters of the output head."""
-        return self.vocab * self.width
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return self.body + self.head * (1 if self.tied else 2)
-
-    def adapters(self, rank: int) -> int:
-        """Parameters of adapters of all linear layers of the body."""
-        attention = 2 * (self.width + self.head_dim * self.heads) + 2 * (self.width + self.head_dim * self.kv_heads)
-        return self.layers * rank * (attention + 3 * (self.width + self.mlp_width))
-
-    def attention_flops(self, tokens: float) -> float:
-        """Of a causal forward pass over one sequence."""
-        return 2 * tokens**2 * self.heads * self.head_dim * self.layers
-
-    def forward_flops(self, tokens: float) -> float:
-        """Of the body over one sequence."""
-        return 2 * self.body * tokens + self.attention_flops(tokens)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values of one token, bf16."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
     """Tokens."""
 
@@ -115,24 +69,6 @@ class Seconds:
     def ratio(self) -> float:
         """SDFT over SFT."""
         return (self.learner + self.generator + self.teacher) / self.sft
-
-
-def dimensions(settings: dict[str, Any]) -> Dimensions:
-    """From the fields of a Hugging Face configuration. Raises UserError where one has another name there."""
-    for name in ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
-        if name not in settings:
-            raise UserError(f"model.path: its configuration has no {name}, which the plan's arithmetic needs")
-    heads = settings["num_attention_heads"]
-    return Dimensions(
-        layers=settings["num_hidden_layers"],
-        width=settings["hidden_size"],
-        mlp_width=settings["intermediate_size"],
-        heads=heads,
-        kv_heads=settings.get("num_key_value_heads") or heads,
-        head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
-        vocab=settings["vocab_size"],
-        tied=bool(settings.get("tie_word_embeddings")),
-    )
 
 
 def flops(m: Dimensions, n: Lengths) -> dict[str, float]:
@@ -168,37 +104,6 @@ def seconds(
         generator=m.forward_flops(n.prompt) / completions_per_prompt / speed + token * n.completion,
         teacher=work["teacher"] / speed,
     )
-
-
-def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
-    """Of one GPU of each role, without the KV cache, which takes what is left. bf16 weights; fp32 master
-    weights, moments and EMA."""
-    learner, stage, rank = config.learner, config.learner.zero_stage, config.model.lora.rank
-    trained = m.adapters(rank) if rank else m.total
-    weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
-    gradients = 2 * trained / (ranks if stage >= 2 else 1)
-    states = (12 + (4 if config.teacher.kind == "ema" else 0)) * trained / (ranks if stage >= 1 else 1)
-    if learner.offload == "optimizer":
-        states = 0
-    # Kept for backward, bf16, per token and layer: block inputs; with selective recomputation also queries, keys,
-    # values, attention's output and the MLP's inner products; with none also norms and what the activation gives.
-    kept = {
-        "full": m.width,
-        "selective": 3 * m.width + 2 * m.heads * m.head_dim + 2 * m.mlp_width,
-        "none": 6 * m.width + 2 * m.heads * m.head_dim + 3 * m.mlp_width,
-    }[learner.gradient_checkpointing]
-    activations = 2 * kept * m.layers * learner.tokens_per_microbatch
-    # What learner/push.py holds back at most, and the message that is being made.
-    push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
-    versions = 1 if config.teacher.kind == "base" else config.rollout.max_staleness + 2
-    head = 4 * m.head + versions * 2 * m.head + 4 * (128 << 20)
-    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
-    gib = {
-        "learner": weights + gradients + states + max(activations, push) + head,
-        "generator": 2 * m.total / config.cluster.generator_tensor_parallel + work,
-        "teacher": 2 * m.total / config.cluster.teacher_tensor_parallel + work,
-    }
-    return {role: size / 2**30 for role, size in gib.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,17 +185,6 @@ def _plan(
         memory_gib=memory,
         fits=room > 0 and max(held) <= usable,
     )
-
-
-def read_dimensions(config: Config) -> Dimensions:
-    """Of the recipe's model. Raises UserError where it cannot be read."""
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
-    except (OSError, ValueError) as e:
-        raise UserError(f"model.path: {config.model.path}: no model configuration could be read: {e}") from e
-    return dimensions(settings.get_text_config().to_dict())
 
 
 def as_json(plans: list[Plan]) -> list[dict[str, Any]]:

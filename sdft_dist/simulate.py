@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.config import Config
-from sdft_dist.plan import INFERENCE_EFFICIENCY, ROLES, Dimensions, Gpu, Lengths, Plan
+from sdft_dist.dimensions import Dimensions
+from sdft_dist.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan
 
 SLICE_TOKENS = 16
 PUSH_EXPOSED_S = 0.1  # gathering and copying, during which the learner does not train

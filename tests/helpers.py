@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdft_dist.config import Config, parse_config
 
 
 def assert_relative(got: torch.Tensor, exact: torch.Tensor, rel: float = 1e-5) -> None:
@@ -47,3 +53,40 @@ def tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, **settings: ob
     Qwen3ForCausalLM(Qwen3Config(**(options | settings))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def config_of(**sections: Any) -> Config:
+    """The defaults with `sections` merged over them; nothing that it names need exist."""
+    tree: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "d"}}
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that torch makes while the block runs: `now`, and `peak` at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

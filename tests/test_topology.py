@@ -2,6 +2,7 @@ import pytest
 
 from sdft_dist.config import parse_config
 from sdft_dist.errors import ConfigError
+from sdft_dist.placement import Places
 from sdft_dist.topology import Need, bundles, lacking, needs, place, push_transport
 
 
@@ -138,3 +139,16 @@ def travelling(*, ranks=1, **cluster):
     return parse_config(
         {"model": {"path": "m"}, "data": {"train": "d"}, "learner": {"ranks": ranks}, "cluster": {**actors, **cluster}}
     )
+
+
+def test_a_learners_memory_grows_in_place_where_no_engine_maps_it(monkeypatch):
+    settings = config(learner={"ranks": 2}, cluster={"device": "cuda"})
+
+    def variables(role, transport):
+        options = Places(needs(settings, "cuda"), None, 0, "cuda", transport).options(role, 0, 1)
+        return options["runtime_env"]["env_vars"]
+
+    assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert variables("learner", "ipc") == variables("generator", "nccl") == {}
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}

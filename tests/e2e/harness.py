@@ -6,6 +6,7 @@ new group inside.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from helpers import Allocations
 
 from actors.pool import Pool
 from actors.rollout import Generator
@@ -94,6 +96,21 @@ class ReusableRank(LearnerRank):
         """The output head that a push to the teachers would send, fp32."""
         name = self.head_name()
         return self._source("teachers")([name])[name].float().numpy()
+
+    def measure_step(self) -> None:
+        """Note how many bytes the next optimizer step allocates at most, its gradients aside."""
+        step = self.engine.step
+
+        def step_and_measure() -> None:
+            with Allocations() as found:
+                step()
+            self._step_bytes = found.peak
+
+        self.engine.step = step_and_measure
+
+    def step_bytes(self) -> tuple[int, int]:
+        """What was noted, and the number of parameters."""
+        return self._step_bytes, sum(math.prod(shape) for shape in self._shapes.values())
 
     def kept_gradients(self) -> dict[str, np.ndarray]:
         """fp32, in the parameters' shapes."""

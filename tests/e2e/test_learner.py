@@ -183,3 +183,19 @@ def test_an_optimizer_in_host_memory_makes_the_same_updates(ranks, problems, mod
     for key, tensor in states["none"][1].items():
         if not key.startswith("rng"):
             assert_relative(found[key], tensor, 1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_step_needs_what_the_plan_counts(ranks, problems, tmp_path, stage):
+    """Six bytes a parameter beside bf16 gradients, flattened and in fp32; after a step in which moments are made."""
+    folder = tiny_model(tmp_path, hidden_size=256, intermediate_size=1024)
+    group = ranks.group(
+        config_for(folder, method="sft", model={"dtype": "bfloat16"}, learner={"zero_stage": stage}), problems
+    )
+    group.update(0, 3, demonstration_items(problems))
+    ray.get(group.ranks[0].measure_step.remote())
+    group.update(1, 3, demonstration_items(problems, 1))
+    found, parameters = ray.get(group.ranks[0].step_bytes.remote())
+    group.stop()
+    print(f"ZeRO-{stage}: {found / parameters:.2f} bytes a parameter")
+    assert found == pytest.approx(6 * parameters, rel=0.1)

@@ -1,0 +1,64 @@
+"""The memory that `sdft plan` predicts: GiB on one GPU of each role.
+
+A learner needs most in one of two moments: in backward, with all that forward has kept, or in the optimizer's
+step, when DeepSpeed holds the gradients three times: as they were summed, flattened, and in fp32.
+"""
+
+from __future__ import annotations
+
+from sdft_dist.config import Config, LearnerConfig
+from sdft_dist.dimensions import Dimensions
+from sdft_dist.topology import push_transport
+
+CHUNK = 512 << 20  # learner/fused.py: of one fp32 [chunk, V] buffer on a GPU
+SUBGROUP = 10**9  # parameters that ZeRO-3 steps at a time
+
+
+def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
+    """Of one GPU of each role, without the KV cache, which takes what is left. bf16 weights; fp32 master
+    weights, moments and EMA."""
+    learner, stage, rank = config.learner, config.learner.zero_stage, config.model.lora.rank
+    trained = m.adapters(rank) if rank else m.total
+    weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
+    gradients = 2 * trained / (ranks if stage >= 2 else 1)
+    owned = trained / (ranks if stage >= 1 else 1)
+    states = (12 + (4 if config.teacher.kind == "ema" else 0)) * owned
+    step = 6 * (min(owned, SUBGROUP) if stage == 3 else owned)
+    if learner.offload == "optimizer":
+        states, step = 0, 0
+    backward = backward_bytes(m, learner, frozen_head=rank > 0)
+    # What learner/push.py holds back at most, and the message that is being made.
+    push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
+    versions = 1 if rank or config.teacher.kind == "base" else config.rollout.max_staleness + 2
+    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
+    gib = {
+        "learner": weights + gradients + states + versions * 2 * m.head + max(backward, step, push),
+        "generator": 2 * m.total / config.cluster.generator_tensor_parallel + work,
+        "teacher": 2 * m.total / config.cluster.teacher_tensor_parallel + work,
+    }
+    return {role: size / 2**30 for role, size in gib.items()}
+
+
+def backward_bytes(m: Dimensions, learner: LearnerConfig, *, frozen_head: bool) -> int:
+    """What layers keep of a micro-batch, what the divergence works on, and the head's gradient as it is summed up and
+    as backward gets it."""
+    layers = 2 * kept_for_backward(m, learner) * m.layers * learner.tokens_per_microbatch
+    return layers + 4 * CHUNK + (0 if frozen_head else (4 + 2) * m.head)
+
+
+def kept_for_backward(m: Dimensions, learner: LearnerConfig) -> int:
+    """What one layer keeps of one token, in numbers of two bytes, with attention by FlashAttention.
+
+    Queries, keys, values and attention's output count with every choice but `full`. Norms keep their input in fp32 (as
+    two numbers), what they scale and what they give; compiled, only what they read.
+    """
+    attention, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    if learner.gradient_checkpointing == "full":
+        return m.width
+    if learner.gradient_checkpointing == "selective":
+        return 3 * m.width + 2 * (attention + keys) + 2 * m.mlp_width
+    if learner.compile:
+        norms = attention + keys if m.head_norms else 0
+        return 4 * m.width + norms + 2 * (attention + keys) + 3 * m.mlp_width
+    norms = 3 * (attention + keys) if m.head_norms else 0
+    return 8 * m.width + norms + 2 * (attention + keys) + 4 * m.mlp_width
