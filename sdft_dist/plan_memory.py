@@ -39,6 +39,16 @@ def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
     return {role: size / 2**30 for role, size in gib.items()}
 
 
+def host_gib(config: Config, m: Dimensions, ranks: int) -> float:
+    """What a learner rank keeps in host memory for `learner.offload`: fp32 master weights, moments and EMA; and
+    DeepSpeed's gradients there, in fp32, and a bf16 copy."""
+    learner, rank = config.learner, config.model.lora.rank
+    if learner.offload == "none":
+        return 0.0
+    each = 12 + 4 + 2 + (4 if config.teacher.kind == "ema" else 0)
+    return each * (m.adapters(rank) if rank else m.total) / ranks / 2**30
+
+
 def backward_bytes(m: Dimensions, learner: LearnerConfig, *, frozen_head: bool) -> int:
     """What layers keep of a micro-batch, what the divergence works on, and the head's gradient as it is summed up and
     as backward gets it."""

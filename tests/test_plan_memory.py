@@ -12,7 +12,7 @@ from learner.model import MicroBatch, Student, tune
 from sdft_dist import plan_memory
 from sdft_dist.config import LearnerConfig
 from sdft_dist.dimensions import dimensions
-from sdft_dist.plan_memory import backward_bytes, kept_for_backward, memory_gib
+from sdft_dist.plan_memory import backward_bytes, host_gib, kept_for_backward, memory_gib
 from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
@@ -34,6 +34,15 @@ def test_adapters_need_no_room_for_what_is_frozen():
     lora = config_of(model={"lora": {"rank": 32}}, learner=full)
     assert big.adapters(32) == pytest.approx(87e6, rel=0.01)
     assert memory_gib(lora, big, 1)["learner"] < 0.3 * memory_gib(config_of(learner=full), big, 1)["learner"]
+
+
+def test_what_an_optimizer_takes_of_the_host():
+    """22 bytes of 8.19 B parameters: master weights, gradients, two moments and EMA in fp32, and a bf16 copy."""
+    offload = {"offload": "optimizer", "zero_stage": 2}
+    large = dimensions(SHAPES["qwen3-8b"])
+    assert host_gib(config_of(learner=offload), large, 2) == pytest.approx(22 * 8.19e9 / 2 / 2**30, rel=0.01)
+    assert host_gib(config_of(learner=offload, teacher={"kind": "base"}), large, 1) == pytest.approx(137, rel=0.01)
+    assert host_gib(config_of(), large, 1) == 0
 
 
 def test_the_chunk_is_the_losss_own():
@@ -72,6 +81,32 @@ def test_what_layers_keep_for_backward(how, monkeypatch):
     expected = 2 * kept_for_backward(QWEN4B, LearnerConfig(gradient_checkpointing=how)) * TOKENS
     print(f"{how}: {(three - one) / 2 / TOKENS:.0f} bytes a token and layer, planned {expected / TOKENS:.0f}")
     assert (three - one) / 2 == pytest.approx(expected, rel=0.15)
+
+
+def test_what_compiled_layers_keep_for_backward():
+    """By the partition of forward and backward that torch.compile makes, of one layer on a CPU."""
+    tokens = 64
+    settings = Qwen3Config(**{**SHAPES["qwen3-4b"], "num_hidden_layers": 1, "vocab_size": 128})
+    lm = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.bfloat16).train()
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    (layer,) = lm.model.layers
+    layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
+    inputs = torch.zeros(1, tokens, QWEN4B.width, dtype=torch.bfloat16, requires_grad=True)
+    places = torch.arange(tokens)[None]
+    angles = lm.model.rotary_emb(inputs, places)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(inputs, position_embeddings=angles, position_ids=places)
+    expected = 2 * kept_for_backward(QWEN4B, LearnerConfig(compile=True))
+    print(f"compiled: {sum(kept.values()) / tokens:.0f} bytes a token and layer, planned {expected}")
+    assert sum(kept.values()) / tokens == pytest.approx(expected, rel=0.15)
 
 
 def test_the_peak_of_forward_and_backward(monkeypatch):
