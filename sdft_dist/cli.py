@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 configuration or data error, 3 asked to stop and saved, 4 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn the errors that a user can mend into one message."""
     args = _parse(argv)
+    # accelerate imports DeepSpeed to save a model, which looks for a GPU and prints that there is none. Learners set
+    # their own.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from sdft_dist.errors import Diverged, Fault, Preempted, UserError
 
     try:

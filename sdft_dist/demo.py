@@ -65,19 +65,20 @@ def demo(
     console, out = Console(), out or unused_folder()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} is already in use: give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    base = build_with_progress(BaseSettings(), out / "base") if rebuild_base else shipped_base()
+    base = out / "base" if rebuild_base else shipped_base()
+    configs = [
+        (seed, method, lab_config(out, base, seed, method, steps, overrides))
+        for seed in range(num_seeds)
+        for method in METHODS
+    ]
+    if rebuild_base:
+        build_with_progress(BaseSettings(), base)
     console.print(
         f"The base model knows four skills on rows of five symbols: {', '.join(world.OLD_SKILLS)}. It is now taught "
         f"the new word {WORD} (to reverse symbols of domain {DOMAIN}), by SDFT and by SFT, from the same rows.",
         highlight=False,
     )
     outcomes = []
-    configs = [
-        (seed, method, lab_config(out, base, seed, method, steps, overrides))
-        for seed in range(num_seeds)
-        for method in METHODS
-    ]
     started = time.monotonic()
     with PeakMemory() as memory, ray_session(configs[0][2]):
         for seed, method, config in configs:
@@ -107,8 +108,6 @@ def demo(
 def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None, more: Sequence[str]) -> Config:
     """One run's configuration, also left as a recipe beside it."""
     data = out / f"seed-{seed}" / "data"
-    if not data.exists():
-        write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
     sets = {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)}
     overrides = {
         "method": method,
@@ -120,6 +119,8 @@ def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None,
         **({"steps": steps} if steps else {}),
     }
     config = load_config(RECIPE, [*(f"{key}={value}" for key, value in overrides.items()), *more])
+    if not data.exists():
+        write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
     (out / f"seed-{seed}" / f"{method}.yaml").write_text(dump_config(config))
     return config
 
