@@ -237,10 +237,8 @@ def role(
     if which != "learner":  # beside a learner that has next to nothing, so that keys and values find room
         fields += ["model.lora.rank=1", *_room(device, 0.6)]
     config = recipe(out, device, shape, length, fields)
-    needed, there = (
-        host_gib(config, read_dimensions(config), 1),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
-    )
+    needed = host_gib(config, read_dimensions(config), 1)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > there:
         raise UserError(f"{shape}: its optimizer needs {needed:.0f} GiB of host memory, {there:.0f} are there")
     folder = out / "-".join([shape, which, length, method, *more])

@@ -45,7 +45,7 @@ class Places:
             "num_gpus": spot.gpus,
             "num_cpus": spot.cpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + spot.bundle),
-            "runtime_env": {"env_vars": variables},
+            **({"runtime_env": {"env_vars": variables}} if variables else {}),
         }
 
 
