@@ -16,22 +16,23 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("learner", "push"),
+    ("learner", "cluster"),
     [
-        ({"zero_stage": 1}, "ipc"),
-        ({"zero_stage": 2, "gradient_checkpointing": "selective"}, "gloo"),
-        ({"zero_stage": 3}, "ipc"),
-        ({"zero_stage": 1, "offload": "optimizer"}, "ipc"),
+        ({"zero_stage": 1}, {"push_transport": "ipc"}),
+        ({"zero_stage": 1, "compile": True}, {"push_transport": "ipc", "sleep": True}),
+        ({"zero_stage": 2, "gradient_checkpointing": "selective"}, {"push_transport": "gloo"}),
+        ({"zero_stage": 3}, {"push_transport": "ipc"}),
+        ({"zero_stage": 1, "offload": "optimizer"}, {"push_transport": "ipc"}),
     ],
     ids=str,
 )
-def test_all_roles_share_a_gpu(ray_cluster, tmp_path, learner, push):
+def test_all_roles_share_a_gpu(ray_cluster, tmp_path, learner, cluster):
     config = lab_config(
         tmp_path,
         steps=6,
         model={"dtype": "bfloat16", "attention": "varlen"},
         learner=learner,
-        cluster={"device": "cuda", "colocate": "all", "gpu_memory_utilization": 0.1, "push_transport": push},
+        cluster={"device": "cuda", "colocate": "all", "gpu_memory_utilization": 0.1, **cluster},
     )
     rundir = run(config)
     losses = [m["loss"] for m in read_metrics(rundir.path, "train")]
