@@ -178,6 +178,7 @@ def test_trials_of_another_recipe_are_refused(sheet):
 
 
 def test_optuna_is_not_asked_twice_for_the_same_and_its_corners_are_checked_first(sheet):
+    pytest.importorskip("optuna")
     space = {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": {"low": 1e-6, "high": 1e-4, "log": True}}
     sweep = sheet(search="optuna", trials=4, methods={"sdft": {"space": space}})
     assert len(corners(sweep)) == 4

@@ -64,6 +64,7 @@ def test_asha_stops_what_is_behind_and_nothing_is_done_twice(ray_cluster, tmp_pa
 
 @pytest.mark.slow
 def test_optuna_goes_on_from_the_trials_that_are_done(ray_cluster, tmp_path):
+    pytest.importorskip("optuna")
     short = {"method": "sft", "steps": 1, "eval.every": 1, "checkpoint.every": 0}
     methods = {"sft": {"set": short, "space": {"optim.learning_rate": {"low": 1e-8, "high": 1e-6, "log": True}}}}
     (first,) = sweep_all(sheet(tmp_path, methods, search="optuna", trials=1), Console())
