@@ -171,14 +171,17 @@ def new_folder(out: Path) -> None:
 
 
 def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
-    """One of our methods on the recipe's rows. With `fixed` all completions have
-    `rollout.max_completion_tokens`, and the demonstrations that are imitated too."""
+    """One of our methods on the recipe's rows; one without a teacher keeps no average. With `fixed` all completions
+    have `rollout.max_completion_tokens`, and the demonstrations that are imitated too."""
     tokenizer = load_tokenizer(config)
     rows = load_training_rows(config.data, config.method)
     problems = encode_problems(config, tokenizer, rows).problems
+    fields = {**config.model_dump(), "method": method, "run_dir": str(out / method)}
+    if method != "sdft":
+        fields["teacher"]["kind"] = "base"
     return Ours(
         name=method,
-        config=parse_config({**config.model_dump(), "method": method, "run_dir": str(out / method)}),
+        config=parse_config(fields),
         problems=_imitating(problems, config.rollout.max_completion_tokens) if fixed else problems,
         vocab_size=len(tokenizer),
         stop_ids=[] if fixed else stop_ids(tokenizer, config.model.path, config.model.revision),

@@ -233,7 +233,7 @@ def role(
     from sdft_dist.dimensions import read_dimensions
     from sdft_dist.plan_memory import host_gib, memory_gib
 
-    fields = [f"method={method}", *TUNED, *more]
+    fields = [f"method={method}", *TUNED, *more, *([] if method == "sdft" else ["teacher.kind=base"])]
     if which != "learner":  # beside a learner that has next to nothing, so that keys and values find room
         fields += ["model.lora.rank=1", *_room(device, 0.6)]
     config = recipe(out, device, shape, length, fields)

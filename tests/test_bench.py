@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from sdft_dist.account import Machine, accounts, mean_lengths, time_shares
-from sdft_dist.bench import SKIPPED, Turns, _rate, regression, timeline
-from sdft_dist.config import parse_config
+from sdft_dist.bench import SKIPPED, Turns, _rate, contestant, regression, timeline
+from sdft_dist.config import load_config, parse_config
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.plan import Lengths
-from sdft_dist.synthetic import SHAPES, parse_lengths, write_model, write_rows
+from sdft_dist.synthetic import SHAPES, parse_lengths, synthetic, write_model, write_rows
 from sdft_dist.trace import Trace
 from sdft_dist.types import Problem, Span
 
@@ -124,6 +124,16 @@ def test_synthetic_rows_have_the_lengths_asked_for(tmp_path):
     assert parse_lengths("3/4/5") == (3, 4, 5)
     with pytest.raises(UserError, match="--lengths: got '3/4'"):
         parse_lengths("3/4")
+
+
+def test_plain_fine_tuning_pays_for_no_average(tmp_path):
+    """What it is measured against would look faster otherwise."""
+    made = synthetic(tmp_path / "inputs", "lab", "12/7/5", 4, "float32")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: {kind: ema}\nrollout: {max_completion_tokens: 5}\n")
+    config = load_config(recipe, [f"{key}={value}" for key, value in made.items()])
+    kinds = {m: contestant(config, m, tmp_path, fixed=True).config.teacher.kind for m in ("sdft", "sft")}
+    assert kinds == {"sdft": "ema", "sft": "base"}
 
 
 def test_what_an_actor_does_with_its_time_is_its_work_its_weights_and_the_rest():
