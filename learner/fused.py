@@ -106,6 +106,7 @@ class _WeightedLoss(torch.autograd.Function):
             z = _transformed(states_TD[span], head, objective)
             slope = objective.transform.slope(z)
             logp = log_softmax_(z, objective.temperature)
+            del z  # a buffer of its own on a GPU
             own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
             label_logprobs[span] = own
             if objective.importance == "token":
@@ -179,8 +180,8 @@ def _value_and_grad(
 ) -> ValueAndGrad:
     """Loss [chunk] and its gradient by the student's tempered logits [chunk, V]; overwrites `logp`."""
     if objective.kind == "full":
-        z = _teacher_logits(targets, span, objective, len(head))
-        return objective.divergence(logp, log_softmax_(z, objective.temperature))
+        teacher = log_softmax_(_teacher_logits(targets, span, objective, len(head)), objective.temperature)
+        return objective.divergence(logp, teacher)
     if objective.kind == "chosen":
         return _chosen(logp, targets, span, objective)
     rows = torch.arange(len(own), device=own.device)
