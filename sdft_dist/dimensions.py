@@ -8,12 +8,13 @@ from typing import Any
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 
-HEAD_NORMS = ("qwen3", "olmo2", "olmo3", "gemma3_text")  # Hugging Face's model types
+# Hugging Face's model types that normalise queries and keys.
+HEAD_NORMS = ("qwen3", "olmo2", "olmo3", "gemma3_text")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimensions:
-    """What costs depend on, of a decoder with grouped-query attention and a gated MLP."""
+    """Of one model, in numbers of layers, heads, ids and features."""
 
     layers: int
     width: int
@@ -23,7 +24,7 @@ class Dimensions:
     head_dim: int
     vocab: int
     tied: bool
-    head_norms: bool  # of each head's queries and keys
+    head_norms: bool  # of queries and keys
 
     @property
     def body(self) -> int:
