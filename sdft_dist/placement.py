@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from sdft_dist.config import Config
@@ -38,9 +39,8 @@ class Places:
 
         spot = place(self.wanted, role, index)
         variables = environment(sharing) if self.device == "cpu" else {}
-        if self.device == "cuda" and role == "learner" and self.transport != "ipc":
-            # Micro-batches differ in length, which scatters free memory. Engines have what they need from the start.
-            variables = {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")}
+        if self.device == "cuda" and role == "learner":  # engines have what they need from the start
+            variables = {ALLOCATOR: os.environ.get(ALLOCATOR, _allocator(self.transport))}
         return {
             "num_gpus": spot.gpus,
             "num_cpus": spot.cpus,
@@ -87,6 +87,18 @@ def placed(
         yield Places(wanted, group, 0, device, transport)
     finally:
         ray.util.remove_placement_group(group)
+
+
+def _allocator(transport: TransportKind) -> str:
+    """torch's options for a learner's memory."""
+    options = []
+    if transport != "ipc":  # whose handles are of memory that lies still
+        # Micro-batches differ in length, which scatters free memory.
+        options.append("expandable_segments:True")
+    if tuple(map(int, version("torch").split(".")[:2])) >= (2, 13):  # 2.11 does not know it
+        # What learner.offload pins would take the next power of two: up to twice the host memory.
+        options.append("pinned_max_round_threshold_mb:64")
+    return ",".join(options)
 
 
 def environment(sharing: int) -> dict[str, str]:

@@ -1,5 +1,6 @@
 import pytest
 
+from sdft_dist import placement
 from sdft_dist.config import parse_config
 from sdft_dist.errors import ConfigError
 from sdft_dist.placement import Places
@@ -148,7 +149,11 @@ def test_a_learners_memory_grows_in_place_where_no_engine_maps_it(monkeypatch):
         options = Places(needs(settings, "cuda"), None, 0, "cuda", transport).options(role, 0, 1)
         return options.get("runtime_env", {}).get("env_vars")
 
-    assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    assert variables("learner", "ipc") is variables("generator", "nccl") is None
+    exact = "pinned_max_round_threshold_mb:64"
+    for torch, there in (("2.13.0+cu130", [exact]), ("2.11.0", [])):
+        monkeypatch.setattr(placement, "version", lambda name, found=torch: found)
+        assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": ",".join(["expandable_segments:True", *there])}
+        assert variables("learner", "ipc") == {"PYTORCH_ALLOC_CONF": ",".join(there)}
+    assert variables("generator", "nccl") is None
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
