@@ -7,8 +7,9 @@ support and divergence. T tokens, K chosen ids, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Objective:
     token_clip: float | None = None  # positions with a larger loss count this much and give no gradient
     transform: LogitTransform = field(default_factory=LogitTransform)
     liger_beta: float | None = None  # of the divergence as Liger's JSD, where its kernel is to be used
+    compiled: bool = False  # kind full without a softcap: between the products, kernels that torch.compile makes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,14 +107,19 @@ class _WeightedLoss(torch.autograd.Function):
         for span in _spans(states_TD, vocab_size):
             z = _transformed(states_TD[span], head, objective)
             slope = objective.transform.slope(z)
-            logp = log_softmax_(z, objective.temperature)
-            del z  # a buffer of its own on a GPU
-            own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
-            label_logprobs[span] = own
+            if objective.compiled and objective.kind == "full":
+                teacher = _teacher_logits(targets, span, objective, vocab_size)
+                compiled = _compiled(objective.divergence, objective.temperature, head.dtype)
+                own, value, grad = compiled(z, teacher, targets.labels_T[span])
+                del z, teacher
+            else:
+                logp = log_softmax_(z, objective.temperature)
+                del z  # a buffer of its own on a GPU
+                own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
+                value, grad = _value_and_grad(logp, targets, span, objective, head, own)
+            label_logprobs[span], per_token[span] = own, value
             if objective.importance == "token":
                 importance[span] = _ratio(own, targets, span, objective)
-            value, grad = _value_and_grad(logp, targets, span, objective, head, own)
-            per_token[span] = value
             weight = weights_T[span] * importance[span] / objective.temperature
             if objective.token_clip is not None:
                 weight = weight * (value <= objective.token_clip)
@@ -136,6 +143,23 @@ class _WeightedLoss(torch.autograd.Function):
         scale = grad_outputs[0]
         head = grad_head.mul_(scale) if ctx.needs_input_grad[1] else None
         return grad_states * scale, head, None, None, None, None
+
+
+@cache
+def _compiled(
+    divergence: Divergence, temperature: float, dtype: torch.dtype
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """From both models' logits, fp32 [chunk, V], to the labels' log-probs and the loss, fp32 [chunk], and the gradient
+    [chunk, V] in `dtype`: they are read twice, where one operation after the other reads and writes some twenty times.
+    """
+
+    def step(z: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logp, logq = ((logits / temperature).log_softmax(-1) for logits in (z, teacher))
+        own = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        value, grad = divergence(logp, logq)
+        return own, value, grad.to(dtype)
+
+    return torch.compile(step)
 
 
 def _spans(states_TD: torch.Tensor, vocab_size: int) -> Iterator[slice]:

@@ -315,6 +315,7 @@ def objective(config: Config, transform: LogitTransform) -> Objective:
         token_clip=loss.token_clip,
         transform=transform,
         liger_beta=_liger_beta(loss, transform),
+        compiled=config.learner.compile and transform.softcap is None,
     )
 
 

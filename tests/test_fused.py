@@ -137,6 +137,19 @@ def test_every_support_and_divergence(inputs, name, kind, tail, importance):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_compiled_it_computes_the_same(inputs, name):
+    transform = LogitTransform(scale=0.5)
+    agree(
+        inputs,
+        Objective(
+            kind="full", divergence=divergence(name, BETA), temperature=0.7, importance="token", transform=transform,
+            compiled=True,
+        ),
+        name,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_sampled_token_is_one_chosen_id_with_a_tail(inputs, name):
     objective = Objective(kind="chosen", divergence=divergence(name, BETA))
     agree(inputs, objective, name, ids=inputs["labels"][:, None])
@@ -304,14 +317,15 @@ def test_in_bf16_ligers_kernel_is_the_less_exact_one():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_tensor_cores_sum_in_fp32(name, monkeypatch):
+def test_tensor_cores_sum_in_fp32(name, compiled, monkeypatch):
     """bf16 operands, whose products are summed over many chunks: as near to fp32 as their own rounding."""
     monkeypatch.setattr(fused, "chunk_size", lambda vocab_size, device: 16)
     torch.manual_seed(0)
     tokens, vocab, width = 512, 1024, 64
     drawn = [torch.randn(n, width).bfloat16() for n in (tokens, vocab, tokens, vocab)]
-    objective = Objective(kind="full", divergence=divergence(name, BETA))
+    objective = Objective(kind="full", divergence=divergence(name, BETA), compiled=compiled)
 
     def gradients(device, dtype):
         states, head, teacher_states, teacher_head = (t.to(device, dtype) for t in drawn)
