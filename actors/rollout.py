@@ -39,14 +39,15 @@ class Generator:
         """Returns when the engine stands."""
         return True
 
-    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None) -> Rollout:
+    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None, max_tokens: int | None = None) -> Rollout:
         """Take on `keys`, decode for `slice_s` seconds but at least one step (None: until everything is
-        finished), and return what is finished. Between two calls the engine may be given new weights."""
+        finished), and return what is finished. Between two calls the engine may be given new weights. A completion is
+        cut at `max_tokens`, without it at the recipe's `rollout.max_completion_tokens`."""
         started = time.time()
         problems = [self.problems[key.problem] for key in keys]
         rollout, loss = self.config.rollout, self.config.loss
         how = Sampling(
-            rollout.max_completion_tokens,
+            max_tokens or rollout.max_completion_tokens,
             rollout.temperature,
             rollout.top_p,
             rollout.top_k,

@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from sdft_dist import pieces
-from sdft_dist.account import accounts, mean_lengths
+from sdft_dist.account import Machine, accounts, mean_lengths
 from sdft_dist.bench import Ours, contestant, machine, new_folder, spread, summary
 from sdft_dist.cluster import Fleet, launch, ray_session
 from sdft_dist.config import Config
@@ -33,6 +33,23 @@ ENGINES = {"generator": ("generator",), "teacher": ("teacher",), "learner": ()}
 Batch = Callable[[int], int]  # does the work of one optimizer step; returns its completion tokens
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one role is given to do: batches of `batch` prompts of the problems `rows`, and completions of at most
+    `max_tokens`."""
+
+    role: str
+    batch: int
+    rows: range
+    max_tokens: int
+
+    def keys(self, config: Config, step: int) -> list[SampleKey]:
+        """The samples of batch `step`, as a run on those rows alone draws them."""
+        rollout = config.rollout.model_copy(update={"prompts_per_step": self.batch})
+        drawn = batch_keys(config.model_copy(update={"rollout": rollout}), self.rows, step)
+        return [key._replace(problem=self.rows[key.problem]) for key in drawn]
+
+
 def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: bool) -> dict[str, Any]:
     """Measure `repeats` batches of `role` and return the report, which is also written to `out/bench.json`.
 
@@ -41,62 +58,69 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     """
     if config.method != "sdft" and role != "learner":
         raise UserError(f"--{role}-only: method={config.method} has no {role}")
-    (report,) = bench_batches(config, out, role, [config.rollout.prompts_per_step], repeats=repeats, fixed=fixed)
+    new_folder(out)
+    ours, rollout = contestant(config, config.method, out, fixed=fixed), config.rollout
+    load = Load(
+        role=role,
+        batch=rollout.prompts_per_step,
+        rows=range(len(ours.problems)),
+        max_tokens=rollout.max_completion_tokens,
+    )
+    start = launch(ours.config, ours.problems, ours.vocab_size, ours.stop_ids, engines=ENGINES[role])
+    with ray_session(config), start as fleet:
+        (report,) = bench_loads(ours, fleet, [load], repeats)
+    (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def bench_batches(
-    config: Config, out: Path, role: str, batches: Sequence[int], *, repeats: int, fixed: bool
-) -> list[dict[str, Any]]:
-    """The same for several values of `rollout.prompts_per_step` with one start; a report for each, `bench.json`
-    is of the last."""
-    new_folder(out)
-    ours = contestant(config, config.method, out, fixed=fixed)
-    start = launch(ours.config, ours.problems, ours.vocab_size, ours.stop_ids, engines=ENGINES[role])
-    with ray_session(config), start as fleet:
-        reports = [_measure(_with_batch(ours, batch), fleet, role, repeats) for batch in batches]
-    (out / "bench.json").write_text(json.dumps(reports[-1], indent=2) + "\n")
-    return reports
+def bench_loads(ours: Ours, fleet: Fleet, loads: Sequence[Load], repeats: int) -> list[dict[str, Any]]:
+    """`repeats` batches of each of `loads`, one load after the other; a report of each."""
+    spent = [_work_on(ours, fleet, load, repeats) for load in loads]
+    used = machine(fleet)
+    return [_report(ours.config, ours.problems, load, used, *found) for load, found in zip(loads, spent, strict=True)]
 
 
-def _with_batch(ours: Ours, batch: int) -> Ours:
-    rollout = ours.config.rollout.model_copy(update={"prompts_per_step": batch})
-    return replace(ours, config=ours.config.model_copy(update={"rollout": rollout}))
-
-
-def _measure(ours: Ours, fleet: Fleet, role: str, repeats: int) -> dict[str, Any]:
-    config = ours.config
-    work = {"generator": _generating, "teacher": _scoring, "learner": _learning}[role](ours, fleet)
+def _work_on(ours: Ours, fleet: Fleet, load: Load, repeats: int) -> tuple[list[float], list[int]]:
+    """Seconds and completion tokens of each batch that counts."""
+    work = {"generator": _generating, "teacher": _scoring, "learner": _learning}[load.role](ours, fleet, load)
     taken, tokens = [], []
     for step in range(WARM + repeats):
+        if load.role == "generator":
+            fleet.version += 1  # so that no prompt's keys and values are there already
+            fleet.learner.push(fleet.generators, fleet.version, fleet.version, wait=True)
         started = time.perf_counter()
         tokens.append(work(step))
         taken.append(time.perf_counter() - started)
-    used = machine(fleet)
-    cluster, batch = config.cluster, len(batch_keys(config, ours.problems, 0))
-    actors = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": config.learner.ranks}[role]
-    lengths = mean_lengths(ours.problems, statistics.mean(tokens[WARM:]) / batch)
+    return taken[WARM:], tokens[WARM:]
+
+
+def _report(
+    config: Config, problems: ProblemSet, load: Load, used: Machine, taken: list[float], tokens: list[int]
+) -> dict[str, Any]:
+    cluster, batch = config.cluster, len(load.keys(config, 0))
+    actors = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": config.learner.ranks}[load.role]
+    lengths = mean_lengths([problems[i] for i in load.rows], statistics.mean(tokens) / batch)
     processed = (
         lengths.completion
         + {
             "generator": 0,
             "teacher": lengths.prompt + lengths.demonstration,
             "learner": lengths.prompt,
-        }[role]
+        }[load.role]
     )
-    name = role if config.method == "sdft" else "sft"
-    device_s = {name: actors * statistics.median(taken[WARM:]) / batch}
+    name = load.role if config.method == "sdft" else "sft"
+    device_s = {name: actors * statistics.median(taken) / batch}
     (account,) = accounts(config, lengths, used, device_s, batch / cluster.generators).values()
     return {
-        "role": role,
+        "role": load.role,
         "method": config.method,
         "batch": batch,
-        "repeats": repeats,
+        "repeats": len(taken),
         "actors": actors,
         "device": used.device,
         "lengths": asdict(lengths),
-        "batch_s": summary(taken[WARM:]),
-        "tokens_per_s": summary([batch * processed / seconds for seconds in taken[WARM:]]),
+        "batch_s": summary(taken),
+        "tokens_per_s": summary([batch * processed / seconds for seconds in taken]),
         "account": account,
     }
 
@@ -116,38 +140,37 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
 
 
-def _generating(ours: Ours, fleet: Fleet) -> Batch:
+def _generating(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     import ray
 
-    fleet.to_generators(0)
     generators = fleet.generators.actors
 
     def batch(step: int) -> int:
-        keys, n = batch_keys(ours.config, ours.problems, step), len(generators)
-        done = ray.get([actor.rollout.remote(keys[i::n], None) for i, actor in enumerate(generators)])
+        keys, n = load.keys(ours.config, step), len(generators)
+        done = ray.get([actor.rollout.remote(keys[i::n], None, load.max_tokens) for i, actor in enumerate(generators)])
         return sum(sample.num_completion_tokens for rollout in done for sample in rollout.samples)
 
     return batch
 
 
-def _scoring(ours: Ours, fleet: Fleet) -> Batch:
+def _scoring(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     import ray
 
     fleet.to_teachers(0)
     teachers = fleet.teachers.actors
 
     def batch(step: int) -> int:
-        refs, n = as_sampled(ours.config, ours.problems, batch_keys(ours.config, ours.problems, step)), len(teachers)
+        refs, n = as_sampled(ours.config, ours.problems, load.keys(ours.config, step)), len(teachers)
         ray.get([actor.score.remote(refs[i::n]) for i, actor in enumerate(teachers)])
         return sum(ref.num_completion_tokens for ref in refs)
 
     return batch
 
 
-def _learning(ours: Ours, fleet: Fleet) -> Batch:
+def _learning(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     """Every step on the items of the first, which stay in the object store."""
     config, problems = ours.config, ours.problems
-    keys = batch_keys(config, problems, 0)
+    keys = load.keys(config, 0)
     if config.method == "sdft":
         fleet.learner.push(fleet.teachers, 0, 0)  # to nobody: the ranks keep the head that the targets go through
         items = _as_scored(ours, as_sampled(config, problems, keys))

@@ -279,7 +279,7 @@ def _bench(args: argparse.Namespace) -> None:
         from sdft_dist.synthetic import synthetic
 
         dtype = next((o.partition("=")[2] for o in overrides if o.startswith("model.dtype=")), "float32")
-        made = synthetic(args.out, args.synthetic_model, args.lengths, 1024, dtype)
+        made = synthetic(args.out, args.synthetic_model, [args.lengths], 1024, dtype)
         overrides = [*(f"{key}={value}" for key, value in made.items()), *overrides]
     config = load_config(args.recipe, overrides)
     from rich.console import Console

@@ -1,8 +1,9 @@
 """All that is to be measured on a GPU, in one go, with one table last: `python -m sdft_dist.gpu_check --out FOLDER`.
 
-Each check is a process of its own with a time limit, so that one that fails costs one line and frees all memory. Roles
-are measured one by one, on the learner's GPU: `SDFT/SFT` is the sum of their seconds over those of plain SFT.
-`--device cpu --shape lab` tries the whole of it without a GPU.
+Each check is a process of its own with a time limit, so that one that fails costs its lines and frees all memory.
+Actors take long to start, so what can be measured with the same ones is one check. Roles are measured one by one, on
+the learner's GPU: `SDFT/SFT` is the sum of their seconds over those of plain SFT. `--device cpu --shape lab --large
+lab` tries the whole of it without a GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sdft_dist.bench_roles import Load
 from sdft_dist.config import Config, load_config
 from sdft_dist.errors import UserError
+from sdft_dist.synthetic import parse_lengths, synthetic
 
 RECIPE = Path(__file__).parent.parent / "deploy" / "recipes" / "paper.yaml"
 LENGTHS = {"short": "300/400/400", "long": "1000/600/600"}
-DECODE = (64, 256, 128)  # requests at a time; SDFT/SFT goes by the last: four steps of 32 in flight
-SMALL_DECODE = (2, 8, 4)
+ROWS = 256  # of each length
+REPEATS = 3
+DECODE = {"short": (64, 256, 128), "long": (128,)}  # requests at a time; SDFT/SFT goes by the last: four steps of 32
+SMALL_DECODE = {"short": (2, 8, 4), "long": (4,)}
 LOSS = {"tokens": 8192, "width": 4096, "vocab": 128_256}
 SMALL_LOSS = {"tokens": 64, "width": 4096, "vocab": 2048}
 LIMIT_S = 240  # of one check
@@ -42,6 +48,8 @@ SLOWER = {  # what the choice of TUNED and of varlen stands against
 OFFLOADED = (  # without an average, which would be in host memory too
     "learner.offload=optimizer", "learner.gradient_checkpointing=full", "teacher.kind=base",
 )  # fmt: skip
+# Both engines beside a learner that has next to nothing, so that keys and values find room.
+ENGINES = ("model.lora.rank=1", "cluster.gpu_memory_utilization=0.4")
 Figures = dict[str, float]
 
 
@@ -53,6 +61,7 @@ def main() -> None:
     parser.add_argument("--large", default="qwen3-8b", help="the shape that is tried with optimizer offload")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds of one check (default: %(default)s)")
+    parser.add_argument("--within", type=int, default=1 << 20, help="seconds of all; what does not fit is left out")
     parser.add_argument("--skip", nargs="*", default=[], help="names of checks to leave out")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,72 +70,71 @@ def main() -> None:
         print(json.dumps(checks[args.only]()))
         return
     args.out.mkdir(parents=True)
+    end = time.monotonic() + args.within
     table = Table("check", "figure", "value", "seconds")
-    for name in checks:
-        if name in args.skip:
-            continue
+    for name in [name for name in checks if name not in args.skip]:
         started = time.monotonic()
-        found = _in_a_process(name, args)
+        found = _in_a_process(name, args, min(args.limit, end - started))
         Console(stderr=True).print(f"{name}: {found}", highlight=False)
         (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         seconds = f"{time.monotonic() - started:.0f}"
         for figure, value in found.items():
             table.add_row(name, figure, f"{value:.4g}" if isinstance(value, float) else str(value), seconds)
             name = seconds = ""
-    for length in LENGTHS:
-        names = [f"{part}-{length}" for part in ("learner", "generator", "teacher", "sft")]
-        parts = [_figure(args.out, name, "device_s") for name in names]
-        if None not in parts:
-            *ours, sft = [part for part in parts if part is not None]
-            table.add_row(f"SDFT/SFT, {LENGTHS[length]}", "device-seconds per sample", f"{sum(ours) / sft:.3f}", "")
+    for length, tokens in LENGTHS.items():
+        ratio = sdft_over_sft(args.out, length)
+        if ratio is not None:
+            table.add_row(f"SDFT/SFT, {tokens}", "device-seconds per sample", f"{ratio:.3f}", "")
     Console().print(table)
 
 
-def _in_a_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
+    if limit_s < 1:
+        return {"failed": f"no time was left (--within {args.within})"}
     command = [sys.executable, "-m", "sdft_dist.gpu_check", "--only", name, "--out", str(args.out)]
     command += ["--shape", args.shape, "--large", args.large, "--device", args.device]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            printed, said = process.communicate(timeout=args.limit)
+            printed, said = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # so that Ray ends all of it before the next check needs the memory
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=60)
             process.kill()
-            return {"failed": f"not done in {args.limit} s"}
+            return {"failed": f"not done in {limit_s:.0f} s"}
     (args.out / f"{name}.log").write_text(said)
     if process.returncode:
         return {"failed": (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
     return dict(json.loads(printed.strip().splitlines()[-1]))
 
 
-def _figure(out: Path, name: str, figure: str) -> float | None:
-    path = out / f"{name}.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found.get(figure)
+def sdft_over_sft(out: Path, length: str) -> float | None:
+    """Device-seconds per sample of all roles over those of plain SFT, of the figures in `out`; None where one is
+    missing."""
+    figures = [("learner", ""), ("engines", "generator "), ("engines", "teacher "), ("sft", "")]
+    files = {name: out / f"{name}.json" for name, _ in figures}
+    found = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+    seconds = [found.get(name, {}).get(f"{role}{length} device_s") for name, role in figures]
+    if None in seconds:
+        return None
+    *ours, sft = seconds
+    return float(sum(ours) / sft)
 
 
 def all_checks(args: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
-    """By name what each one measures; the lab first, on whose run the second stands."""
+    """By name what each one measures, what matters most first; "agreement" stands on the run of "lab"."""
+    train = partial(learner, args.out, args.device)
     checks: dict[str, Callable[[], Figures]] = {
         "lab": partial(lab, args.out, args.device),
-        "agreement": partial(agreement, args.out),
-        "targets": partial(targets, args.out),
-        "push": partial(push, args.out, args.device, args.shape),
+        "sft": partial(train, args.shape, LENGTHS, method="sft"),
+        "learner": partial(train, args.shape, LENGTHS),
+        "engines": partial(engines, args.out, args.device, args.shape),
         "loss": partial(loss, args.device, **(LOSS if args.device == "cuda" else SMALL_LOSS)),
+        "agreement": partial(agreement, args.out),
+        "large": partial(train, args.large, ["short"], batch=16, more=OFFLOADED),
     }
-    decode = DECODE if args.device == "cuda" else SMALL_DECODE
-    for length in LENGTHS:
-        measure = partial(role, args.out, args.device, args.shape, length)
-        checks[f"sft-{length}"] = partial(measure, "learner", [32], method="sft")
-        checks[f"learner-{length}"] = partial(measure, "learner", [32])
-        checks[f"teacher-{length}"] = partial(measure, "teacher", [64])
-        checks[f"generator-{length}"] = partial(measure, "generator", decode)
-    large = partial(role, args.out, args.device, args.large, "short", "learner", [16])
-    checks["large"] = partial(large, more=OFFLOADED)
-    sft = partial(role, args.out, args.device, args.shape, "short", "learner", [32], method="sft")
     for name, fields in SLOWER.items():
-        checks[f"sft-short-{name}"] = partial(sft, more=fields)
+        checks[f"sft-{name}"] = partial(train, args.shape, ["short"], method="sft", more=fields)
     return checks
 
 
@@ -144,37 +152,49 @@ def lab(out: Path, device: str) -> Figures:
 
 
 def agreement(out: Path) -> Figures:
-    """Log-probs of sampled tokens, generator against learner, nats."""
-    from sdft_dist.preflight import preflight
-
-    found = preflight(load_config(out / "lab" / "seed-0" / "sdft.yaml"), 64)
-    return {"mean": found.logprob_difference_mean, "max": found.logprob_difference_max}
-
-
-def targets(out: Path) -> Figures:
-    """The teacher's states in the engine against a local model's, by token: the difference's norm over the state's."""
-    import numpy as np
+    """Log-probs of sampled tokens, generator against learner, nats; and the teacher's states in the engine against a
+    local model's, by token: the difference's norm over the state's."""
     import ray
+
+    from sdft_dist.bench import contestant
+    from sdft_dist.bench_roles import as_sampled
+    from sdft_dist.cluster import launch, ray_session
+    from sdft_dist.data import ProblemSet
+    from sdft_dist.loop import batch_keys
+    from sdft_dist.pieces import fetch
+    from sdft_dist.preflight import logprob_differences
+
+    ours = contestant(load_config(out / "lab" / "seed-0" / "sdft.yaml"), "sdft", out / "agreement", fixed=False)
+    config, problems = ours.config, ours.problems
+    first = ProblemSet(problems[i] for i in range(64))
+    with ray_session(config), launch(config, problems, ours.vocab_size, ours.stop_ids) as fleet:
+        fleet.to_generators(0)
+        fleet.to_teachers(0)
+        logprobs = logprob_differences(fleet, first, config)
+        refs = as_sampled(config, problems, batch_keys(config, problems, 0))
+        scored = ray.get(fleet.teachers.actors[0].score.remote(refs)).items
+        targets = fetch([item.targets for item in scored])
+    states = _state_differences(config, [problems[item.key.problem] for item in scored], targets)
+    return {
+        "log-probs mean": float(logprobs.mean()),
+        "log-probs max": float(logprobs.max()),
+        "states mean": states.mean().item(),
+        "states max": states.max().item(),
+    }
+
+
+def _state_differences(config: Config, problems: Sequence[Any], targets: Sequence[Any]) -> Any:
+    """fp32 [T] over all tokens of the demonstrations."""
+    import numpy as np
     import torch
 
     from learner.model import load_causal_lm
-    from sdft_dist.bench import contestant
-    from sdft_dist.bench_roles import as_sampled
-    from sdft_dist.cluster import launch, ray_session, resolve_device
-    from sdft_dist.loop import batch_keys
-    from sdft_dist.pieces import fetch
+    from sdft_dist.cluster import resolve_device
 
-    ours = contestant(load_config(out / "lab" / "seed-0" / "sdft.yaml"), "sdft", out / "targets", fixed=False)
-    config, problems, device = ours.config, ours.problems, resolve_device(ours.config)
-    keys = batch_keys(config, problems, 0)
-    with ray_session(config), launch(config, problems, ours.vocab_size, [], engines=("teacher",)) as fleet:
-        fleet.to_teachers(0)
-        scored = ray.get(fleet.teachers.actors[0].score.remote(as_sampled(config, problems, keys)))
-        found = fetch([item.targets for item in scored.items])
+    device = resolve_device(config)
     model = load_causal_lm(config.model).eval().to(device)
     differences = []
-    for item, theirs in zip(scored.items, found, strict=True):
-        problem = problems[item.key.problem]
+    for problem, theirs in zip(problems, targets, strict=True):
         ids = np.concatenate([problem.teacher_prompt_ids, problem.demonstration_ids])
         with torch.no_grad():
             states = model.model(torch.from_numpy(ids.astype(np.int64))[None].to(device)).last_hidden_state[0]
@@ -182,76 +202,104 @@ def targets(out: Path) -> Figures:
         other = torch.from_numpy(theirs.states.copy())
         other = (other.view(torch.bfloat16) if theirs.dtype == "bfloat16" else other).float()
         differences.append((own - other).norm(dim=-1) / own.norm(dim=-1))
-    every = torch.cat(differences)
-    return {"mean": every.mean().item(), "max": every.max().item()}
+    return torch.cat(differences)
 
 
-def push(out: Path, device: str, shape: str) -> Figures:
-    """Seconds of whole pushes to a generator and a teacher that share the learner's device, each of which checks
-    every message's sum; medians of 3 after the first."""
+def engines(out: Path, device: str, shape: str) -> Figures:
+    """A generator and a teacher that share the learner's device, on random weights of a published shape: pushes to
+    them, then each by itself."""
+    import torch
+
     from sdft_dist.bench import contestant
+    from sdft_dist.bench_roles import bench_loads
     from sdft_dist.cluster import launch, ray_session
     from sdft_dist.topology import push_transport
 
-    # Adapters without effect on what is pushed the first time; without them three tenants of one GPU are too many.
-    config = recipe(out, device, shape, "short", ["model.lora.rank=1", *_room(device, 0.2)])
-    ours = contestant(config, "sdft", out / "push", fixed=True)
+    config = recipe(out, device, shape, list(ENGINES))
+    # Random weights end a completion only by chance.
+    ours = replace(contestant(config, "sdft", out / "engines", fixed=False), stop_ids=[])
     spans: dict[str, list[float]] = {}
 
     def note(role: str, index: int, span: Any) -> None:
-        spans.setdefault(f"{role}_{span.what.replace(' ', '_')}_s", []).append(span.end - span.start)
+        spans.setdefault(f"push {role}: {span.what} s", []).append(span.end - span.start)
 
-    with ray_session(config), launch(config, ours.problems, ours.vocab_size, [], on_span=note) as fleet:
+    decode = DECODE if device == "cuda" else SMALL_DECODE
+    loads = [load("generator", length, batch) for length in LENGTHS for batch in decode[length]]
+    loads += [load("teacher", length, 64) for length in LENGTHS]
+    start = launch(config, ours.problems, ours.vocab_size, ours.stop_ids, on_span=note)
+    with ray_session(config), start as fleet:
         for version in range(4):
             for pool in (fleet.generators, fleet.teachers):
                 fleet.learner.open_push(pool)  # after which a push is of all weights
                 started = time.perf_counter()
                 fleet.learner.push(pool, version, version, wait=True)
-                spans.setdefault(f"{pool.role}_s", []).append(time.perf_counter() - started)
-        peaks = fleet.peak_gib()
-    print(f"over {push_transport(config, device)}", file=sys.stderr)
-    medians = {name: statistics.median(taken[1:]) for name, taken in spans.items()}
-    return {**medians, **{f"{name}_peak_gib": gib for name, gib in peaks.items()}}
+                spans.setdefault(f"push {pool.role}: all s", []).append(time.perf_counter() - started)
+            fleet.version = version
+        pushes = {name: statistics.median(taken[1:]) for name, taken in spans.items()}
+        reports = bench_loads(ours, fleet, loads, REPEATS)
+    print(f"pushed over {push_transport(config, device)}", file=sys.stderr)
+    found = {**pushes, **_by_load(loads, reports, lambda load: f"{load.role} ")}
+    if device == "cuda":  # keys and values take what is left of their share
+        found["predicted_gib"] = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
+    return found
 
 
-def role(
+def learner(
     out: Path,
     device: str,
     shape: str,
-    length: str,
-    which: str,
-    batches: Sequence[int],
+    lengths: Iterable[str],
     *,
+    batch: int = 32,
     method: str = "sdft",
     more: tuple[str, ...] = (),
 ) -> Figures:
-    """One role by itself on random weights of a published shape; its figures are of the last batch, and
-    tokens/s of each."""
-    import torch
-
-    from sdft_dist.bench_roles import bench_batches
+    """Optimizer steps of `batch` samples by themselves, on random weights of a published shape."""
+    from sdft_dist.bench import contestant
+    from sdft_dist.bench_roles import bench_loads
+    from sdft_dist.cluster import launch, ray_session
     from sdft_dist.dimensions import read_dimensions
     from sdft_dist.plan_memory import host_gib, memory_gib
 
-    fields = [f"method={method}", *TUNED, *more, *([] if method == "sdft" else ["teacher.kind=base"])]
-    if which != "learner":  # beside a learner that has next to nothing, so that keys and values find room
-        fields += ["model.lora.rank=1", *_room(device, 0.6)]
-    config = recipe(out, device, shape, length, fields)
-    needed = host_gib(config, read_dimensions(config), 1)
+    folder = out / "-".join(["learner", shape, method, *more])
+    ours = contestant(recipe(out, device, shape, [*TUNED, *more]), method, folder, fixed=False)
+    config, dimensions = ours.config, read_dimensions(ours.config)
+    needed = host_gib(config, dimensions, 1)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > there:
         raise UserError(f"{shape}: its optimizer needs {needed:.0f} GiB of host memory, {there:.0f} are there")
-    folder = out / "-".join([shape, which, length, method, *more])
-    reports = bench_batches(config, folder, which, batches, repeats=3, fixed=True)
-    rates = {f"tokens_per_s_at_{report['batch']}": report["tokens_per_s"]["median"] for report in reports}
-    predicted = memory_gib(config, read_dimensions(config), 1)[which]
-    if device == "cuda" and which != "learner":  # whose keys and values take what is left of its share
-        predicted = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
-    return {**rates, **reports[-1]["account"], "predicted_gib": predicted}
+    loads = [load("learner", length, batch) for length in lengths]
+    start = launch(config, ours.problems, ours.vocab_size, ours.stop_ids, engines=())
+    with ray_session(config), start as fleet:
+        reports = bench_loads(ours, fleet, loads, REPEATS)
+    return {
+        **_by_load(loads, reports, lambda load: ""),
+        "predicted_gib": memory_gib(config, dimensions, 1)["learner"],
+        "host_gib": needed,
+    }
+
+
+def load(role: str, length: str, batch: int) -> Load:
+    """Batches of prompts of one of LENGTHS, as they lie in `recipe`'s rows."""
+    first = ROWS * list(LENGTHS).index(length)
+    completion = parse_lengths(LENGTHS[length])[-1]
+    return Load(role=role, batch=batch, rows=range(first, first + ROWS), max_tokens=completion)
+
+
+def _by_load(loads: Sequence[Load], reports: Sequence[dict[str, Any]], prefix: Callable[[Load], str]) -> Figures:
+    """The figures of all loads by role and length: tokens/s of each batch, the account of the last."""
+    found: Figures = {}
+    for given, report in zip(loads, reports, strict=True):
+        length = list(LENGTHS)[given.rows.start // ROWS]
+        about = f"{prefix(given)}{length} "
+        found[f"{about}tokens/s at {given.batch}"] = report["tokens_per_s"]["median"]
+        found |= {f"{about}{name}": value for name, value in report["account"].items()}
+    return found
 
 
 def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
-    """The full-vocabulary loss, forward and backward: ours, Liger's, and plain torch's, ms and GB."""
+    """The full-vocabulary loss, forward and backward: ours, with and without learner.compile, Liger's, and plain
+    torch's, ms and GB."""
     import torch
 
     from learner import fused, liger
@@ -265,8 +313,9 @@ def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
     labels = torch.zeros(tokens, dtype=torch.int64, device=device)
     targets = Targets(labels_T=labels, states_TD=teacher_states, heads=((tokens, teacher_head),))
 
-    def ours() -> Any:
-        return fused.weighted_loss(states, head, weights, targets, Objective(kind="full"), vocab_size=vocab).total
+    def ours(compiled: bool) -> Any:
+        full = Objective(kind="full", compiled=compiled)
+        return fused.weighted_loss(states, head, weights, targets, full, vocab_size=vocab).total
 
     def ligers() -> Any:
         plain = Objective(kind="full", liger_beta=0.0)
@@ -277,7 +326,13 @@ def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
         return ((logq.exp() * (logq - logp)).sum(-1) * weights).sum()
 
     found: Figures = {}
-    for name, compute in (("ours", ours), ("liger", ligers), ("plain", plain)):
+    contestants: dict[str, Callable[[], Any]] = {
+        "ours": partial(ours, False),
+        "compiled": partial(ours, True),
+        "liger": ligers,
+        "plain": plain,
+    }
+    for name, compute in contestants.items():
         try:
             found |= {f"{name}_{what}": value for what, value in _cost(compute, [states, head], device).items()}
         except (RuntimeError, ImportError) as e:  # plain torch may not fit
@@ -315,24 +370,13 @@ def _shared(device: str) -> list[str]:
     return ["cluster.device=cuda", "cluster.colocate=all", "model.dtype=bfloat16", "model.attention=varlen"]
 
 
-def _room(device: str, share: float) -> list[str]:
-    """For each engine, of the device's memory."""
-    return [f"cluster.gpu_memory_utilization={share}"] if device == "cuda" else []
-
-
-def recipe(out: Path, device: str, shape: str, length: str, more: list[str]) -> Config:
-    """The paper's recipe on random weights, which are made once for all lengths."""
-    from sdft_dist.synthetic import parse_lengths, synthetic, write_model
-
-    folder = out / "inputs" / f"{shape}-{length}"
-    made = folder / "made.json"
+def recipe(out: Path, device: str, shape: str, more: list[str]) -> Config:
+    """The paper's recipe on random weights and rows of all LENGTHS, one after the other, which are made once."""
+    made = out / "inputs" / shape / "made.json"
     if not made.is_file():
-        dtype, model = "bfloat16" if device == "cuda" else "float32", out / "inputs" / shape
-        if not model.is_dir():
-            longest = max(sum(parse_lengths(lengths)) for lengths in LENGTHS.values())
-            write_model(model, shape, dtype, longest + 16)
-        made_of = synthetic(folder, shape, LENGTHS[length], 512, dtype, model)
-        made.write_text(json.dumps(made_of))
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        overrides = synthetic(made.parent, shape, list(LENGTHS.values()), ROWS, dtype)
+        made.write_text(json.dumps(overrides))
     fields = [f"{key}={value}" for key, value in json.loads(made.read_text()).items()]
     if not RECIPE.is_file():
         raise UserError(f"{RECIPE}: is not there: run this in a clone of the repository")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Protocol
 
 from sdft_dist import data
@@ -86,7 +86,7 @@ def train(
         done = after_step(step)
 
 
-def batch_keys(config: Config, problems: ProblemSet, step: int) -> list[SampleKey]:
+def batch_keys(config: Config, problems: Sized, step: int) -> list[SampleKey]:
     """What optimizer step `step` trains on: a pure function of the seed and the step."""
     rollout = config.rollout
     indices = data.batch(step, num_problems=len(problems), size=rollout.prompts_per_step, seed=config.seed)

@@ -100,7 +100,7 @@ def preflight(config: Config, num_rows: int = 64) -> Preflight:
     ends = stop_ids(tokenizer, config.model.path, config.model.revision)
     with ray_session(config), launch(config, problems, len(tokenizer), ends, engines=("generator",)) as fleet:
         fleet.to_generators(0)
-        difference = _agreement(fleet, problems, config)
+        difference = logprob_differences(fleet, problems, config)
         likelihood = _likelihood(fleet, problems)
         accuracy = _accuracy(fleet, problems, kept, tokenizer, config)
     return Preflight(
@@ -118,8 +118,9 @@ def preflight(config: Config, num_rows: int = 64) -> Preflight:
     )
 
 
-def _agreement(fleet: Fleet, problems: ProblemSet, config: Config) -> np.ndarray:
-    """|generator's − learner's log-prob| of every sampled token, at the sampling temperature."""
+def logprob_differences(fleet: Fleet, problems: ProblemSet, config: Config) -> np.ndarray:
+    """|generator's − learner's log-prob|, float32 [T] in nats at the sampling temperature, of every token of one
+    completion for each of `problems`, with which the fleet's own begin."""
     samples = fleet.generators.sample(range(len(problems)))
     prompts = [
         problems[s.key.problem].teacher_prompt_ids

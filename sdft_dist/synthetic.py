@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,38 +91,37 @@ def write_model(folder: Path, shape: str, dtype: str, max_length: int, seed: int
     return folder
 
 
-def write_rows(path: Path, shape: str, prompt: int, demonstration: int, count: int, seed: int = 0) -> Path:
-    """`count` rows of random words with `prompt` and `demonstration` tokens, those of the chat template
-    counted in."""
+def write_rows(path: Path, shape: str, lengths: Sequence[tuple[int, int]], count: int, seed: int = 0) -> Path:
+    """`count` rows of random words for each of `lengths`, the tokens of prompt and demonstration, those of the chat
+    template counted in."""
     rng = random.Random(seed)
 
     def words(n: int) -> str:
         return " ".join(f"w{rng.randrange(SHAPES[shape]['vocab_size'] - len(SPECIAL))}" for _ in range(max(1, n)))
 
     with path.open("w") as out:
-        for _ in range(count):
-            # <|user|> … <|end|> <|assistant|> around the prompt; <|end|> after what SFT imitates.
-            row = {"prompt": words(prompt - 3), "demonstration": words(demonstration - 1)}
-            out.write(json.dumps(row) + "\n")
+        for prompt, demonstration in lengths:
+            for _ in range(count):
+                # <|user|> … <|end|> <|assistant|> around the prompt; <|end|> after what SFT imitates.
+                row = {"prompt": words(prompt - 3), "demonstration": words(demonstration - 1)}
+                out.write(json.dumps(row) + "\n")
     return path
 
 
-def synthetic(
-    out: Path, shape: str, lengths: str, num_rows: int, dtype: str, model: Path | None = None
-) -> dict[str, Any]:
-    """Write a random model of `shape` and rows of `lengths`, "prompt/demonstration/completion" in tokens,
-    and return the overrides that a configuration needs for them. `model` is a folder of
-    that shape, where one has been written for contexts as long."""
+def synthetic(out: Path, shape: str, lengths: Sequence[str], num_rows: int, dtype: str) -> dict[str, Any]:
+    """Write a random model of `shape` and `num_rows` rows for each of `lengths`, "prompt/demonstration/completion" in
+    tokens, and return the overrides that a configuration needs for them."""
     if shape not in SHAPES:
         raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
-    prompt, demonstration, completion = parse_lengths(lengths)
+    parsed = [parse_lengths(text) for text in lengths]
     out.mkdir(parents=True, exist_ok=True)
-    context = prompt + demonstration + completion + 16
+    context = max(map(sum, parsed)) + 16
+    rows = write_rows(out / "rows.jsonl", shape, [(prompt, shown) for prompt, shown, _ in parsed], num_rows)
     return {
-        "model.path": str(model or write_model(out / "model", shape, dtype, context)),
+        "model.path": str(write_model(out / "model", shape, dtype, context)),
         "model.dtype": dtype,
         "model.max_length": context,
-        "data.train": str(write_rows(out / "rows.jsonl", shape, prompt, demonstration, num_rows)),
+        "data.train": str(rows),
         "prompt.template": "'{prompt} {demonstration}'",
-        "rollout.max_completion_tokens": completion,
+        "rollout.max_completion_tokens": max(completion for *_, completion in parsed),
     }

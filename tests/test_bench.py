@@ -116,11 +116,12 @@ def test_synthetic_rows_have_the_lengths_asked_for(tmp_path):
     model = write_model(tmp_path / "model", "lab", "float32", 128)
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert len(tokenizer) == SHAPES["lab"]["vocab_size"]
-    rows = [json.loads(line) for line in write_rows(tmp_path / "r.jsonl", "lab", 12, 7, 20).open()]
-    for row in rows:
+    rows = [json.loads(line) for line in write_rows(tmp_path / "r.jsonl", "lab", [(12, 7), (9, 5)], 20).open()]
+    assert len(rows) == 40
+    for row, (prompt, demonstration) in zip(rows, [(12, 7)] * 20 + [(9, 5)] * 20, strict=True):
         chat = [{"role": "user", "content": row["prompt"]}]
-        assert len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) == 12
-        assert len(tokenizer(row["demonstration"])["input_ids"]) == 7 - 1
+        assert len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) == prompt
+        assert len(tokenizer(row["demonstration"])["input_ids"]) == demonstration - 1
     assert parse_lengths("3/4/5") == (3, 4, 5)
     with pytest.raises(UserError, match="--lengths: got '3/4'"):
         parse_lengths("3/4")
@@ -128,7 +129,7 @@ def test_synthetic_rows_have_the_lengths_asked_for(tmp_path):
 
 def test_plain_fine_tuning_pays_for_no_average(tmp_path):
     """What it is measured against would look faster otherwise."""
-    made = synthetic(tmp_path / "inputs", "lab", "12/7/5", 4, "float32")
+    made = synthetic(tmp_path / "inputs", "lab", ["12/7/5"], 4, "float32")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("teacher: {kind: ema}\nrollout: {max_completion_tokens: 5}\n")
     config = load_config(recipe, [f"{key}={value}" for key, value in made.items()])

@@ -1,45 +1,77 @@
 """The measurements for a GPU are put together right; they need one to mean anything."""
 
 import argparse
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 from sdft_dist.dimensions import dimensions
-from sdft_dist.gpu_check import OFFLOADED, SLOWER, TUNED, all_checks, loss, recipe
+from sdft_dist.gpu_check import (
+    DECODE,
+    LENGTHS,
+    OFFLOADED,
+    SLOWER,
+    TUNED,
+    all_checks,
+    load,
+    loss,
+    recipe,
+    sdft_over_sft,
+)
 from sdft_dist.plan import GPUS, USABLE
 from sdft_dist.plan_memory import memory_gib
-from sdft_dist.synthetic import SHAPES
+from sdft_dist.synthetic import SHAPES, parse_lengths
 from sdft_dist.topology import needs
 
 
 def test_every_role_is_measured_at_both_lengths(tmp_path):
     args = argparse.Namespace(out=tmp_path, device="cuda", shape="qwen3-4b", large="qwen3-8b")
-    names = set(all_checks(args))
-    roles = {f"{role}-{length}" for role in ("sft", "learner", "teacher", "generator") for length in ("short", "long")}
-    others = {"lab", "agreement", "targets", "push", "loss", "large", "sft-short-eager", "sft-short-sdpa"}
-    assert names == roles | others
+    assert set(all_checks(args)) == {
+        "lab", "agreement", "sft", "learner", "engines", "loss", "large", "sft-eager", "sft-sdpa",
+    }  # fmt: skip
+    for length in LENGTHS:
+        assert sdft_over_sft(tmp_path, length) is None
+        found = {"sft": {f"{length} device_s": 2.0}, "learner": {f"{length} device_s": 2.5}, "engines": {}}
+        found["engines"] = {f"generator {length} device_s": 1.0, f"teacher {length} device_s": 0.5}
+        for name, figures in found.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(figures))
+        assert sdft_over_sft(tmp_path, length) == 2.0
+
+
+def test_a_load_is_of_the_rows_of_its_length_all_different(tmp_path):
+    config = recipe(tmp_path, "cuda", "lab", [])
+    rows = [json.loads(line) for line in Path(str(config.data.train)).read_text().splitlines()]
+    for length, tokens in LENGTHS.items():
+        prompt, demonstration, completion = parse_lengths(tokens)
+        given = load("generator", length, max(map(max, DECODE.values())))
+        keys = given.keys(config, 3)
+        assert len({key.problem for key in keys}) == len(keys) == given.batch
+        assert {len(rows[key.problem]["prompt"].split()) for key in keys} == {prompt - 3}
+        assert {len(rows[key.problem]["demonstration"].split()) for key in keys} == {demonstration - 1}
+        assert given.max_tokens == completion == demonstration
 
 
 @pytest.mark.parametrize("fields", [TUNED, (*TUNED, *OFFLOADED), *((*TUNED, *fields) for fields in SLOWER.values())])
 def test_the_learner_fits_an_h200(tmp_path, fields):
     """By the plan, at the shape that it is measured at."""
     shape = "qwen3-8b" if "learner.offload=optimizer" in fields else "qwen3-4b"
-    config = recipe(tmp_path, "cuda", "lab", "short", list(fields))
+    config = recipe(tmp_path, "cuda", "lab", list(fields))
     assert memory_gib(config, dimensions(SHAPES[shape]), 1)["learner"] < USABLE * GPUS["h200"].memory_gib
 
 
 def test_the_recipe_puts_all_roles_on_one_gpu_and_its_inputs_are_made_once(tmp_path):
-    config = recipe(tmp_path, "cuda", "lab", "short", ["learner.offload=optimizer"])
+    config = recipe(tmp_path, "cuda", "lab", ["learner.offload=optimizer"])
     assert sum(need.number * need.gpus for need in needs(config, "cuda")) == 1
     assert (config.model.dtype, config.learner.offload) == ("bfloat16", "optimizer")
-    made = (tmp_path / "inputs" / "lab-short" / "made.json").stat().st_mtime_ns
-    assert recipe(tmp_path, "cuda", "lab", "short", []).model.path == config.model.path
-    assert (tmp_path / "inputs" / "lab-short" / "made.json").stat().st_mtime_ns == made
+    made = (tmp_path / "inputs" / "lab" / "made.json").stat().st_mtime_ns
+    assert recipe(tmp_path, "cuda", "lab", []).model.path == config.model.path
+    assert (tmp_path / "inputs" / "lab" / "made.json").stat().st_mtime_ns == made
 
 
-def test_all_three_losses_are_timed():
+def test_all_losses_are_timed():
     pytest.importorskip("liger_kernel")
     found = loss("cpu", tokens=32, width=16, vocab=64)
-    assert {name for name in found if name.endswith("_ms")} == {"ours_ms", "liger_ms", "plain_ms"}
+    assert {name for name in found if name.endswith("_ms")} == {"ours_ms", "compiled_ms", "liger_ms", "plain_ms"}
     assert all(math.isfinite(value) for value in found.values())
