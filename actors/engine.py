@@ -89,7 +89,7 @@ class Engine:
             options["distributed_executor_backend"] = "mp"
         if device == "cpu":
             options["enforce_eager"] = True
-            options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator; CUDA only
+            options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator
         else:
             options["gpu_memory_utilization"] = cluster.engine_memory
             options["enable_sleep_mode"] = cluster.sleep
@@ -102,7 +102,9 @@ class Engine:
                 options["speculative_config"] = drafts.settings(config.rollout)
         else:
             options["runner"], options["convert"] = "pooling", "embed"
-            options["enable_prefix_caching"] = False  # token_embed never reads it
+            # vLLM 0.26 keeps a first chunk's states where the next step of a CUDA graph writes its own.
+            options["enable_chunked_prefill"] = False
+            options["enable_prefix_caching"] = config.rollout.completions_per_prompt > 1
             # Without use_activation=False the states come L2-normalised.
             options["pooler_config"] = PoolerConfig(task="token_embed", use_activation=False)
             if config.model.dtype != "float32":
@@ -201,24 +203,37 @@ class Engine:
                 self._step()
             core.resume_scheduler()
 
-    def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
+    def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int], salts: Sequence[str]) -> list[np.ndarray]:
         """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
-        rows start − 1 to the last but one. Needs runner="pooling" and a current push.
+        rows start − 1 to the last but one. What two sequences of one salt have in common at their start is computed
+        once, where a prompt has several completions. Needs runner="pooling" and a current push.
 
         bf16 comes as uint16."""
+        # The state of the last token predicts nothing that is scored.
+        tokens = [sequence[:-1] for sequence in sequences]
+        counts = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
+        found = self._read(tokens, salts, reuse=True)
+        # Of what was there already no states come: a completion that begins as another did is read again.
+        short = [i for i, (states, count) in enumerate(zip(found, counts, strict=True)) if len(states) < count]
+        for i, states in zip(
+            short, self._read([tokens[i] for i in short], [""] * len(short), reuse=False), strict=True
+        ):
+            found[i] = states
+        return [_last_rows(states, count) for states, count in zip(found, counts, strict=True)]
+
+    def _read(self, prompts: Sequence[np.ndarray], salts: Sequence[str], *, reuse: bool) -> list[Any]:
+        """Final hidden states [tokens that were computed, D], the last ones of each prompt."""
         from vllm import PoolingParams
 
-        self._serving_version()
-        engine, outputs = self._llm.llm_engine, {}
-        ids = [self._new_id() for _ in sequences]
-        for request_id, tokens in zip(ids, sequences, strict=True):
-            # The state of the last token predicts nothing that is scored.
-            engine.add_request(
-                request_id, {"prompt_token_ids": tokens[:-1].tolist()}, PoolingParams(task="token_embed")
-            )
+        version, engine, outputs = self._serving_version(), self._llm.llm_engine, {}
+        ids = [self._new_id() for _ in prompts]
+        for request_id, prompt_ids, salt in zip(ids, prompts, salts, strict=True):
+            prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": f"{version}/{salt}"}
+            how = PoolingParams(task="token_embed", skip_reading_prefix_cache=not reuse)
+            engine.add_request(request_id, prompt, how)
         while engine.has_unfinished_requests():
             outputs.update({o.request_id: o.outputs.data for o in engine.step() if o.finished})
-        return [_rows(outputs[i], start - 1) for i, start in zip(ids, starts, strict=True)]
+        return [outputs[i] for i in ids]
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group as a receiver."""
@@ -299,8 +314,8 @@ def _completion(output: Any, request: _Request) -> Completion:
     return Completion(token_ids, logprobs, output.finish_reason, request.spans(), top_ids)
 
 
-def _rows(states: Any, first: int) -> np.ndarray:
+def _last_rows(states: Any, count: int) -> np.ndarray:
     import torch
 
-    kept = states[first:].contiguous().cpu()
+    kept = states[len(states) - count :].contiguous().cpu()
     return (kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy()

@@ -180,12 +180,15 @@ class Stream:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Give waiting samples to the teachers, those of earlier steps first."""
+        """Give waiting samples to the teachers, those of earlier steps first. Completions of one prompt go to one
+        teacher as far as may be, which then reads it once."""
         well = [t for t in range(len(self._scoring)) if t not in self._teachers.lost]
         if self._slice_s is None:
-            for i, t in enumerate(well):
-                self._score(t, self._waiting[i :: len(well)])
-            self._waiting = [] if well else self._waiting
+            waiting, problems = self._waiting, list(dict.fromkeys(sample.key.problem for sample in self._waiting))
+            home = {problem: well[i % len(well)] for i, problem in enumerate(problems)} if well else {}
+            for t in well:
+                self._score(t, [sample for sample in waiting if home[sample.key.problem] == t])
+            self._waiting = [] if well else waiting
             return
         self._waiting.sort(key=lambda sample: (sample.key.step, sample.key.problem))
         free = [t for t in well for _ in range(AHEAD - len(self._scoring[t]))]

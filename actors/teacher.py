@@ -40,7 +40,8 @@ class Teacher:
         samples: list[Sample] = fetch([r.sample for r in refs])
         prompts = [self.problems[s.key.problem].teacher_prompt_ids for s in samples]
         sequences = [np.concatenate([p, s.completion_ids]) for p, s in zip(prompts, samples, strict=True)]
-        states = self.engine.states(sequences, [len(p) for p in prompts])
+        # By step, so that a resumed run finds in the cache what an uninterrupted one does.
+        states = self.engine.states(sequences, [len(p) for p in prompts], [str(s.key.step) for s in samples])
         version = self.engine.version
         assert version is not None
         dtype = self.config.model.dtype

@@ -121,7 +121,11 @@ class ReusableTeacher(Teacher):
     """A teacher that also reads sequences of the test's own."""
 
     def read(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
-        return self.engine.states(sequences, starts)
+        return self.engine.states(sequences, starts, [""] * len(sequences))
+
+    def computed(self, sequences: Sequence[np.ndarray], salts: Sequence[str]) -> list[int]:
+        """Of each sequence the tokens that were not there already."""
+        return [len(states) for states in self.engine._read([s[:-1] for s in sequences], salts, reuse=True)]
 
     def configure(self, config: Config) -> None:
         """Serve another loss with the same engine."""
