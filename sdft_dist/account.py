@@ -49,11 +49,9 @@ def accounts(
 ) -> dict[str, dict[str, float]]:
     """An Account for each role of `device_s`, which holds device-seconds per sample by role ("sft": the
     learner's without a teacher)."""
-    m, gpu = read_dimensions(config), _gpu(config, machine)
-    work = flops(m, lengths)
-    predicted = seconds(
-        m, lengths, gpu, decode_batch=decode_batch, completions_per_prompt=config.rollout.completions_per_prompt
-    )
+    m, gpu, copies = read_dimensions(config), _gpu(config, machine), config.rollout.completions_per_prompt
+    work = flops(m, lengths, copies)
+    predicted = seconds(m, lengths, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
     return {
         role: asdict(
             Account(

@@ -26,9 +26,10 @@ from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import UserError
-from sdft_dist.loop import train
+from sdft_dist.loop import batch_keys, train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 from sdft_dist.runlog import RunLog, read_metrics
+from sdft_dist.topology import needs
 from sdft_dist.types import Problem
 
 SKIPPED = 2  # steps at the start of each segment, which fill the pipeline again
@@ -189,13 +190,24 @@ def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
     )
 
 
-def devices(config: Config) -> dict[str, int]:
-    """How many each role has, and "all" together. On CPU they share one."""
-    cluster, ranks = config.cluster, config.learner.ranks
+def devices(config: Config) -> int:
+    """Those that the method's roles take, in evaluation none. On CPU all share one."""
+    roles = ("learner", "generator", "teacher") if config.method == "sdft" else ("learner",)
     if resolve_device(config) == "cpu":
-        return {"generator": 1, "teacher": 1, "learner": 1, "all": 1}
-    split = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": ranks}
-    return {**split, "all": sum(split.values())}
+        return 1
+    return sum(need.number * need.gpus for need in needs(config, "cuda", roles))
+
+
+def spans(config: Config) -> dict[str, int]:
+    """Devices of one actor of each role."""
+    if resolve_device(config) == "cpu":
+        return {"learner": 1, "generator": 1, "teacher": 1}
+    cluster = config.cluster
+    return {
+        "learner": 1,
+        "generator": cluster.generator_tensor_parallel,
+        "teacher": cluster.teacher_tensor_parallel,
+    }
 
 
 def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
@@ -213,10 +225,11 @@ def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
 
 
 def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed: bool) -> dict[str, Any]:
-    batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
-    rates = {name: [_rate(ends, batch) for ends in segments[1:-1]] for name, segments in turns.ends.items()}
-    split = devices(config)
-    used = {"sdft": split["all"], "sft": split["learner"], "sync": split["all"], "trl": 1}
+    sdft, sft = ours
+    batch = {contestant.name: len(batch_keys(contestant.config, contestant.problems, 0)) for contestant in ours}
+    batch |= {"sync": batch["sdft"], "trl": config.rollout.prompts_per_step}
+    rates = {name: [_rate(ends, batch[name]) for ends in segments[1:-1]] for name, segments in turns.ends.items()}
+    used = {"sdft": devices(sdft.config), "sft": devices(sft.config), "sync": devices(sdft.config), "trl": 1}
     cost = {name: [used[name] / r for r in found] for name, found in rates.items()}
     metrics = {method: read_metrics(out / method, "train") for method in ("sdft", "sft")}
     busy = {method: _busy(metrics[method], turns.ends[method]) for method in metrics}
@@ -225,7 +238,7 @@ def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed
         "sdft_over_sft": summary([a / b for a, b in zip(cost["sdft"], cost["sft"], strict=True)]),
         "samples_per_s": {name: summary(found) for name, found in rates.items()},
         "devices": {name: used[name] for name in rates},
-        "batch": batch,
+        "batch": {name: batch[name] for name in rates},  # samples of a step
         "segments": len(rates["sdft"]),
         "fixed_lengths": fixed,
         "completion_tokens": completion,
@@ -233,7 +246,7 @@ def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed
         "staleness_shares": _shares(metrics["sdft"]),
         "busy_share": busy["sdft"],
         "time_share": time_shares(busy["sdft"], config),
-        "roles": _roles(config, turns, ours, busy, completion),
+        "roles": _roles(turns, ours, batch, busy, completion),
     }
     for peer in rates.keys() & {"sync", "trl"}:
         report[f"sdft_over_{peer}_speed"] = summary([a / b for a, b in zip(rates["sdft"], rates[peer], strict=True)])
@@ -241,24 +254,28 @@ def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed
 
 
 def _roles(
-    config: Config, turns: Turns, ours: Sequence[Ours], busy: dict[str, dict[str, float]], completion: float
+    turns: Turns, ours: Sequence[Ours], batch: dict[str, int], busy: dict[str, dict[str, float]], completion: float
 ) -> dict[str, dict[str, float]]:
     """Each role's account: the time in which it worked, whatever the others did meanwhile."""
     sdft, sft = ours
-    batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
-    in_flight = batch * (1 + config.rollout.max_staleness) / config.cluster.generators
+    config, each = sdft.config, spans(sdft.config)
+    in_flight = batch["sdft"] * (1 + config.rollout.max_staleness) / config.cluster.generators
 
     def per_sample(method: str, what: str) -> float:
         segments = turns.ends[method][1:-1]
         wall = sum(ends[-1] - ends[0] for ends in segments)
-        return busy[method][what] * wall / (batch * sum(len(ends) - 1 for ends in segments))
+        return busy[method][what] * wall / (batch[method] * sum(len(ends) - 1 for ends in segments))
 
-    device_s = {role: per_sample("sdft", f"{role}/{work}") for role, work in WORK.items()}
+    device_s = {role: each[role] * per_sample("sdft", f"{role}/{work}") for role, work in WORK.items()}
     lengths = mean_lengths(sdft.problems, completion)
     found = accounts(config, lengths, sdft.machines[0], device_s, min(in_flight, config.cluster.max_sequences))
     imitated = statistics.mean(len(p.demonstration_ids) for p in sft.problems)
     alone = accounts(
-        config, mean_lengths(sft.problems, imitated), sft.machines[0], {"sft": per_sample("sft", "learner/train")}, 1
+        sft.config,
+        mean_lengths(sft.problems, imitated),
+        sft.machines[0],
+        {"sft": per_sample("sft", "learner/train")},
+        1,
     )
     return found | alone
 

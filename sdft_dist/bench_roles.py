@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sdft_dist import pieces
 from sdft_dist.account import Machine, accounts, mean_lengths
-from sdft_dist.bench import Ours, contestant, machine, new_folder, spread, summary
+from sdft_dist.bench import Ours, contestant, machine, new_folder, spans, spread, summary
 from sdft_dist.cluster import Fleet, launch, ray_session
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
@@ -109,8 +109,9 @@ def _report(
         }[load.role]
     )
     name = load.role if config.method == "sdft" else "sft"
-    device_s = {name: actors * statistics.median(taken) / batch}
-    (account,) = accounts(config, lengths, used, device_s, batch / cluster.generators).values()
+    device_s = {name: actors * spans(config)[load.role] * statistics.median(taken) / batch}
+    decode_batch = min(batch / cluster.generators, cluster.max_sequences)
+    (account,) = accounts(config, lengths, used, device_s, decode_batch).values()
     return {
         "role": load.role,
         "method": config.method,
@@ -185,11 +186,11 @@ def _learning(ours: Ours, fleet: Fleet, load: Load) -> Batch:
 
 
 def as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) -> list[SampleRef]:
-    """The demonstrations of `keys` as if the student had sampled them."""
+    """The demonstrations of `keys` as if the student had sampled them; several of one prompt differ from the start."""
     loss = config.loss
     samples = []
     for key in keys:
-        ids = problems[key.problem].demonstration_ids
+        ids = np.roll(problems[key.problem].demonstration_ids, key.sample)
         count = len(ids)
         top = np.tile(np.arange(loss.top_k, dtype=np.int32), (count, 1)) if loss.topk_from == "student" else None
         span = VersionSpan(0, 0, count)

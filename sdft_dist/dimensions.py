@@ -10,6 +10,7 @@ from sdft_dist.errors import UserError
 
 # Hugging Face's model types that normalise queries and keys.
 HEAD_NORMS = ("qwen3", "olmo2", "olmo3", "gemma3_text")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configurations call their number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +64,13 @@ class Dimensions:
 
 def dimensions(settings: dict[str, Any]) -> Dimensions:
     """From the fields of a Hugging Face configuration, a Qwen3's where it names no type. Raises UserError where one
-    has another name there."""
+    has another name there, and for a mixture of experts."""
     for name in ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
         if name not in settings:
             raise UserError(f"model.path: its configuration has no {name}, which the plan's arithmetic needs")
+    experts = next((name for name in EXPERTS if settings.get(name)), None)
+    if experts:
+        raise UserError(f"model.path: its configuration has {experts}: the plan's arithmetic is about dense models")
     heads = settings["num_attention_heads"]
     return Dimensions(
         layers=settings["num_hidden_layers"],

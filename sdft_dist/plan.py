@@ -4,7 +4,7 @@ Arithmetic only. Seconds per sample, for N body parameters, V · D head paramete
 prompt, demonstration and completion:
 - SFT: 3 · (2N(P+C) + attention) + 6 · V·D · C floating-point operations;
 - SDFT adds the student's prefill 2NP, decoding, the teacher's pass 2N(P+D+C) + attention, and its head
-  2 · V·D · C in the learner;
+  2 · V·D · C in the learner; completions of one prompt share what the student reads of it, P, and the teacher, P+D;
 - decoding one token: max(weight bytes / (batch · bandwidth), 2(N + V·D) / speed) plus the reading of the
   keys and values of P + C/2 tokens.
 `bench` prints what was measured.
@@ -22,7 +22,7 @@ from rich.table import Table
 from sdft_dist.config import Config
 from sdft_dist.dimensions import Dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan_memory import host_gib, memory_gib
+from sdft_dist.plan_memory import host_gib, learner_gib, memory_gib
 from sdft_dist.topology import needs
 
 
@@ -71,15 +71,26 @@ class Seconds:
         return (self.learner + self.generator + self.teacher) / self.sft
 
 
-def flops(m: Dimensions, n: Lengths) -> dict[str, float]:
-    """Floating-point operations per sample that each role's model needs; recomputation earns no credit."""
+def flops(m: Dimensions, n: Lengths, completions_per_prompt: int = 1) -> dict[str, float]:
+    """Floating-point operations per sample that each role's model needs, with what completions of one prompt share
+    counted once; recomputation earns no credit."""
     sft = 3 * m.forward_flops(n.prompt + n.completion) + 6 * m.head * n.completion
+    shared = 1 - 1 / completions_per_prompt
+    read, shown = m.forward_flops(n.prompt), m.forward_flops(n.prompt + n.demonstration)
     return {
         "sft": sft,
         "learner": sft + 2 * m.head * n.completion,
-        "generator": m.forward_flops(n.prompt + n.completion) + 2 * m.head * n.completion,
-        "teacher": m.forward_flops(n.prompt + n.demonstration + n.completion),
+        "generator": m.forward_flops(n.prompt + n.completion) - shared * read + 2 * m.head * n.completion,
+        "teacher": m.forward_flops(n.prompt + n.demonstration + n.completion) - shared * shown,
     }
+
+
+def token_seconds(m: Dimensions, n: Lengths, gpu: Gpu, decode_batch: float, efficiency: float) -> float:
+    """Of decoding one token of one request among `decode_batch`."""
+    weights = 2 * (m.body + m.head)  # bytes, and operations per token
+    speed, bandwidth = efficiency * gpu.product_flops, efficiency * gpu.bandwidth
+    keys_and_values = m.kv_bytes * (n.prompt + n.completion / 2) / bandwidth
+    return max(weights / (decode_batch * bandwidth), weights / speed) + keys_and_values
 
 
 def seconds(
@@ -91,17 +102,14 @@ def seconds(
     completions_per_prompt: int = 1,
     efficiency: float = INFERENCE_EFFICIENCY,
 ) -> Seconds:
-    """The model of the module's docstring. Completions of one prompt share the student's prefill; the
-    teacher's engine does not read its prefix cache."""
-    learner, speed, bandwidth = LEARNER_MFU * gpu.peak_flops, efficiency * gpu.product_flops, efficiency * gpu.bandwidth
-    work = flops(m, n)
-    weights = 2 * (m.body + m.head)  # bytes, and operations per token
-    token = max(weights / (decode_batch * bandwidth), weights / speed)
-    token += m.kv_bytes * (n.prompt + n.completion / 2) / bandwidth
+    """The model of the module's docstring."""
+    learner, speed = LEARNER_MFU * gpu.peak_flops, efficiency * gpu.product_flops
+    work = flops(m, n, completions_per_prompt)
+    decoding = token_seconds(m, n, gpu, decode_batch, efficiency) * n.completion
     return Seconds(
         sft=work["sft"] / learner,
         learner=work["learner"] / learner,
-        generator=m.forward_flops(n.prompt) / completions_per_prompt / speed + token * n.completion,
+        generator=m.forward_flops(n.prompt) / completions_per_prompt / speed + decoding,
         teacher=work["teacher"] / speed,
     )
 
@@ -114,6 +122,7 @@ class Plan:
     split: dict[str, int]  # GPUs of each role
     groups: tuple[tuple[str, ...], ...]  # roles that share GPUs
     decode_batch: float
+    decode_limit: float  # requests that one generator has room for
     seconds: Seconds
     step_s: float
     ratio_with_waiting: float  # GPU-seconds per sample, SDFT over SFT, idle GPUs counted in
@@ -126,48 +135,64 @@ class Plan:
 
 def own_plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu) -> Plan:
     """What the recipe itself asks for. Raises UserError for a method without a teacher."""
+    _refuse_other_methods(config)
     wanted = needs(config, "cuda")
-    if {role for need in wanted for role in need.roles} != set(ROLES):
-        raise UserError(f"sdft plan: is about method=sdft, with all three roles; this is {config.method}")
     split = {role: need.number * need.gpus for need in wanted for role in need.roles}
     return _plan(config, m, n, gpu, split, [need.roles for need in wanted])
 
 
 def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan:
     """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles, the
-    second of two by both engines."""
-    if gpus <= 2:
+    second of two by both engines. Raises UserError where there are too few for the GPUs that an engine spans, and for
+    a method without a teacher."""
+    _refuse_other_methods(config)
+    spans = config.cluster.generator_tensor_parallel, config.cluster.teacher_tensor_parallel
+    if gpus <= 2 and spans == (1, 1):
         shared = [ROLES] if gpus == 1 else [("learner",), ("generator", "teacher")]
         sharing = {"colocate": "all" if gpus == 1 else "teachers", "push_transport": "auto"}
         together = config.cluster.model_copy(update=sharing)
         return _plan(config.model_copy(update={"cluster": together}), m, n, gpu, dict.fromkeys(ROLES, 1), shared)
-    step = max(1, gpus // 64)
+    generators, teachers = (span * max(1, gpus // (64 * span)) for span in spans)
     splits = [
         {"generator": g, "teacher": t, "learner": gpus - g - t}
-        for g in range(step, gpus, step)
-        for t in range(step, gpus - g, step)
+        for g in range(generators, gpus, generators)
+        for t in range(teachers, gpus - g, teachers)
     ]
+    if not splits:
+        raise UserError(
+            f"--gpus {gpus}: engines that span {spans[0]} and {spans[1]} GPUs (cluster.generator_tensor_parallel, "
+            f".teacher_tensor_parallel) and a learner need {sum(spans) + 1}"
+        )
     alone = config.cluster.model_copy(update={"colocate": "none", "push_transport": "auto"})
     config = config.model_copy(update={"cluster": alone})
     plans = [_plan(config, m, n, gpu, split, [(role,) for role in ROLES]) for split in splits]
     return min(plans, key=lambda p: (not p.fits, p.step_s))
 
 
+def _refuse_other_methods(config: Config) -> None:
+    if config.method != "sdft":
+        raise UserError(f"sdft plan: is about method=sdft, with all three roles; this is {config.method}")
+
+
 def _plan(
     config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, int], groups: Sequence[tuple[str, ...]]
 ) -> Plan:
     """`groups` are the roles that share GPUs, and `split` the GPUs of each role."""
-    copies = config.rollout.completions_per_prompt
+    cluster, copies = config.cluster, config.rollout.completions_per_prompt
     batch = config.rollout.prompts_per_step * copies
     memory = memory_gib(config, m, split["learner"])
     usable = USABLE * gpu.memory_gib
-    reserve = config.cluster.engine_memory * gpu.memory_gib  # of each engine on one GPU, for all that it holds
+    reserve = cluster.engine_memory * gpu.memory_gib  # of each engine on one GPU, for all that it holds
     room = reserve - max(memory["generator"], memory["teacher"])  # for keys and values
     held = [sum(memory[role] if role == "learner" else reserve for role in group) for group in groups]
-    spans = config.cluster.generator_tensor_parallel
+    if cluster.sleep:  # then all roles share each GPU, and engines hold nothing while the learner works
+        resident, training, pushing = learner_gib(config, m, split["learner"])
+        held = [resident + max(training, 2 * reserve + pushing)]
+    spans = cluster.generator_tensor_parallel
     in_flight = batch * (1 + config.rollout.max_staleness) / max(1, split["generator"] // spans)
     kv_limit = max(1.0, room * spans * 2**30 / (m.kv_bytes * (n.prompt + n.completion)))
-    decode_batch = min(in_flight, config.cluster.max_sequences, kv_limit)
+    decode_limit = min(cluster.max_sequences, kv_limit)
+    decode_batch = min(in_flight, decode_limit)
     cost = seconds(m, n, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
     times = {role: batch * getattr(cost, role) / split[role] for role in split}
     taken = [sum(times[role] for role in group) for group in groups]  # who shares a GPU takes turns
@@ -178,6 +203,7 @@ def _plan(
         split=split,
         groups=tuple(groups),
         decode_batch=decode_batch,
+        decode_limit=decode_limit,
         seconds=cost,
         step_s=step_s,
         ratio_with_waiting=gpus * step_s / batch / cost.sft,

@@ -17,6 +17,17 @@ SUBGROUP = 10**9  # parameters that ZeRO-3 steps at a time
 def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
     """Of one GPU of each role, without the KV cache, which takes what is left. bf16 weights; fp32 master
     weights, moments and EMA."""
+    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
+    gib = {
+        "generator": 2 * m.total / config.cluster.generator_tensor_parallel + work,
+        "teacher": 2 * m.total / config.cluster.teacher_tensor_parallel + work,
+    }
+    resident, training, pushing = learner_gib(config, m, ranks)
+    return {"learner": resident + max(training, pushing), **{role: size / 2**30 for role, size in gib.items()}}
+
+
+def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float, float]:
+    """What a learner always holds, and what it needs besides in an optimizer step and in a push."""
     learner, stage, rank = config.learner, config.learner.zero_stage, config.model.lora.rank
     trained = m.adapters(rank) if rank else m.total
     weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
@@ -30,13 +41,8 @@ def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
     # What learner/push.py holds back at most, and the message that is being made.
     push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
     versions = 1 if rank or config.teacher.kind == "base" else config.rollout.max_staleness + 2
-    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
-    gib = {
-        "learner": weights + gradients + states + versions * 2 * m.head + max(backward, step, push),
-        "generator": 2 * m.total / config.cluster.generator_tensor_parallel + work,
-        "teacher": 2 * m.total / config.cluster.teacher_tensor_parallel + work,
-    }
-    return {role: size / 2**30 for role, size in gib.items()}
+    resident = weights + states + versions * 2 * m.head
+    return resident / 2**30, (gradients + max(backward, step)) / 2**30, push / 2**30
 
 
 def host_gib(config: Config, m: Dimensions, ranks: int) -> float:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sdft_dist.config import Config
 from sdft_dist.dimensions import Dimensions
-from sdft_dist.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan
+from sdft_dist.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan, token_seconds
 
 SLICE_TOKENS = 16
 PUSH_EXPOSED_S = 0.1  # gathering and copying, during which the learner does not train
@@ -50,8 +50,13 @@ class _Run:
         self.rng = random.Random(seed)
         self.now, self.order = 0.0, 0
         self.events: list[tuple[float, int, str, int]] = []
-        self.generators = [_Generator() for _ in range(plan.split["generator"])]
-        self.teachers = [0.0] * plan.split["teacher"]  # when each is free
+        # GPUs that an engine spans divide its work.
+        self.spans = {
+            "generator": config.cluster.generator_tensor_parallel,
+            "teacher": config.cluster.teacher_tensor_parallel,
+        }
+        self.generators = [_Generator() for _ in range(plan.split["generator"] // self.spans["generator"])]
+        self.teachers = [0.0] * (plan.split["teacher"] // self.spans["teacher"])  # when each is free
         self.scored = [0] * (steps + 1)
         self.version = self.submitted = 0
         self.training = False
@@ -76,23 +81,21 @@ class _Run:
             self.decode(g)
 
     def decode(self, g: int) -> None:
-        generator, most = self.generators[g], self.config.cluster.max_sequences
+        generator, most = self.generators[g], self.plan.decode_limit
         if generator.busy:
             return
         new = 0
-        while generator.waiting and len(generator.running) < most:
+        while generator.waiting and len(generator.running) + 1 <= most:
             step, tokens = generator.waiting.pop(0)
             generator.running.append([step, tokens, self.version])
             new += 1
         if not generator.running:
             return
-        m, n, speed = self.m, self.n, INFERENCE_EFFICIENCY * self.gpu.product_flops
-        bandwidth = INFERENCE_EFFICIENCY * self.gpu.bandwidth
-        size, weights = len(generator.running), 2 * (m.body + m.head)
-        token_s = max(weights / bandwidth, size * weights / speed)
-        token_s += size * m.kv_bytes * (n.prompt + n.completion / 2) / bandwidth
-        seconds = SLICE_TOKENS * token_s + new * m.forward_flops(n.prompt) / speed
-        self.busy["generator"] += seconds
+        size, prefill_s = len(generator.running), self.m.forward_flops(self.n.prompt) / self.gpu.product_flops
+        prefill_s /= INFERENCE_EFFICIENCY * self.config.rollout.completions_per_prompt
+        token_s = size * token_seconds(self.m, self.n, self.gpu, size, INFERENCE_EFFICIENCY)
+        self.busy["generator"] += SLICE_TOKENS * token_s + new * prefill_s
+        seconds = (SLICE_TOKENS * token_s + new * prefill_s) / self.spans["generator"]
         self.batches.append(size)
         generator.busy = True
         self.at(seconds, "decoded", g)
@@ -108,10 +111,10 @@ class _Run:
         self.decode(g)
 
     def score(self, step: int, version: int) -> None:
-        seconds = self.plan.seconds.teacher
+        seconds = self.plan.seconds.teacher / self.spans["teacher"]
         t = self.teachers.index(min(self.teachers))
         self.teachers[t] = max(self.now, self.teachers[t]) + seconds
-        self.busy["teacher"] += seconds
+        self.busy["teacher"] += self.plan.seconds.teacher
         self.born.setdefault(step, []).append(version)
         self.at(self.teachers[t] - self.now, "scored", step)
 

@@ -3,12 +3,13 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sdft_dist.account import Machine, accounts, mean_lengths, time_shares
-from sdft_dist.bench import SKIPPED, Turns, _rate, contestant, regression, timeline
+from sdft_dist.bench import SKIPPED, Turns, _rate, _report, contestant, devices, regression, timeline
 from sdft_dist.config import load_config, parse_config
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
@@ -135,6 +136,50 @@ def test_plain_fine_tuning_pays_for_no_average(tmp_path):
     config = load_config(recipe, [f"{key}={value}" for key, value in made.items()])
     kinds = {m: contestant(config, m, tmp_path, fixed=True).config.teacher.kind for m in ("sdft", "sft")}
     assert kinds == {"sdft": "ema", "sft": "base"}
+
+
+def test_samples_are_counted_as_each_method_takes_them(tmp_path):
+    """Of a prompt with eight completions plain SFT reads one demonstration."""
+    made = synthetic(tmp_path / "inputs", "lab", ["12/7/5"], 4, "float32")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rollout: {prompts_per_step: 2, completions_per_prompt: 8}\ncluster: {device: cpu}\n")
+    config = load_config(recipe, [f"{key}={value}" for key, value in made.items()])
+    used = Machine(
+        device="cpu", product_flops=1e11, bandwidth=1e10, peak_gib=dict.fromkeys(("learner", "generator", "teacher"), 1)
+    )
+    ours = [replace(contestant(config, m, tmp_path, fixed=True), machines=[used]) for m in ("sdft", "sft")]
+    turns = Turns(["sdft", "sft"], segment=4, num_steps=12)
+    busy = {"busy/learner/train": 0.25, "busy/generator/decode": 0.5, "busy/teacher/score": 0.25}
+    for contestant_ in ours:
+        turns.ends[contestant_.name] = [[float(i) for i in range(5)] for _ in range(3)]  # a step takes a second
+        record = {"kind": "train", "completion_tokens_mean": 5, "staleness_counts": [1], **busy}
+        (tmp_path / contestant_.name).mkdir()
+        lines = [json.dumps(record | {"step": step}) for step in range(1, 13)]
+        (tmp_path / contestant_.name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    report = _report(config, turns, ours, tmp_path, True)
+    assert report["batch"] == {"sdft": 16, "sft": 2}
+    assert {name: found["median"] for name, found in report["samples_per_s"].items()} == {"sdft": 16.0, "sft": 2.0}
+    assert report["sdft_over_sft"]["median"] == pytest.approx(1 / 8)
+    seconds = {role: account["device_s"] for role, account in report["roles"].items()}
+    assert seconds == pytest.approx(
+        {"learner": 0.25 / 16, "generator": 0.5 / 16, "teacher": 0.25 / 16, "sft": 0.25 / 2}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "sdft", "sft"),
+    [
+        ({"cluster": {"colocate": "all"}}, 1, 1),
+        ({"cluster": {"colocate": "teachers"}}, 2, 1),
+        ({"learner": {"ranks": 8}, "cluster": {"generator_tensor_parallel": 4}}, 13, 8),
+        ({"eval": {"every": 10, "sets": {"held": "h.jsonl"}, "scorer": "sdft_dist.scorers:text"}}, 3, 1),
+    ],
+)
+def test_devices_are_counted_as_they_are_shared_and_spanned(sections, sdft, sft):
+    cluster = {"device": "cuda", **sections.pop("cluster", {})}
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "cluster": cluster, **sections}
+    assert devices(parse_config(tree)) == sdft
+    assert devices(parse_config(tree | {"method": "sft"})) == sft
 
 
 def test_what_an_actor_does_with_its_time_is_its_work_its_weights_and_the_rest():

@@ -37,7 +37,10 @@ def test_qwen3_4b_on_an_h200(lengths, efficiency, decode_batch, ratio):
 def test_several_completions_of_a_prompt_share_its_prefill():
     one, eight = (seconds(QWEN4B, SHORT, GPUS["h200"], decode_batch=128, completions_per_prompt=n) for n in (1, 8))
     assert eight.generator < one.generator
-    assert (eight.teacher, eight.learner) == (one.teacher, one.learner)
+    both, completion = (QWEN4B.forward_flops(n) for n in (SHORT.prompt + SHORT.demonstration, SHORT.completion))
+    assert one.teacher - eight.teacher == pytest.approx(7 / 8 * both / (0.6 * GPUS["h200"].product_flops))
+    assert eight.teacher * 0.6 * GPUS["h200"].product_flops > completion
+    assert eight.learner == one.learner
 
 
 def test_the_split_balances_the_roles_and_more_gpus_are_faster():
@@ -84,6 +87,44 @@ def test_the_simulation_agrees_with_the_arithmetic_where_nothing_is_left_out(mon
     assert found.step_s == pytest.approx(predicted.step_s, rel=0.15)
 
 
+def test_the_simulation_knows_what_completions_share_and_what_a_generator_has_room_for(monkeypatch):
+    for name in ("SPREAD", "PUSH_EXPOSED_S", "DRIVER_S"):
+        monkeypatch.setattr(simulate, name, 0.0)
+    long = Lengths(prompt=2000, demonstration=200, completion=100)
+    steps = []
+    for prompts, copies in ((256, 1), (32, 8)):
+        rollout = {"max_staleness": 8, "prompts_per_step": prompts, "completions_per_prompt": copies}
+        c = config_of(rollout=rollout, learner={"gradient_checkpointing": "full"})
+        predicted = own_plan(c, QWEN4B, long, GPUS["h200"])
+        found = simulate.simulate(c, QWEN4B, long, GPUS["h200"], predicted, steps=40)
+        assert found.step_s == pytest.approx(predicted.step_s, rel=0.15)
+        steps.append(found.step_s)
+    assert steps[1] <= steps[0]
+    tight = config_of(cluster={"gpu_memory_utilization": 0.12}, rollout={"max_staleness": 4, "prompts_per_step": 256})
+    predicted = plan(tight, QWEN4B, long, GPUS["h200"], 8)
+    found = simulate.simulate(tight, QWEN4B, long, GPUS["h200"], predicted)
+    assert found.decode_batch <= predicted.decode_limit < tight.cluster.max_sequences
+
+
+def test_engines_that_span_gpus_get_whole_spans():
+    four = {"generator_tensor_parallel": 4, "teacher_tensor_parallel": 2}
+    found = plan(config_of(cluster=four), QWEN4B, SHORT, GPUS["h200"], 16)
+    assert (found.split["generator"] % 4, found.split["teacher"] % 2) == (0, 0)
+    outcome = simulate.simulate(config_of(cluster=four), QWEN4B, SHORT, GPUS["h200"], found)
+    assert all(0 <= idle < 1 for idle in outcome.idle_share.values())
+    for gpus in (2, 6):
+        with pytest.raises(UserError, match=f"--gpus {gpus}: engines that span 4 and 2 GPUs .* need 7"):
+            plan(config_of(cluster=four), QWEN4B, SHORT, GPUS["h200"], gpus)
+
+
+def test_engines_that_sleep_leave_room_for_the_learner():
+    shared = {"colocate": "all", "gpu_memory_utilization": 0.2}
+    awake, asleep = (
+        own_plan(config_of(cluster=shared | {"sleep": sleep}), QWEN4B, SHORT, GPUS["h200"]) for sleep in (False, True)
+    )
+    assert (awake.fits, asleep.fits) == (False, True)
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 def test_simulated_samples_are_never_staler_than_allowed_and_running_ahead_pays(staleness):
     ahead, sync = (
@@ -106,3 +147,5 @@ def test_roles_with_gpus_of_their_own_get_them_whole_whatever_the_recipe_shares(
 def test_a_configuration_with_other_names_is_refused_by_name():
     with pytest.raises(UserError, match="has no intermediate_size"):
         dimensions({name: 8 for name in SHAPES["lab"] if name != "intermediate_size"})
+    with pytest.raises(UserError, match="has num_experts: the plan's arithmetic is about dense models"):
+        dimensions(SHAPES["lab"] | {"num_experts": 128})
