@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,12 +21,13 @@ MEMORY, FILE = 1 << 30, 1 << 20  # bytes
 
 
 def passes(program: str, *, seconds: float = SECONDS) -> bool:
-    """Whether the Python `program` comes to its end within `seconds` without an error. It sees an empty folder,
+    """Whether the Python `program` comes to its last line within `seconds` without an error. It sees an empty folder,
     no input and no environment."""
+    reached = 100 + secrets.randbelow(100)  # an exit code: a program may also leave by itself, before its tests
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             # -I: neither the user's packages nor the folder's are imported
-            [sys.executable, "-I", "-c", program],
+            [sys.executable, "-I", "-c", f"{program}\n\nimport os\nos._exit({reached})"],
             cwd=folder,
             env={},
             stdin=subprocess.DEVNULL,
@@ -35,7 +37,7 @@ def passes(program: str, *, seconds: float = SECONDS) -> bool:
             preexec_fn=_limit,
         )
         try:
-            return process.wait(seconds) == 0
+            return process.wait(seconds) == reached
         except subprocess.TimeoutExpired:
             return False
         finally:

@@ -12,6 +12,12 @@ def test_code_passes_where_it_ends_without_an_error():
     assert not passes("def f(:")
 
 
+@pytest.mark.parametrize("leaving", ["exit()", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
+def test_code_that_leaves_before_its_tests_fails(leaving):
+    assert not passes(f"def f(x):\n    return 0\n{leaving}\nassert f(1) == 1")
+    assert passes(f"def f(x):\n    return 1\nassert f(1) == 1\nif f(1) == 0:\n    {leaving}")
+
+
 @pytest.mark.parametrize(
     "program",
     [
