@@ -155,7 +155,7 @@ def _add_measuring(commands: Commands) -> None:
     plan = _with_recipe(commands.add_parser("plan", help=what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
     plan.add_argument(
-        "--gpus", type=_positive, nargs="+", metavar="N", help="the best split of N GPUs (default: the recipe's own)"
+        "--gpus", nargs="+", default=[], metavar="N", help="the best split of N GPUs (default: the recipe's own)"
     )
     plan.add_argument(
         "--shape", help="instead of model.path: lab, qwen3-0.6b, -4b or -8b, qwen2.5-7b, llama-3.1-8b or olmo-3-7b"
@@ -272,15 +272,19 @@ def _preflight(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     import json
 
-    from sdft_dist.config import load_config
+    from sdft_dist.config import is_layer, load_config
+    from sdft_dist.errors import UserError
 
     overrides = list(args.overrides)
+    if args.baseline and not args.baseline.is_file():
+        raise UserError(f"--baseline: {args.baseline} is no file")
     if args.synthetic_model:
         from sdft_dist.synthetic import synthetic
 
-        dtype = next((o.partition("=")[2] for o in overrides if o.startswith("model.dtype=")), "float32")
-        made = synthetic(args.out, args.synthetic_model, [args.lengths], 1024, dtype)
-        overrides = [*(f"{key}={value}" for key, value in made.items()), *overrides]
+        layers, fields = (list(filter(which, overrides)) for which in (is_layer, lambda text: not is_layer(text)))
+        there = load_config(args.recipe, [*layers, "model.path=.", "data.train=.", *fields])
+        made = synthetic(args.out, args.synthetic_model, [args.lengths], 1024, there.model.dtype)
+        overrides = [*layers, *(f"{key}={value}" for key, value in made.items()), *fields]
     config = load_config(args.recipe, overrides)
     from rich.console import Console
 
@@ -386,7 +390,11 @@ def _plan(args: argparse.Namespace) -> None:
     from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, show
     from sdft_dist.synthetic import SHAPES, parse_lengths
 
-    config = load_config(args.recipe, args.overrides)
+    # Overrides may follow the last of several numbers.
+    config = load_config(args.recipe, [*args.overrides, *(word for word in args.gpus if _is_override(word))])
+    numbers = [word for word in args.gpus if not _is_override(word)]
+    if not all(word.isdecimal() and int(word) for word in numbers):
+        raise UserError(f"--gpus: got {' '.join(numbers)}, expected positive numbers")
     for name, value, valid in (("--gpu", args.gpu, GPUS), ("--shape", args.shape or "lab", SHAPES)):
         if value not in valid:
             raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
@@ -394,8 +402,10 @@ def _plan(args: argparse.Namespace) -> None:
     prompt, demonstration, completion = parse_lengths(args.lengths)
     lengths = Lengths(prompt=prompt, demonstration=demonstration, completion=completion)
     gpu = GPUS[args.gpu]
-    own = [] if args.gpus else [own_plan(config, model, lengths, gpu)]
-    plans = own + [plan(config, model, lengths, gpu, n) for n in args.gpus or []]
+    if prompt + demonstration + completion > config.model.max_length:
+        raise UserError(f"--lengths: {args.lengths} is longer than model.max_length={config.model.max_length}")
+    own = [] if numbers else [own_plan(config, model, lengths, gpu)]
+    plans = own + [plan(config, model, lengths, gpu, int(n)) for n in numbers]
     found = as_json(plans)
     if not args.json:
         show(plans, Console())
@@ -404,6 +414,8 @@ def _plan(args: argparse.Namespace) -> None:
         from sdft_dist.simulate import simulate
 
         split = [p for p in plans if all(len(group) == 1 for group in p.groups)]
+        if not split:
+            raise UserError("--simulate: is about roles that have GPUs of their own: give --gpus 3 or more")
         outcomes = [simulate(config, model, lengths, gpu, p) for p in split]
         if not args.json:
             show_outcomes(split, outcomes, Console())

@@ -6,6 +6,8 @@ Every field says what it does and in which unit. Cross-field rules are in `Confi
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -22,6 +24,7 @@ PAPER_TEMPLATE = (
 
 
 S = TypeVar("S", bound="Section")
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # a number that YAML 1.1 takes for text
 
 
 class Section(BaseModel):
@@ -541,13 +544,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 
 def _yaml_value(text: str) -> Any:
-    """YAML 1.1 reads 1e-5 as text; a user means a number."""
+    """YAML 1.1 reads 1e-5 as text; a user means a number, if it is one and stands without quotes."""
     value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    if isinstance(value, str) and EXPONENT.fullmatch(text.strip()) and math.isfinite(float(value)):
+        return float(value)
     return value
 
 

@@ -51,10 +51,10 @@ CHAT_TEMPLATE = (
 
 def parse_lengths(text: str) -> tuple[int, int, int]:
     """Tokens of prompt, demonstration and completion, from "300/400/400". Raises UserError."""
-    try:
-        prompt, demonstration, completion = (int(n) for n in text.split("/"))
-    except ValueError:
-        raise UserError(f"--lengths: got {text!r}, expected tokens as 300/400/400") from None
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--lengths: got {text!r}, expected tokens as 300/400/400")
+    prompt, demonstration, completion = map(int, parts)
     return prompt, demonstration, completion
 
 

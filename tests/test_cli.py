@@ -1,5 +1,6 @@
 """The command line: instant help, and one readable message for each mistake."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,47 @@ def test_mistakes_end_with_code_2_and_nothing_written(recipe, model, tmp_path, c
     assert message in error
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "used" / "precious.txt").read_text() == "kept"
+
+
+def test_a_plan_says_what_is_wrong_with_what_it_is_asked(recipe, capsys):
+    plan = ["plan", str(recipe), "--shape", "lab"]
+    for words, says in (
+        (["--gpus", "8", "0"], "--gpus: got 8 0, expected positive numbers"),
+        (["--gpus", "8", "eight"], "--gpus: got 8 eight, expected positive numbers"),
+        (["--lengths", "0/1/1"], "--lengths: got '0/1/1', expected tokens as 300/400/400"),
+        (["--lengths=-5/1/1"], "--lengths: got '-5/1/1', expected tokens as 300/400/400"),
+        (["--lengths", "9/9/99999"], "--lengths: 9/9/99999 is longer than model.max_length"),
+        (["--gpus", "8", "method=sft"], "is about method=sdft"),
+        (["--gpus", "1", "--simulate"], "--simulate: is about roles that have GPUs of their own"),
+    ):
+        assert main([*plan, "model.max_length=4096", *words]) == 2
+        assert says in capsys.readouterr().err
+    assert main([*plan, "--json", "--gpus", "8", "16", "rollout.max_staleness=2", "model.max_length=4096"]) == 0
+    assert [found["gpus"] for found in json.loads(capsys.readouterr().out)] == [8, 16]
+
+
+def test_a_bench_says_at_once_that_its_baseline_is_not_there(recipe, tmp_path, capsys):
+    out = tmp_path / "bench"
+    assert main(["bench", str(recipe), "--out", str(out), "--baseline", "nowhere.json"]) == 2
+    assert "--baseline: nowhere.json is no file" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, monkeypatch):
+    """Also of a layer's; a field that is given by itself stays."""
+    from sdft_dist import bench
+
+    recipe, layer = tmp_path / "recipe.yaml", tmp_path / "layer.yaml"
+    recipe.write_text("model: {dtype: bfloat16}\ncluster: {device: cuda}\n")
+    layer.write_text("model: {path: Qwen/Qwen3-4B, max_length: 4096}\nlearner: {tokens_per_microbatch: 4096}\n")
+    seen = []
+    monkeypatch.setattr(bench, "bench", lambda config, *args, **kwargs: seen.append(config) or {})
+    monkeypatch.setattr(bench, "show", lambda report, console: None)
+    words = ["bench", str(recipe), str(layer), "--out", str(tmp_path / "out"), "--synthetic-model", "lab"]
+    assert main([*words, "--lengths", "12/7/5", "rollout.max_completion_tokens=4"]) == 0
+    (config,) = seen
+    assert config.model.path == str(tmp_path / "out" / "model")
+    assert (config.model.dtype, config.model.max_length, config.rollout.max_completion_tokens) == ("bfloat16", 40, 4)
 
 
 def test_a_recipe_that_is_not_there(capsys):

@@ -22,6 +22,11 @@ def test_overrides_and_scientific_notation(recipe):
     assert config.loss.divergence == "reverse_kl"
 
 
+def test_what_only_looks_like_a_number_stays_text(recipe):
+    for given, read in (("7e12345", "7e12345"), ("'7e12'", "7e12"), ('"1e-5"', "1e-5"), ("inf", "inf")):
+        assert load_config(recipe, [f"model.revision={given}"]).model.revision == read
+
+
 def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
     config = load_config(recipe, ["eval.sets={new: a.jsonl}", "prompt.template='é {prompt} {demonstration}'"])
     copy = tmp_path / "copy.yaml"
