@@ -7,23 +7,26 @@ it was interrupted.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
 from sdft_dist.cluster import ray_session
-from sdft_dist.config import Config, Section, load_config, load_yaml, parse
+from sdft_dist.config import Config, DataConfig, Section, load_config, load_yaml, parse
 from sdft_dist.continual_results import write_results
-from sdft_dist.data import load_rows
-from sdft_dist.rundir import refuse_changed
+from sdft_dist.data import Row, load_rows, load_training_rows
+from sdft_dist.errors import ConfigError
+from sdft_dist.rundir import refuse_changed, write_whole
 from sdft_dist.train import run
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # also the name of a folder
@@ -63,6 +66,15 @@ class Plan(Section):
                 raise ValueError(f"{name!r}: a name is made of letters, digits, '.', '_' and '-'")
         return value
 
+    @field_validator("seeds")
+    @classmethod
+    def once(cls, value: list[int]) -> list[int]:
+        """Refuse a seed that is given twice: both would be the same runs in the same folders."""
+        for seed, number in Counter(value).items():
+            if number > 1:
+                raise ValueError(f"{seed} is given {number} times, expected each seed once")
+        return value
+
     @model_validator(mode="after")
     def distinct(self) -> Plan:
         """Refuse a set that is both a task's and prior."""
@@ -78,6 +90,7 @@ class Stage:
     method: str
     seed: int
     task: str
+    rows: DataConfig  # of the task itself; those of the run may be a mixture with earlier tasks'
     config: Config
 
     @property
@@ -93,7 +106,20 @@ class Stage:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan. Raises ConfigError with one line per mistake."""
-    return parse(Plan, load_yaml(path))
+    tree = load_yaml(path)
+    repeated = list(_repeated(yaml.compose(path.read_text(), Loader=yaml.SafeLoader)))
+    if repeated:
+        raise ConfigError("\n".join(f"{name}: is there more than once, expected each name once" for name in repeated))
+    return parse(Plan, tree)
+
+
+def _repeated(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
+    """The dotted names that a YAML file gives more than once, of which only the last would count."""
+    if isinstance(node, yaml.MappingNode):
+        names = Counter(key.value for key, _ in node.value)
+        yield from (f"{prefix}{name}" for name, number in names.items() if number > 1)
+        for key, value in node.value:
+            yield from _repeated(value, f"{prefix}{key.value}.")
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -104,12 +130,11 @@ def stages(plan: Plan) -> list[Stage]:
 def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
     """One method with one seed. The teacher of a stage starts from the stage's own start, or with
     teacher.reanchor=false from the start of them all."""
-    recipe = load_config(plan.recipe)
+    recipe, own = load_config(plan.recipe), plan.methods[method]
     sets = {name: task.eval for name, task in plan.tasks.items()} | plan.prior
     start, found = recipe.model.path, []
     for number, (name, task) in enumerate(plan.tasks.items(), start=1):
         folder = Path(plan.out) / f"{method}-seed{seed}" / f"{number}-{name}"
-        own = plan.methods[method]
         fields = own.set | task.set
         values = {
             "eval.every": recipe.eval.every or 10**9,  # before and after each stage
@@ -118,35 +143,48 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
             "run_dir": str(folder),
             "seed": seed,
             "model.path": start,
-            "data.train": str(_mixture(plan, own.rehearse, number)) if own.rehearse and number > 1 else task.train,
+            "data.train": task.train,
             "eval.sets": sets,
         }
-        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        found.append(Stage(method, seed, name, load_config(plan.recipe, overrides)))
+        config = load_config(plan.recipe, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        if not config.eval.every:
+            raise ConfigError(
+                f"eval.every: got 0 with methods.{method} and tasks.{name}, expected 1 or more: the results need every "
+                "stage's start and end; leave it out for these only"
+            )
+        rows = config.data
+        if own.rehearse and number > 1:
+            mixture = {"train": str(_mixture(plan, method, number, rows)), "limit": None}
+            config = config.model_copy(update={"data": rows.model_copy(update=mixture)})
+        found.append(Stage(method, seed, name, rows, config))
         start = str(folder / "model")
     return found
 
 
-def _mixture(plan: Plan, share: float, number: int) -> Path:
-    """The file of stage `number`'s rows with a share of rows of earlier tasks."""
-    return Path(plan.out) / "rehearsal" / f"{number}-{list(plan.tasks)[number - 1]}-{share:g}.jsonl"
+def _mixture(plan: Plan, method: str, number: int, rows: DataConfig) -> Path:
+    """The file of stage `number`'s rows with a share of rows of earlier tasks. Its name holds what the run's own
+    settings no longer tell, so that a change of it is noticed."""
+    limit = f"-{rows.limit}" if rows.limit else ""
+    name = f"{number}-{list(plan.tasks)[number - 1]}-{plan.methods[method].rehearse:g}{limit}.jsonl"
+    return Path(plan.out) / "rehearsal" / method / name
 
 
 def write_mixtures(plan: Plan) -> None:
-    """Write the rows of all stages that rehearse: those of the task itself, and as many of the earlier tasks,
-    evenly, as make up the share. The same whenever it is called. Raises DataError."""
-    shares = {method.rehearse for method in plan.methods.values()} - {0.0}
-    if not shares:
-        return
-    rows = [load_rows(task.train) for task in plan.tasks.values()]
-    for share, number in itertools.product(sorted(shares), range(2, len(rows) + 1)):
-        earlier, own = rows[: number - 1], rows[number - 1]
-        each = math.ceil(len(own) * share / (1 - share) / len(earlier))
-        rng = random.Random(f"rehearsal/{number}")
-        again = [row for task in earlier for row in rng.sample(task, min(each, len(task)))]
-        path = _mixture(plan, share, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row.record(), ensure_ascii=False) + "\n" for row in [*own, *again]))
+    """Write the rows of all stages that rehearse: those of the task itself within data.limit, and as many of those
+    that the earlier stages taught, evenly, as make up the share. The same whenever it is called. Raises DataError."""
+    for method, own in plan.methods.items():
+        if not own.rehearse:
+            continue
+        taught: list[list[Row]] = []
+        for stage in _sequence(plan, method, plan.seeds[0]):  # the same for all seeds
+            rows = load_training_rows(stage.rows, stage.config.method)
+            if taught:
+                each = math.ceil(len(rows) * own.rehearse / (1 - own.rehearse) / len(taught))
+                rng = random.Random(f"rehearsal/{len(taught) + 1}")
+                again = [row for earlier in taught for row in rng.sample(earlier, min(each, len(earlier)))]
+                lines = [json.dumps(row.record(), ensure_ascii=False) + "\n" for row in [*rows, *again]]
+                write_whole(Path(stage.config.data.train), "".join(lines))
+            taught.append(rows)
 
 
 def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
@@ -155,8 +193,8 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     work = stages(plan)
     for stage in work:
         refuse_changed(stage.config)
-    for task in plan.tasks.values():  # a mistake in the last file must not be found after days
-        load_rows(task.train)
+    for rows, method in dict.fromkeys((stage.rows, stage.config.method) for stage in work):
+        load_training_rows(rows, method)  # a mistake in the last file must not be found after days
     for held_out in (*(task.eval for task in plan.tasks.values()), *plan.prior.values()):
         load_rows(held_out, need_demonstration=False)
     write_mixtures(plan)

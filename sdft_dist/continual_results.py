@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,9 +83,10 @@ def markdown(found: Mapping[str, Any]) -> str:
     tasks, prior = found["tasks"], found["prior"]
     columns = {name: [name] for name in (*tasks, *prior)} | ({PRIOR: prior} if prior else {})
     counts = ", ".join(f"{sum(found['rows'][name] for name in names)} {head}" for head, names in columns.items())
+    note = f"{PRIOR}: mean of its {len(prior)} sets. " if prior else ""
     lines = [
-        "Accuracy, %: mean over seeds (95% interval by Wilson's score over the questions of all seeds; lowest seed). "
-        f"Held-out questions: {counts}.",
+        "Accuracy, %: mean over seeds (95% interval by Wilson's score of that mean for the questions, which all seeds "
+        f"share; lowest seed). {note}Held-out questions: {counts}.",
         "",
         f"| method | after | {' | '.join(columns)} |",
         "|---|---|" + "---|" * len(columns),
@@ -103,11 +104,24 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def _cell(rows: Mapping[str, int], right: Mapping[str, list[int]], names: Sequence[str]) -> str:
-    per_seed = [sum(seed) for seed in zip(*(right[name] for name in names), strict=True)]
-    asked = sum(rows[name] for name in names)
-    low, high = wilson(sum(per_seed), asked * len(per_seed))
-    lowest = f"; {100 * min(per_seed) / asked:.1f}" if len(per_seed) > 1 else ""
-    return f"{100 * sum(per_seed) / (asked * len(per_seed)):.1f} ({100 * low:.1f} – {100 * high:.1f}{lowest})"
+    """Accuracy as the mean over the sets `names`, in percent: mean over seeds, its interval, the lowest seed's.
+
+    All seeds answer the same questions, so that a further seed adds no question: the interval is that of the mean
+    for the distinct questions, once. What it leaves out, how seeds differ, the lowest seed tells."""
+    per_seed = [
+        statistics.mean(seed) for seed in zip(*([n / rows[name] for n in right[name]] for name in names), strict=True)
+    ]
+    mean, asked = statistics.mean(per_seed), questions(rows[name] for name in names)
+    low, high = wilson(mean * asked, asked)
+    lowest = f"; {100 * min(per_seed):.1f}" if len(per_seed) > 1 else ""
+    return f"{100 * mean:.1f} ({100 * low:.1f} – {100 * high:.1f}{lowest})"
+
+
+def questions(sizes: Iterable[int]) -> int:
+    """How many questions of one set tell as much as the mean over sets of these sizes, each of which counts the same:
+    k² / Σ 1/n of k sets, by the variance of a mean of shares. It is their sum where they are equally large."""
+    sizes = list(sizes)
+    return round(len(sizes) * statistics.harmonic_mean(sizes))
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any
 from sdft_dist.charts import Curve, Point, curves, matrix, pareto, plt, shares
 from sdft_dist.config import Config, dump_config, load_config
 from sdft_dist.errors import UserError
+from sdft_dist.evaluate import Judged
 from sdft_dist.rundir import RunDir
-from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported
 
 ROWS = 4  # shown of each set
@@ -50,6 +50,7 @@ class Run:
     config: Config
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    judged: list[dict[str, list[Judged]]]  # held-out rows at the first and the last evaluation, if there are any
 
     @property
     def sets(self) -> list[str]:
@@ -59,7 +60,8 @@ class Run:
 
 def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
     """Write `out`/index.html about the runs in `paths`. `new` names the held-out set of what is taught, the
-    first one unless it is given. Raises UserError where a folder is no run, or `out` is in use."""
+    first one unless it is given. Raises UserError where a folder is no run or holds a damaged file, or `out` is in
+    use."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is already in use")
     runs = _read(paths)
@@ -90,24 +92,62 @@ def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
 
 def _read(paths: Sequence[Path]) -> list[Run]:
     runs = []
-    for path in paths:
+    paths = list({path.resolve(): path for path in paths}.values())  # each once
+    for name, path in zip(_names([path.resolve() for path in paths]), paths, strict=True):
         RunDir.open(path)
         if not (path / "metrics.jsonl").is_file():
             raise UserError(f"{path}: has no metrics.jsonl: nothing was trained yet")
+        records = _lines(path / "metrics.jsonl")
+        evals = [record for record in records if record["kind"] == "eval"]
         runs.append(
             Run(
-                name=path.resolve().name,
+                name=name,
                 path=path,
                 config=load_config(path / "config.yaml"),
-                train=read_metrics(path, "train"),
-                evals=read_metrics(path, "eval"),
+                train=[record for record in records if record["kind"] == "train"],
+                evals=evals,
+                judged=[_judged(path, evals[i]["step"]) for i in (0, -1)] if evals else [],
             )
         )
-    twice = {run.name for run in runs if sum(other.name == run.name for other in runs) > 1}
-    return [
-        Run(**{**vars(run), "name": str(Path(run.path.resolve().parent.name) / run.name)}) if run.name in twice else run
-        for run in runs
-    ]
+    return runs
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The ends of absolute paths, none of which is there twice: the last part of each, or as many as tell it from the
+    others."""
+    names, depth = [folder.name for folder in folders], 1
+    while len(set(names)) < len(names):
+        depth += 1
+        names = [
+            str(Path(*folder.parts[-depth:])) if names.count(name) > 1 else name
+            for folder, name in zip(folders, names, strict=True)
+        ]
+    return names
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without a last line that is still being written or was cut by a kill.
+    Raises UserError where another one is damaged."""
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line.decode())
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: is damaged: {e}; remove this line to leave it out") from e
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: is damaged: no JSON object; remove this line to leave it out")
+        records.append(record)
+    return records
+
+
+def _judged(run: Path, step: int) -> dict[str, list[Judged]]:
+    """Every held-out row of one evaluation by its set, as RunDir.evaluation. Raises UserError where it is damaged."""
+    path = run / "eval" / f"step-{step:06d}.jsonl"
+    judged: dict[str, list[Judged]] = {}
+    for row in _lines(path) if path.is_file() else []:
+        fields = {name: row[name] for name in Judged._fields if name in row}
+        judged.setdefault(row["set"], []).append(Judged(**fields))
+    return judged
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -133,34 +173,60 @@ def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
         return ["<h2>Accuracy</h2><p class=soft>None was measured: give eval.every and eval.sets.</p>"]
     names = list(dict.fromkeys(name for run in judged for name in run.sets))
     others = [name for name in names if name != new]
-    head = ["run", "step", *names, *(["others, mean"] if others else [])]
+    shared = [name for name in others if all(name in record for run in judged for record in run.evals)]
+    head = ["run", "step", *names, *(["others, mean"] if shared else [])]
     rows = []
     for run in judged:
         for record in (run.evals[0], run.evals[-1]):
             cells = [_percent(record, name) for name in names]
-            mean = [f"{100 * _mean(record, others):.1f}%"] if others else []
+            mean = [f"{100 * _mean(record, shared):.1f}%"] if shared else []
             rows.append([run.name, str(record["step"]), *cells, *mean])
-    parts = [
-        "<h2>What was learned, what was kept</h2>",
-        f"<p class=soft>Greedy, scored by {escape(judged[0].config.eval.scorer)}; 95% intervals by Wilson's score. "
-        f"The set of what is taught: {escape(new)}.</p>",
-        _table(head, rows, numbers=range(1, len(head))),
+    notes = [
+        f"Greedy, scored by {judged[0].config.eval.scorer}; 95% intervals by Wilson's score.",
+        f"The set of what is taught: {new}.",
+        f"Others, mean: of {', '.join(shared)}." if shared else "",
+        _left_out("the mean", "not in every evaluation of all runs", set(others) - set(shared)),
+        _left_out(
+            "the picture of what was learned against what was kept",
+            f"{new} was not measured at their start and end",
+            {run.name for run in judged if shared and not _spans(run, new)},
+        ),
     ]
-    found = {run.name: _with_interval(run, new) for run in judged if new in run.sets}
+    return [
+        "<h2>What was learned, what was kept</h2>",
+        f"<p class=soft>{escape(' '.join(filter(None, notes)))}</p>",
+        _table(head, rows, numbers=range(1, len(head))),
+        _side_by_side(_learned_and_kept(judged, new, shared, out)),
+    ]
+
+
+def _learned_and_kept(judged: Sequence[Run], new: str, shared: Sequence[str], out: Path) -> list[str]:
+    """Pictures of the accuracy on what is taught and of the mean over `shared`, which all evaluations have."""
+    found = {run.name: _with_interval(run, new) for run in judged if any(new in record for record in run.evals)}
     pictures = [_curves(new, found, "accuracy, %", out, percent=True)]
-    if others:
-        ends = {
-            run.name: [(100 * _mean(run.evals[i], others), 100 * run.evals[i].get(new, 0.0)) for i in (0, -1)]
-            for run in judged
-        }
-        arrows = {name: Point(*pair) for name, pair in ends.items()}
+    arrows = {
+        run.name: Point(*((100 * _mean(run.evals[i], shared), 100 * run.evals[i][new]) for i in (0, -1)))
+        for run in judged
+        if shared and _spans(run, new)
+    }
+    if arrows:
         pictures.insert(0, _picture(pareto(arrows, new), "pareto", "What was learned against what was kept", out))
+    if shared:
         means = {
-            run.name: Curve([e["step"] for e in run.evals], [100 * _mean(e, others) for e in run.evals])
+            run.name: Curve([e["step"] for e in run.evals], [100 * _mean(e, shared) for e in run.evals])
             for run in judged
         }
         pictures.append(_curves("others, mean", means, "accuracy, %", out, percent=True))
-    return [*parts, _side_by_side(pictures)]
+    return pictures
+
+
+def _spans(run: Run, name: str) -> bool:
+    """Whether a set was measured at the run's start and at its end."""
+    return name in run.evals[0] and name in run.evals[-1]
+
+
+def _left_out(where: str, why: str, names: Collection[str]) -> str:
+    return f"Left out of {where}, as {why}: {', '.join(sorted(names))}." if names else ""
 
 
 def _chains(runs: Sequence[Run]) -> list[list[Run]]:
@@ -181,14 +247,18 @@ def _chains(runs: Sequence[Run]) -> list[list[Run]]:
 
 def _retention(chain: Sequence[Run], out: Path) -> str:
     """Accuracy on every set at the start and after every run of a chain."""
-    first, ends = chain[0].evals[0], [exported(run.config.eval, run.evals) or {} for run in chain]
-    names = [name for name in chain[0].sets if all(name in record for record in ends)]
-    rows = {"start": first, **{run.name: record for run, record in zip(chain, ends, strict=True)}}
-    figure = matrix({row: [100 * record[name] for name in names] for row, record in rows.items()}, names)
-    title = f"retention-{chain[-1].name}".replace("/", "-")
-    picture = _picture(figure, title, "Accuracy on every set after every stage", out)
-    steps = " → ".join(escape(run.name) for run in chain)
-    return f"<h2>What each stage kept</h2><p class=soft>{steps}: accuracy, %.</p>{picture}"
+    rows = {"start": chain[0].evals[0], **{run.name: exported(run.config.eval, run.evals) or {} for run in chain}}
+    names = [name for name in chain[0].sets if all(name in record for record in rows.values())]
+    left_out = _left_out(
+        "the picture", "not measured at the start and after every run", set(chain[0].sets) - set(names)
+    )
+    text = f"{' → '.join(run.name for run in chain)}: accuracy, %. {left_out}".strip()
+    picture = ""
+    if names:
+        figure = matrix({row: [100 * record[name] for name in names] for row, record in rows.items()}, names)
+        title = f"retention-{chain[-1].name}".replace("/", "-")
+        picture = _picture(figure, title, "Accuracy on every set after every stage", out)
+    return f"<h2>What each stage kept</h2><p class=soft>{escape(text)}</p>{picture}"
 
 
 def _training(runs: Sequence[Run], out: Path) -> list[str]:
@@ -232,7 +302,7 @@ def _time(runs: Sequence[Run], out: Path) -> list[str]:
 
 def _rows(run: Run, new: str | None) -> str:
     """Held-out rows at the first and the last evaluation; of each set, those whose verdict changed first."""
-    first, last = (RunDir(run.path).evaluation(run.evals[i]["step"]) for i in (0, -1))
+    first, last = run.judged
     cells = []
     for name in sorted(last, key=lambda n: (n != new, n)):
         before = first.get(name, [])
@@ -291,8 +361,7 @@ def _percent(record: Mapping[str, Any], name: str) -> str:
 
 
 def _mean(record: Mapping[str, Any], names: Sequence[str]) -> float:
-    known = [record[name] for name in names if name in record]
-    return statistics.mean(known) if known else 0.0
+    return statistics.mean(record[name] for name in names)
 
 
 def _numbers(values: Sequence[float | None]) -> list[tuple[int, float]]:

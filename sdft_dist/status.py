@@ -26,10 +26,11 @@ def status(path: Path) -> dict[str, Any]:
     train, evals = (read_metrics(path, kind) if written else [] for kind in ("train", "eval"))
     recent, commits = train[-RECENT:], rundir.commits.steps()
     log = (path / "run.log").read_text().splitlines() if (path / "run.log").is_file() else []
+    state = f"running ({owner})" if owner else "finished" if (path / "model").is_dir() else "not running"
     found: dict[str, Any] = {
         "run": str(path),
         "method": config.method,
-        "state": f"running ({owner})" if owner else "finished" if (path / "model").is_dir() else "not running",
+        "state": state,
         "step": train[-1]["step"] if train else 0,
         "checkpoints": commits,
         "log": log[-LINES:],
@@ -39,7 +40,9 @@ def status(path: Path) -> dict[str, Any]:
         found |= {"seconds_per_step": seconds, "samples_per_s": statistics.median(m["samples_per_s"] for m in recent)}
         found |= {name: recent[-1][name] for name in ("loss", "staleness_mean") if name in recent[-1]}
         if config.steps:
-            found |= {"steps": config.steps, "minutes_left": seconds * (config.steps - found["step"]) / 60}
+            found["steps"] = config.steps
+        if config.steps and state != "finished":  # which may be before its last step, by eval.patience
+            found["minutes_left"] = seconds * (config.steps - found["step"]) / 60
     if evals:
         found["evaluation"] = {
             "step": evals[-1]["step"],

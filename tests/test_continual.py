@@ -2,12 +2,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from datasets import Dataset, DatasetDict
 from helpers import write_jsonl
+from scipy.stats import binomtest
 
 from sdft_dist.config import dump_config, load_config
 from sdft_dist.continual import MethodPlan, continual, load_plan, stages, write_mixtures
-from sdft_dist.continual_results import markdown, write_results
-from sdft_dist.data import load_rows
+from sdft_dist.continual_results import markdown, questions, write_results
+from sdft_dist.data import load_rows, load_training_rows
 from sdft_dist.errors import ConfigError, DataError, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.lab.base import shipped_base
@@ -53,6 +56,8 @@ def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
     ("change", "message"),
     [
         ("tasks: {}", "tasks"),
+        ("seeds: [1, 0, 1]", "seeds: .* 1 is given 2 times"),
+        ("methods: {sdft: {set: {eval.every: 0}}}", "eval.every: got 0 with methods.sdft and tasks.t35"),
         ("methods: {sdft: {set: {optim.learning_rat: 1}}}", "did you mean optim.learning_rate"),
         ("methods: {sdft: {rehearse: 1}}", "methods.sdft.rehearse: got 1"),
         ("methods: {../x: {}}", "letters, digits"),
@@ -63,9 +68,18 @@ def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
 )
 def test_a_wrong_plan_is_refused_with_the_field(tmp_path, change, message):
     path = write_sequence(tmp_path, shipped_base())
-    path.write_text(f"{path.read_text()}\n{change}\n")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | yaml.safe_load(change), sort_keys=False))
     with pytest.raises(ConfigError, match=message):
         stages(load_plan(path))
+
+
+@pytest.mark.parametrize(("before", "name"), [("  t36:", "tasks.t36"), ("  sft:", "methods.sft"), ("out:", "out")])
+def test_a_name_that_is_given_twice_is_refused(tmp_path, before, name):
+    path = write_sequence(tmp_path, shipped_base())
+    line = next(line for line in path.read_text().splitlines() if line.startswith(before))
+    path.write_text(path.read_text().replace(line, f"{line}\n{line}"))
+    with pytest.raises(ConfigError, match=f"^{name}: is there more than once"):
+        load_plan(path)
 
 
 def test_a_stage_that_was_run_with_other_settings_is_refused_before_anything_starts(plan):
@@ -99,6 +113,43 @@ def test_a_stage_that_rehearses_trains_on_a_share_of_earlier_rows_evenly(plan):
     text = files[2].read_text()
     write_mixtures(plan)
     assert files[2].read_text() == text
+
+
+def test_a_limit_is_of_the_tasks_own_rows_and_rehearsal_is_a_share_of_those(plan):
+    methods = {"sft": MethodPlan(rehearse=0.5, set={"data.limit": 20}), "all": MethodPlan(rehearse=0.5)}
+    plan = plan.model_copy(update={"methods": methods})
+    write_mixtures(plan)
+    first, _, third = (stage.config for stage in stages(plan)[:3])
+    assert first.data.limit == 20
+    rows = load_training_rows(third.data, "sft")
+    words = [row.messages[-1]["content"].split()[0] for row in rows]
+    assert {word: words.count(word) for word in words} == {"t37": 20, "t35": 10, "t36": 10}
+    taught = [row.messages for row in load_training_rows(first.data, "sft")]
+    assert all(row.messages in taught for row, word in zip(rows, words, strict=True) if word == "t35")
+    assert len(load_training_rows(stages(plan)[5].config.data, "sft")) == 6400, "the other method has no limit"
+
+
+def test_a_changed_limit_is_noticed_in_every_stage(plan):
+    limits = [{"sft": MethodPlan(rehearse=0.5, set={"data.limit": limit})} for limit in (20, 30)]
+    one, other = (stages(plan.model_copy(update={"methods": methods}))[:3] for methods in limits)
+    assert all(a.config.data != b.config.data for a, b in zip(one, other, strict=True))
+
+
+def test_the_split_of_the_recipe_is_what_is_checked_and_rehearsed(plan, tmp_path):
+    tasks = {}
+    for word in ("t35", "t36"):
+        rows = [{"prompt": f"{word} {i}", "demonstration": "d"} for i in range(5)]
+        DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / f"{word}-saved")
+        tasks[word] = plan.tasks[word].model_copy(update={"train": str(tmp_path / f"{word}-saved")})
+    methods = {"sft": MethodPlan(rehearse=0.5, set={"data.split": "test"})}
+    plan = plan.model_copy(update={"tasks": tasks, "methods": methods, "prior": {"old": "absent.jsonl"}})
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):  # of what is checked after the tasks
+        continual(plan)
+    write_mixtures(plan)
+    assert len(load_training_rows(stages(plan)[1].config.data, "sft")) == 10
+    wrong = plan.model_copy(update={"methods": {"sft": MethodPlan(set={"data.split": "dev"})}})
+    with pytest.raises(DataError, match="has no split 'dev'"):
+        continual(wrong)
 
 
 def finished(folder, stages, accuracies, config):
@@ -150,6 +201,31 @@ def test_results_of_two_methods_and_two_seeds(plan, tmp_path):
         }
     )
     text = markdown(found)
-    assert "| sft | b | 20.0 (8.1 – 41.6; 20.0) |" in text
+    assert "| sft | b | 20.0 (5.7 – 51.0; 20.0) |" in text, "two of ten, however many seeds"
     assert (tmp_path / "table.md").read_text() == text
     assert {"curves.png", "normalised.png"} <= {path.name for path in Path(tmp_path).iterdir()}
+
+
+def made_up(rows, *right):
+    """Results of one method with made-up counts: at the start and after the task `new`."""
+    prior = [name for name in rows if name != "new"]
+    seeds = [*range(len(right[0]["new"]))]
+    measures = [{"average": 0.0} for _ in seeds]
+    method = {"seeds": seeds, "right": right, "measures": measures}
+    return {"tasks": ["new"], "prior": prior, "rows": rows, "methods": {"sdft": method}}
+
+
+def test_seeds_add_no_questions_to_an_interval():
+    low, high = binomtest(75, 100).proportion_ci(method="wilson")
+    for right in ([75], [75, 75, 75], [70, 75, 80]):
+        assert f" 75.0 ({100 * low:.1f} – {100 * high:.1f}" in markdown(
+            made_up({"new": 100}, {"new": right}, {"new": right})
+        )
+
+
+def test_a_mean_over_sets_of_unequal_size_counts_each_set_once():
+    counts = {"new": [1], "big": [300], "small": [0]}
+    text = markdown(made_up({"new": 1, "big": 300, "small": 100}, counts, counts))
+    assert text.count("| 50.0 (44.4 – 55.6) |") == 2, "300 and 100 tell as much as 300 would: 4 / (1/300 + 1/100)"
+    assert "prior: mean of its 2 sets" in text
+    assert (questions([150] * 4), questions([300, 100]), questions([7])) == (600, 300, 7)

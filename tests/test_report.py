@@ -6,6 +6,7 @@ import re
 import pytest
 from test_rundir import config_in
 
+from sdft_dist.charts import Point, pareto
 from sdft_dist.config import dump_config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
@@ -13,8 +14,11 @@ from sdft_dist.report import report
 from sdft_dist.rundir import RunDir
 
 
-def a_run(folder, method="sdft", rate=1e-5, kept=0.5, evaluated=True, start="m"):
-    sets = {"new": "n", "old": "o"} if evaluated else {}
+def a_run(folder, method="sdft", rate=1e-5, kept=0.5, evaluated=True, start="m", first=None, last=None):
+    """`first` and `last` are what its evaluations tell, of sets that may be others than new and old."""
+    first = {"new": 0.0, "old": 1.0, "new_interval": [0.0, 0.2]} if first is None else first
+    last = {"new": 1.0, "old": kept} if last is None else last
+    sets = {name: name for name in last} if evaluated else {}
     config = config_in(folder, method=method, optim={"learning_rate": rate}, eval={"sets": sets}, model={"path": start})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
@@ -27,8 +31,8 @@ def a_run(folder, method="sdft", rate=1e-5, kept=0.5, evaluated=True, start="m")
     if evaluated:
         run.note_evaluation(0, {"new": [Judged("hm", "yes", False, "<b>q</b>")], "old": [Judged("a", "a", True)]})
         run.note_evaluation(3, {"new": [Judged("<script>x</script>", "yes", True)], "old": [Judged("b", "a", False)]})
-        lines.insert(0, {"kind": "eval", "step": 0, "new": 0.0, "old": 1.0, "new_interval": [0.0, 0.2]})
-        lines.append({"kind": "eval", "step": 3, "new": 1.0, "old": kept})
+        lines.insert(0, {"kind": "eval", "step": 0, **first})
+        lines.append({"kind": "eval", "step": 3, **last})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -67,6 +71,76 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     page = report([a_run(tmp_path / "a" / "run"), a_run(tmp_path / "b" / "run")], tmp_path / "out").read_text()
     assert "a/run" in page
     assert "b/run" in page
+
+
+def test_runs_of_one_name_below_folders_of_one_name_are_told_apart(tmp_path):
+    names = ("one/sft-1/run", "two/sft-1/run", "two/sdft-1/run")
+    report([a_run(tmp_path / name) for name in names], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    shown = ("one/sft-1/run", "two/sft-1/run", "sdft-1/run")
+    assert f"<h1>{' · '.join(shown)}</h1>" in page
+
+
+def test_a_run_that_is_given_twice_is_shown_once(tmp_path):
+    run = a_run(tmp_path / "run")
+    page = report([run, run / ".." / "run"], tmp_path / "out").read_text()
+    assert "<h1>run</h1>" in page
+
+
+def test_a_run_that_did_not_measure_what_is_taught_is_left_out_of_that_picture(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("sdft_dist.report.pareto", lambda points, new: drawn.update(points) or pareto(points, new))
+    plain = {"old": 0.5}
+    runs = [a_run(tmp_path / "one"), a_run(tmp_path / "two", first=plain, last=plain)]
+    page = report(runs, tmp_path / "out").read_text()
+    assert drawn == {"one": Point((100, 0), (50, 100))}
+    assert "what was kept, as new was not measured at their start and end: two." in page
+
+
+def test_means_are_of_the_sets_that_all_runs_have(tmp_path):
+    more = {"new": 0.0, "old": 0.5, "older": 0.1, "oldest": 0.2}
+    page = report([a_run(tmp_path / "one"), a_run(tmp_path / "two", first=more, last=more)], tmp_path / "out")
+    text = page.read_text()
+    assert "Others, mean: of old. Left out of the mean, as not in every evaluation of all runs: older, oldest." in text
+    assert [float(cell) for cell in re.findall(r"([\d.]+)%</td></tr>", text)] == [100, 50, 50, 50]
+
+
+def test_without_a_set_that_all_runs_have_there_is_no_mean(tmp_path):
+    one, other = {"new": 0.5, "old": 0.5}, {"new": 0.5, "older": 0.1}
+    runs = [a_run(tmp_path / name, first=found, last=found) for name, found in (("one", one), ("two", other))]
+    page = report(runs, tmp_path / "out").read_text()
+    assert "others, mean" not in page
+    assert not (tmp_path / "out" / "pareto.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "words"), [({"new": 0.0}, "after every run: old."), ({}, "after every run: new, old.")]
+)
+def test_a_chain_whose_first_run_got_a_held_out_set_later(tmp_path, before, words):
+    one = a_run(tmp_path / "one", first=before)
+    two = a_run(tmp_path / "two", start=str(one / "model"))
+    page = report([one, two], tmp_path / "out").read_text()
+    assert f"one → two: accuracy, %. Left out of the picture, as not measured at the start and {words}" in page
+    assert (tmp_path / "out" / "retention-two.png").exists() == bool(before)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval/step-000003.jsonl"])
+def test_a_damaged_line_is_named_and_an_unfinished_last_one_left_out(tmp_path, name):
+    run = a_run(tmp_path / "one")
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(whole + b'{"kind": "tr')
+    report([run], tmp_path / "cut")
+    number = whole.count(b"\n") + 1
+    for bad in (b'{"kind": "tr', b"\xff\x00", b"3", b""):
+        (run / name).write_bytes(whole + bad + b"\n" + whole)
+        with pytest.raises(UserError, match=rf"{name}:{number}: is damaged: .*; remove this line"):
+            report([run], tmp_path / "out")
+
+
+def test_a_completion_may_hold_any_end_of_a_line(tmp_path):
+    run = a_run(tmp_path / "one")
+    RunDir(run).note_evaluation(3, {"new": [Judged("one\u2028two\x85three", "yes", True)]})
+    assert "one\u2028two\x85three" in report([run], tmp_path / "out").read_text()
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):

@@ -29,6 +29,14 @@ def test_who_writes_into_it_is_named(tmp_path):
     assert status(run.path)["state"] == "finished"
 
 
+def test_a_run_that_stopped_early_has_no_time_left(tmp_path):
+    run = a_run(tmp_path / "one")
+    (run / "model").mkdir()
+    found = status(run)
+    assert (found["state"], found["step"], found["steps"]) == ("finished", 3, 40)
+    assert "minutes_left" not in found
+
+
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     run = a_run(tmp_path / "one")
     with (run / "metrics.jsonl").open("a") as file:
