@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from actors import drafts, plugin
 from sdft_dist.config import Config
-from sdft_dist.errors import NotServing
+from sdft_dist.errors import NotServing, UserError
 from sdft_dist.types import Span, VersionSpan, WeightManifest
 
 
@@ -60,9 +61,19 @@ class _Request:
 
 
 class Engine:
-    """vLLM as a generator (`runner="generate"`) or as a reader of hidden states (`runner="pooling"`)."""
+    """vLLM as a generator (`runner="generate"`) or as a reader of hidden states (`runner="pooling"`).
 
-    def __init__(self, config: Config, runner: Literal["generate", "pooling"], device: str, stop_ids: Sequence[int]):
+    A generator samples of the first `vocab_size` ids, where that is given: what a model's head has beyond its
+    tokenizer is padding. Raises UserError for settings that vLLM refuses."""
+
+    def __init__(
+        self,
+        config: Config,
+        runner: Literal["generate", "pooling"],
+        device: str,
+        stop_ids: Sequence[int],
+        vocab_size: int | None = None,
+    ):
         _prepare_environment(device, config.cluster.kv_cache_gib)
         from vllm import LLM
         from vllm.config import PoolerConfig, WeightTransferConfig
@@ -109,7 +120,14 @@ class Engine:
             options["pooler_config"] = PoolerConfig(task="token_embed", use_activation=False)
             if config.model.dtype != "float32":
                 options["hf_overrides"] = {"head_dtype": "model"}
-        self._llm = LLM(**options)
+        try:
+            self._llm = LLM(**options)
+        except (ValidationError, ImportError) as e:  # of its configuration; want of memory is another matter
+            problems = [error["msg"] for error in e.errors()] if isinstance(e, ValidationError) else [str(e)]
+            said = "; ".join(problem.removeprefix("Value error, ") for problem in problems)
+            raise UserError(f"model.path: {config.model.path}: vLLM refuses it with this configuration: {said}") from e
+        if vocab_size is not None:
+            self._llm.collective_rpc(_leave_out_padding, args=(vocab_size,))
         self.device = device
         self._stop_ids = list(stop_ids)
         self._next_id = 0
@@ -294,6 +312,20 @@ def _prepare_environment(device: str, kv_cache_gib: int) -> None:
     if device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines share the cores
+
+
+def _leave_out_padding(worker: Any, vocab_size: int) -> None:
+    """Ids from `vocab_size` on get no probability."""
+    model = worker.get_model()
+    logits_of = model.compute_logits
+
+    def compute_logits(*args: Any, **kwargs: Any) -> Any:
+        logits = logits_of(*args, **kwargs)
+        if logits is not None:  # as on all but the first of the processes that an engine spans
+            logits[..., vocab_size:] = -float("inf")
+        return logits
+
+    model.compute_logits = compute_logits
 
 
 def _wire_seconds(worker: Any) -> float:

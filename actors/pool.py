@@ -151,12 +151,18 @@ class Pool:
         return [actor.receive.remote(manifest) for actor in self.actors]
 
     def _spread(self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str) -> list[Any]:
+        """Raises NotServing where an actor is lost by it, which `lost` names then."""
         n = max(1, min(len(self.actors), len(work)))
         parts = [work[i::n] for i in range(n)]
-        done = self._wait([send(a, p) for a, p in zip(self.actors[:n], parts, strict=True)], what)
+        sent = [send(actor, part) for actor, part in zip(self.actors[:n], parts, strict=True)]
         out: list[Any] = [None] * len(work)
-        for i, part in enumerate(done):
-            out[i::n] = part
+        for i, ref in enumerate(sent):
+            try:
+                (out[i::n],) = self._wait([ref], what)
+            except Exception as error:
+                self.lose(i, error)  # raises what is not its end
+        if self.lost:
+            raise NotServing(f"{self.role}, {what}: {'; '.join(f'{i}: {why}' for i, why in sorted(self.lost.items()))}")
         return out
 
     def _wait_ready(self, actors: Sequence[Any], what: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
+from sdft_dist.errors import UserError
 from sdft_dist.memory import own_peak_gib
 from sdft_dist.pieces import fetch, put
 from sdft_dist.types import Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
@@ -27,16 +28,24 @@ def sample_seed(run_seed: int, key: SampleKey) -> int:
 
 
 class Generator:
-    """One vLLM engine with the student's weights."""
+    """One vLLM engine with the student's weights; `vocab_size` as there."""
 
-    def __init__(self, config: Config, device: str, stop_ids: Sequence[int], problems: Any):
+    def __init__(
+        self, config: Config, device: str, stop_ids: Sequence[int], problems: Any, vocab_size: int | None = None
+    ):
         self.config, self.problems = config, problems
-        self.engine = Engine(config, "generate", device, stop_ids)
+        self._refused: UserError | None = None
+        try:
+            self.engine = Engine(config, "generate", device, stop_ids, vocab_size)
+        except UserError as e:  # of what a constructor raises Ray hands on but a text
+            self._refused = e
         self._keys: dict[str, SampleKey] = {}  # of the engine's requests that are samples
         self._finished: dict[str, Completion] = {}
 
     def ready(self) -> bool:
-        """Returns when the engine stands."""
+        """Returns when the engine stands. Raises UserError where it cannot."""
+        if self._refused is not None:
+            raise self._refused
         return True
 
     def rollout(self, keys: Sequence[SampleKey], slice_s: float | None, max_tokens: int | None = None) -> Rollout:

@@ -15,6 +15,7 @@ import numpy as np
 from actors.choose import choose
 from actors.engine import Engine
 from sdft_dist.config import Config
+from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.memory import own_peak_gib
 from sdft_dist.pieces import fetch, put
@@ -26,12 +27,18 @@ class Teacher:
 
     def __init__(self, config: Config, device: str, vocab_size: int, problems: Any):
         self.config, self.problems = config, problems
-        self.engine = Engine(config, "pooling", device, stop_ids=())
+        self._refused: UserError | None = None
+        try:
+            self.engine = Engine(config, "pooling", device, stop_ids=())
+        except UserError as e:  # of what a constructor raises Ray hands on but a text
+            self._refused = e
         self.vocab_size = vocab_size
         self._transform: LogitTransform | None = None
 
     def ready(self) -> bool:
-        """Returns when the engine stands."""
+        """Returns when the engine stands. Raises UserError where it cannot."""
+        if self._refused is not None:
+            raise self._refused
         return True
 
     def score(self, refs: Sequence[SampleRef]) -> Scored:

@@ -6,19 +6,22 @@ Every actor is owned by the driver: when the driver ends, however it ends, Ray e
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from actors.pool import Pool
 from actors.stream import Stream
 from learner.group import LearnerGroup
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
-from sdft_dist.errors import ActorLost, Diverged, Fault, Preempted, UserError, brief
+from sdft_dist.errors import ActorLost, Diverged, Fault, NotServing, Preempted, UserError, brief
 from sdft_dist.last_words import obituary
 from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
@@ -27,6 +30,7 @@ from sdft_dist.topology import PLURAL, roles_of
 from sdft_dist.types import OnSpan, TrainItem
 
 FROM_THE_BEGINNING = Start()
+REACH_S = 20.0  # for a head to answer
 SLICE_S = 0.05  # of decoding, after which finished samples go on and new weights may come in
 
 
@@ -43,17 +47,32 @@ class Fleet:
     teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
     max_mends: int  # in one optimizer step
     sleep: bool  # of the engines, while the learner works
+    rolls_out: bool  # generators do more than to answer in evaluations
     on_event: Callable[[str], None]
     version: int = -1  # of the student
+    served: int = -1  # the version that was last pushed to the generators
     mends: int = 0  # since the last optimizer step
 
     def to_generators(self, version: int) -> None:
-        """Push the student. The first push is waited for, so that a broken one fails before any work is lost."""
+        """Push the student; to generators that only evaluate, when they are asked. The first push is waited for, so
+        that a broken one fails before any work is lost."""
         self.version, self.mends = version, 0
         if self.generators.lost:
             self._mend(self.generators)
-        elif self.generators.actors:
-            self.learner.push(self.generators, version, version, wait=version == self.start)
+        elif self.generators.actors and (self.rolls_out or version == self.start):
+            self._push_to_generators(wait=version == self.start)
+
+    def complete(
+        self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """As Pool.complete, by the student as it is; generators that are lost meanwhile are put right, and all is done
+        again. Raises Fault where that does not last."""
+        while True:
+            self.mend()
+            if self.served != self.version:
+                self._push_to_generators(wait=False)
+            with suppress(NotServing):
+                return self.generators.complete(prompts, max_tokens, seeds)
 
     def to_teachers(self, version: int) -> None:
         """Push what teaches; a frozen base keeps its first version for good."""
@@ -64,7 +83,7 @@ class Fleet:
 
     def versions(self) -> dict[str, int]:
         """Optimizer steps in the weights that were last pushed to each role."""
-        return {"generator": self.version, "teacher": self.rollouts.teacher_version}
+        return {"generator": self.served, "teacher": self.rollouts.teacher_version}
 
     def peak_gib(self) -> dict[str, float]:
         """Peak memory of one actor of each role that there is."""
@@ -108,6 +127,10 @@ class Fleet:
             self._push_to_teachers(self.version if self.teacher_moves else self.rollouts.teacher_version, wait=True)
         self.on_event(f"{pool.role} serve version {self.version} again, after {time.monotonic() - started:.1f} s")
 
+    def _push_to_generators(self, *, wait: bool) -> None:
+        self.learner.push(self.generators, self.version, self.version, wait=wait)
+        self.served = self.version
+
     def _push_to_teachers(self, version: int, *, wait: bool) -> None:
         self.learner.push(self.teachers, version, self.rollouts.oldest_teacher_version(), wait=wait)
         self.rollouts.teacher_version = version
@@ -127,12 +150,25 @@ def ray_session(config: Config) -> Iterator[None]:
         # A port of the dashboard without a token is remote code execution (CVE-2023-48022).
         options["include_dashboard"] = False
         options["object_store_memory"] = 1 << 30
+    else:
+        _reach(config.cluster.address)
     # Without "local", Ray would join a cluster that somebody has started on this machine.
     ray.init(address=config.cluster.address or "local", **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises UserError where nobody answers at HOST:PORT, for which Ray would wait without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto", which Ray resolves
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as e:
+        raise UserError(f"cluster.address: nobody answers at {address}: {e}; is `ray start --head` done there?") from e
 
 
 def resolve_device(config: Config) -> str:
@@ -214,8 +250,8 @@ def explain(error: Exception, actors: list[Any]) -> Exception | None:
 
     if isinstance(error, OutOfDiskError | ObjectStoreFullError):
         return Fault(f"Ray's object store is full and has no disk to spill to; checkpoints are intact: {brief(error)}")
-    # The second is what a process group says when a rank hangs; the error's note names the rank.
-    if isinstance(error, TimeoutError) or "timed out" in str(error).lower() or _any_dead(actors):
+    # The third is what a process group says when a rank hangs; the error's note names the rank.
+    if isinstance(error, TimeoutError | NotServing) or "timed out" in str(error).lower() or _any_dead(actors):
         return ActorLost(obituary(error))
     return None
 
@@ -273,8 +309,12 @@ def _build(
         return found
 
     generators = pool(
-        "generator", Generator, cluster.generators, cluster.generator_tensor_parallel, config, device, stop_ids, table
-    )
+        "generator",
+        Generator,
+        cluster.generators,
+        cluster.generator_tensor_parallel,
+        config, device, stop_ids, table, vocab_size,
+    )  # fmt: skip
     teachers = pool(
         "teacher", Teacher, cluster.teachers, cluster.teacher_tensor_parallel, config, device, vocab_size, table
     )
@@ -302,6 +342,7 @@ def _build(
         teacher_moves=config.teacher.kind != "base",
         max_mends=cluster.max_restarts,
         sleep=cluster.sleep,
+        rolls_out=sdft,
         on_event=on_event,
     )
     fleet.rollouts.mend = fleet.mend

@@ -68,10 +68,10 @@ def train(
                     rollouts.submit(batch_keys(config, problems, submitted))  # y ~ p_θ(· | x)
                     submitted += 1
                 with log.timer("await_samples"):
-                    items = rollouts.take(keys)  # q_φ(· | x, c) at every position of y
-                items = fresh(config, step, uncut(config, items))
+                    taken = rollouts.take(keys)  # q_φ(· | x, c) at every position of y
+                items = fresh(config, step, uncut(config, taken))
             else:
-                items = demonstrations(problems, keys)
+                taken = items = demonstrations(problems, keys)
             with log.timer("learn"):
                 metrics = learner.update(step, num_steps, items)  # θ ← θ − ∇ D(q ‖ p_θ); φ ← EMA(θ)
             skipped = 0 if is_finite(metrics) else skipped + 1  # the learner has left the step out
@@ -82,7 +82,8 @@ def train(
                 if step % config.teacher.sync_every == 0:
                     push.to_teachers(step)
                 push.to_generators(step)
-        log.step(step, num_steps, {**metrics, "dropped": len(keys) - len(items), "skipped": int(skipped > 0)}, items)
+        lost = {"dropped": len(keys) - len(items), "cut_share": cut_share(taken), "skipped": int(skipped > 0)}
+        log.step(step, num_steps, {**metrics, **lost}, items)
         done = after_step(step)
 
 
@@ -114,6 +115,11 @@ def uncut(config: Config, items: list[TrainItem]) -> list[TrainItem]:
             f"were cut at rollout.max_completion_tokens={limit}, such as problem {cut[0].key.problem}: raise it"
         )
     return [item for item in items if item.finish_reason != "length"]
+
+
+def cut_share(items: Sequence[TrainItem]) -> float:
+    """Share of the completions that were cut, also of those that are dropped for it."""
+    return sum(item.finish_reason == "length" for item in items) / max(1, len(items))
 
 
 def fresh(config: Config, step: int, items: list[TrainItem]) -> list[TrainItem]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sdft_dist.errors import Preempted
+from sdft_dist.errors import OURS, Preempted
 
 Handler = Callable[[Any], None]
 LOOK_S = 1.0  # how often a wait looks whether the run was asked to stop
@@ -81,7 +81,10 @@ class Events:
         handler, failed = self._handlers.pop(ref, (_ignore, _raise))
         try:
             result = ray.get(ref)
-        except Exception as error:  # whatever an actor raised, or its death
+        except ray.exceptions.RayTaskError as error:  # whatever an actor raised
+            failed(error.cause if isinstance(error.cause, OURS) else error)
+            return
+        except Exception as error:  # its death
             failed(error)
             return
         handler(result)

@@ -218,7 +218,7 @@ def _evaluate(prepared: Prepared, rundir: RunDir, fleet: Fleet, log: RunLog, ste
     """Judge every held-out row under the weights after `step` optimizer steps, and write down all that came of it."""
     config, scorer = prepared.config, prepared.scorer
     limit, samples = config.rollout.max_completion_tokens, config.eval.samples
-    judged = evaluate(prepared.eval_sets, fleet.generators, prepared.tokenizer, scorer, limit, samples)
+    judged = evaluate(prepared.eval_sets, fleet, prepared.tokenizer, scorer, limit, samples)
     rundir.note_evaluation(step, judged)
     found = {name: accuracy(rows) for name, rows in judged.items()}
     intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}

@@ -30,7 +30,6 @@ def item_metrics(step: int, items: Sequence[TrainItem]) -> dict[str, Any]:
     lags = [step - item.policy_version for item in items if item.policy_version >= 0]
     return {
         "completion_tokens_mean": mean(lengths) if lengths else 0.0,
-        "cut_share": mean(item.finish_reason == "length" for item in items) if items else 0.0,
         "empty_share": mean(n <= 1 for n in lengths) if items else 0.0,
         **(
             {"staleness_mean": mean(lags), "staleness_max": max(lags), "staleness_counts": _counts(lags)}

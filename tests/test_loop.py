@@ -6,7 +6,7 @@ import pytest
 from sdft_dist.config import parse_config
 from sdft_dist.data import ProblemSet
 from sdft_dist.errors import Diverged, UserError
-from sdft_dist.loop import batch_keys, fresh, train, uncut
+from sdft_dist.loop import batch_keys, cut_share, fresh, train, uncut
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.types import Problem, SampleKey, TrainItem
 
@@ -107,6 +107,7 @@ def test_keys_are_unique_also_when_a_small_data_set_repeats(problems):
 def test_cut_completions_are_kept_dropped_or_refused():
     key = SampleKey(3, 7, 0)
     samples = [item(key), item(key, finish_reason="length"), item(key)]
+    assert cut_share(samples) == pytest.approx(1 / 3)
     policies = {p: config(rollout={"cut_completions": p}) for p in ("keep", "drop", "error")}
     assert len(uncut(policies["keep"], samples)) == 3
     assert len(uncut(policies["drop"], samples)) == 2

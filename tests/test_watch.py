@@ -48,4 +48,4 @@ def test_item_metrics_by_hand():
         )  # fmt: skip
 
     found = item_metrics(3, [item(1, "stop"), item(9, "length"), item(5, "stop"), item(5, "stop")])
-    assert found == {"completion_tokens_mean": 5, "cut_share": 0.25, "empty_share": 0.25}
+    assert found == {"completion_tokens_mean": 5, "empty_share": 0.25}

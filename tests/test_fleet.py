@@ -1,0 +1,97 @@
+"""What a fleet does about sleeping, pushing and losses, with fakes of its pools and its learner."""
+
+import socket
+
+import pytest
+
+from sdft_dist.cluster import Fleet, _reach
+from sdft_dist.errors import Fault, NotServing, UserError
+
+
+class Part:
+    """A pool or a learner that writes down what it is asked; a pool is lost in its next `losses` completions."""
+
+    def __init__(self, name, log, losses=0):
+        self.name, self.role, self.log, self.losses = name, name, log, losses
+        self.lost, self.actors = {}, [None]
+
+    def rest(self, asleep):
+        self.log.append(f"{self.name} {'sleep' if asleep else 'wake'}")
+
+    def update(self, step, num_steps, items):
+        self.log.append("learn")
+        return {"loss": 1.0}
+
+    def open_push(self, pool):
+        self.log.append(f"open {pool.name}")
+
+    def push(self, pool, version, oldest, *, wait=False):
+        self.log.append(f"push {version}")
+
+    def replace_lost(self):
+        self.lost = {}
+
+    def abandon_lost(self):
+        self.log.append("abandon")
+
+    def complete(self, prompts, max_tokens, seeds):
+        if self.losses:
+            self.losses -= 1
+            self.lost[0] = "killed"
+            raise NotServing("generators, complete: 0: killed")
+        self.log.append("complete")
+        return prompts
+
+
+def fleet(log, *, sleep=False, rolls_out=True, losses=0, max_mends=2):
+    return Fleet(
+        generators=Part("generators", log, losses), teachers=Part("teachers", log), learner=Part("learner", log),
+        rollouts=Part("rollouts", log), start=0, teacher_moves=True, max_mends=max_mends, sleep=sleep,
+        rolls_out=rolls_out, on_event=log.append,
+    )  # fmt: skip
+
+
+def test_they_sleep_around_the_learner_s_step():
+    log = []
+    assert fleet(log, sleep=True).update(0, 1, []) == {"loss": 1.0}
+    assert log == ["generators sleep", "teachers sleep", "learn", "generators wake", "teachers wake"]
+
+
+def test_they_stay_awake_otherwise():
+    log = []
+    fleet(log).update(0, 1, [])
+    assert log == ["learn"]
+
+
+def test_generators_that_only_evaluate_get_the_student_when_they_are_asked():
+    log = []
+    one = fleet(log, rolls_out=False)
+    for version in range(4):
+        one.to_generators(version)
+    assert log == ["push 0"], "the first, which fails before any work is lost"
+    for _ in range(2):
+        one.complete(["p"], 4)
+    assert log == ["push 0", "push 3", "complete", "complete"]
+
+
+def test_generators_that_are_lost_while_they_evaluate_are_put_right_and_asked_again():
+    log = []
+    one = fleet(log, losses=2)
+    one.to_generators(7)
+    assert one.complete(["p"], 4) == ["p"]
+    assert [line for line in log if not line.startswith("generators serve")] == [
+        "push 7", *["lost generators 0: killed", "abandon", "open generators", "push 7"] * 2, "complete",
+    ]  # fmt: skip
+    with pytest.raises(Fault, match="engines were lost 3 times in one step"):
+        fleet([], losses=3).complete(["p"], 4)
+
+
+def test_a_head_that_does_not_answer_is_named():
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        port = there.getsockname()[1]
+        with pytest.raises(UserError, match=f"cluster.address: nobody answers at 127.0.0.1:{port}"):
+            _reach(f"127.0.0.1:{port}")
+        there.listen()
+        _reach(f"ray://127.0.0.1:{port}")
+        _reach("auto")
