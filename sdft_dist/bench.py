@@ -22,10 +22,11 @@ from rich.table import Table
 
 from sdft_dist.account import WORK, Machine, accounts, mean_lengths, time_shares
 from sdft_dist.charts import timeline
-from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
+from sdft_dist.cluster import launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import UserError
+from sdft_dist.fleet import Fleet
 from sdft_dist.loop import batch_keys, train
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 from sdft_dist.runlog import RunLog, read_metrics

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from actors.pool import Pool
 from actors.stream import Stream
@@ -22,118 +18,17 @@ from learner.group import LearnerGroup
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet
 from sdft_dist.errors import ActorLost, Diverged, Fault, NotServing, Preempted, UserError, brief
+from sdft_dist.fleet import Fleet
 from sdft_dist.last_words import obituary
 from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
 from sdft_dist.topology import PLURAL, roles_of
-from sdft_dist.types import OnSpan, TrainItem
+from sdft_dist.types import OnSpan
 
 FROM_THE_BEGINNING = Start()
 REACH_S = 20.0  # for a head to answer
 SLICE_S = 0.05  # of decoding, after which finished samples go on and new weights may come in
-
-
-@dataclass(kw_only=True, slots=True)
-class Fleet:
-    """The three roles of a run. `teachers` has no actors for method=sft, and `generators` has none
-    where there is nothing to sample or evaluate."""
-
-    generators: Pool
-    teachers: Pool
-    learner: LearnerGroup
-    rollouts: Stream
-    start: int  # the first version that is pushed
-    teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
-    max_mends: int  # in one optimizer step
-    sleep: bool  # of the engines, while the learner works
-    rolls_out: bool  # generators do more than to answer in evaluations
-    on_event: Callable[[str], None]
-    version: int = -1  # of the student
-    served: int = -1  # the version that was last pushed to the generators
-    mends: int = 0  # since the last optimizer step
-
-    def to_generators(self, version: int) -> None:
-        """Push the student; to generators that only evaluate, when they are asked. The first push is waited for, so
-        that a broken one fails before any work is lost."""
-        self.version, self.mends = version, 0
-        if self.generators.lost:
-            self._mend(self.generators)
-        elif self.generators.actors and (self.rolls_out or version == self.start):
-            self._push_to_generators(wait=version == self.start)
-
-    def complete(
-        self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
-    ) -> list[np.ndarray]:
-        """As Pool.complete, by the student as it is; generators that are lost meanwhile are put right, and all is done
-        again. Raises Fault where that does not last."""
-        while True:
-            self.mend()
-            if self.served != self.version:
-                self._push_to_generators(wait=False)
-            with suppress(NotServing):
-                return self.generators.complete(prompts, max_tokens, seeds)
-
-    def to_teachers(self, version: int) -> None:
-        """Push what teaches; a frozen base keeps its first version for good."""
-        if self.teachers.lost:
-            return  # mended, and pushed to, when they are needed
-        if self.teachers.actors and (self.teacher_moves or version == self.start):
-            self._push_to_teachers(version, wait=version == self.start)
-
-    def versions(self) -> dict[str, int]:
-        """Optimizer steps in the weights that were last pushed to each role."""
-        return {"generator": self.served, "teacher": self.rollouts.teacher_version}
-
-    def peak_gib(self) -> dict[str, float]:
-        """Peak memory of one actor of each role that there is."""
-        pools = {"generator": self.generators, "teacher": self.teachers}
-        return {
-            **{role: pool.peak_gib() for role, pool in pools.items() if pool.actors},
-            "learner": self.learner.peak_gib(),
-        }
-
-    def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
-        """One optimizer step of the learner, for which engines that sleep give it their memory."""
-        if not self.sleep:
-            return self.learner.update(step, num_steps, items)
-        for pool in (self.generators, self.teachers):
-            pool.rest(True)
-        metrics = self.learner.update(step, num_steps, items)
-        for pool in (self.generators, self.teachers):
-            pool.rest(False)
-        return metrics
-
-    def mend(self) -> None:
-        """Put lost engines right, between two optimizer steps: they serve again when a whole push has been
-        verified. Raises Fault where that does not last."""
-        for pool in (self.generators, self.teachers):
-            if pool.lost:
-                self._mend(pool)
-
-    def _mend(self, pool: Pool) -> None:
-        reasons = "; ".join(f"{pool.role} {i}: {why}" for i, why in sorted(pool.lost.items()))
-        self.mends += 1
-        if self.mends > self.max_mends:
-            raise Fault(f"engines were lost {self.mends} times in one step, more than cluster.max_restarts: {reasons}")
-        self.on_event(f"lost {reasons}")
-        started = time.monotonic()
-        self.rollouts.abandon_lost()
-        pool.replace_lost()
-        self.learner.open_push(pool)
-        if pool is self.generators:
-            self.learner.push(pool, self.version, self.version, wait=True)
-        else:
-            self._push_to_teachers(self.version if self.teacher_moves else self.rollouts.teacher_version, wait=True)
-        self.on_event(f"{pool.role} serve version {self.version} again, after {time.monotonic() - started:.1f} s")
-
-    def _push_to_generators(self, *, wait: bool) -> None:
-        self.learner.push(self.generators, self.version, self.version, wait=wait)
-        self.served = self.version
-
-    def _push_to_teachers(self, version: int, *, wait: bool) -> None:
-        self.learner.push(self.teachers, version, self.rollouts.oldest_teacher_version(), wait=wait)
-        self.rollouts.teacher_version = version
 
 
 @contextmanager

@@ -17,10 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.cluster import Fleet, launch, ray_session
+from sdft_dist.cluster import launch, ray_session
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, Row, load_training_rows
 from sdft_dist.evaluate import load_scorer
+from sdft_dist.fleet import Fleet
 from sdft_dist.judge import Case
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from sdft_dist.cluster import Fleet, launch, ray_session, resolve_device
+from sdft_dist.cluster import launch, ray_session, resolve_device
 from sdft_dist.config import Config
 from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import ActorLost, ConfigError, Fault, Preempted, UserError, brief
 from sdft_dist.evaluate import EvalSet, accuracy, evaluate, interval, load_eval_sets, load_scorer, pass_at
 from sdft_dist.fingerprint import fingerprint
+from sdft_dist.fleet import Fleet
 from sdft_dist.gauges import Gauges
 from sdft_dist.judge import Judge
 from sdft_dist.loop import train

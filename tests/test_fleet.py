@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
-from sdft_dist.cluster import Fleet, _reach
+from sdft_dist.cluster import _reach
 from sdft_dist.errors import Fault, NotServing, UserError
+from sdft_dist.fleet import Fleet
 
 
 class Part:
