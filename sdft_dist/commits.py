@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class Commits:
 
     def _start(self, saver: Saver, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear()
         needed, free = int(HEADROOM * saver.state_bytes()), shutil.disk_usage(self.folder).free
         if needed > free:
             raise Fault(
@@ -53,8 +55,6 @@ class Commits:
                 "earlier checkpoints are intact"
             )
         beside = self.folder / f"writing-{step:06d}"
-        for left in self.folder.glob("writing-*"):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir()
         saver.start_saving(beside)
         self._pending = step, beside
@@ -108,10 +108,17 @@ class Commits:
         return sorted(int(step) for step in found if step.isdecimal())  # not of a copy that somebody made
 
     def drop_after(self, step: int) -> None:
-        """Remove later checkpoints: of a history that the run leaves by going back to `step`."""
+        """Remove later checkpoints, of a history that the run leaves by going back to `step`, and what kills left."""
         for later in self.steps():
             if later > step:
                 _remove(self.path(later))
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what kills left: shards without a manifest, and folders that were renamed or removed but half."""
+        for left in self.folder.glob("*-*"):
+            if re.fullmatch(r"(writing|step)-\d+", left.name) and not (left / MARKER).exists():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +30,11 @@ LAYOUTS = (
     ("messages", "output_text"),  # the paper's
     ("prompt", "golden_response"),  # the paper's
 )
+FILES = (".jsonl", ".json", ".parquet")
+KNOWN = f"known: {', '.join(FILES)}, a saved dataset, a hub id"
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_REPORTED = 20
+_SPACE = re.compile(r"[ \t\r\n]*")  # JSON's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,16 +60,22 @@ class _BadField(ValueError):
 
 
 def load_rows(
-    source: str, *, split: str = "train", limit: int | None = None, need_demonstration: bool = True
+    source: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    need_demonstration: bool = True,
+    setting: str = "data.train",
 ) -> list[Row]:
     """All rows of a .jsonl, .json or .parquet file, a folder saved by `datasets`, or a hub id.
 
-    With `need_demonstration` false, a prompt and an `answer` are enough (held-out rows).
-    Raises DataError that lists every bad row as `file:line: field: problem`.
+    With `need_demonstration` false, a prompt and an `answer` are enough (held-out rows). `setting` is what names
+    `source`. Raises DataError that lists every bad row as `file:line: field: problem`, or says what is wrong with
+    `setting`.
     """
     rows: list[Row] = []
     problems: list[str] = []
-    for where, value in _records(source, split):
+    for where, value in _records(source, split, setting):
         if isinstance(value, _BadField):
             problems.append(f"{where}: {value.field}: {value}")
             continue
@@ -74,11 +86,16 @@ def load_rows(
         if limit is not None and len(rows) + len(problems) >= limit:
             break
     if problems:
-        more = [f"… and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        raise DataError("\n".join([f"{len(problems)} bad rows", *problems[:MAX_REPORTED], *more]))
+        raise DataError("\n".join([f"{len(problems)} bad rows", *few(problems)]))
     if not rows:
         raise DataError(f"{source}: no rows")
     return rows
+
+
+def few(problems: Sequence[str]) -> list[str]:
+    """As many of them as are for reading, and how many more there are."""
+    more = len(problems) - MAX_REPORTED
+    return [*problems[:MAX_REPORTED], *([f"… and {more} more"] if more > 0 else [])]
 
 
 def load_training_rows(data: DataConfig, method: str) -> list[Row]:
@@ -94,43 +111,49 @@ def load_training_rows(data: DataConfig, method: str) -> list[Row]:
     return rows
 
 
-def _records(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _records(source: str, split: str, setting: str) -> Iterator[tuple[str, Any]]:
     """(file:line, record or _BadField) of every record."""
     path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        if not path.is_file():
-            raise DataError(f"data.train: {source}: no such file")
+    kind = path.suffix.lower()
+    if path.is_file():
+        if kind not in FILES:
+            raise DataError(f"{setting}: {source}: is no file of a known kind ({KNOWN})")
         if path.stat().st_size == 0:
             raise DataError(f"{source}: the file is empty")
-        yield from (_json_lines(path) if path.suffix == ".jsonl" else _json_array(path))
-        return
-    for i, record in enumerate(_dataset(source, path, split), start=1):
-        yield f"{source}:{i}", record
+    elif not path.is_dir() and (kind in FILES or not _may_be_hub_id(source)):
+        raise DataError(f"{setting}: {source}: no such file ({KNOWN})")
+    if path.is_file() and kind == ".jsonl":
+        yield from _json_lines(path)
+    elif path.is_file() and kind == ".json":
+        yield from _json_array(path)
+    else:
+        for i, record in enumerate(_dataset(source, split, setting), start=1):
+            yield f"{source}:{i}", record
 
 
-def _dataset(source: str, path: Path, split: str) -> Any:
+def _may_be_hub_id(source: str) -> bool:
+    """Whether it is NAME, or OWNER/NAME, where the name may hold a dot unless a folder here is called OWNER."""
+    if source.startswith((".", "/")) or source.count("/") > 1:
+        return False
+    owner, slash, name = source.rpartition("/")
+    return "." not in name or bool(slash and not Path(owner).exists())
+
+
+def _dataset(source: str, split: str, setting: str) -> Any:
     import datasets
 
+    path = Path(source)
     try:
-        if path.suffix == ".parquet":
-            if not path.is_file():
-                raise DataError(f"data.train: {source}: no such file")
+        if path.is_file():
             return datasets.Dataset.from_parquet(source)
-        if path.is_dir():
-            found = datasets.load_from_disk(source)
-        elif path.suffix or source.startswith((".", "/")):
-            raise DataError(
-                f"data.train: {source}: no such file (known: .jsonl, .json, .parquet, a saved dataset, a hub id)"
-            )
-        else:
-            found = datasets.load_dataset(source)
-    except DataError:
-        raise
+        found = datasets.load_from_disk(source) if path.is_dir() else datasets.load_dataset(source)
     except Exception as e:  # datasets raises many kinds for a bad file or an unreachable hub
-        raise DataError(f"data: {source}: could not be read: {type(e).__name__}: {e}") from e
+        what = "could not be read" if path.exists() else "no such file, and no data set of the hub could be read"
+        raise DataError(f"{setting}: {source}: {what}: {type(e).__name__}: {e}") from e
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise DataError(f"data.split: {source} has no split {split!r}; it has {', '.join(found)}")
+            where = "data.split" if setting == "data.train" else setting
+            raise DataError(f"{where}: {source} has no split {split!r}; it has {', '.join(found)}")
         return found[split]
     return found
 
@@ -139,7 +162,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
-                yield f"{path}:{number}", _parse(raw)
+                yield f"{path}:{number}", _parse(raw.removeprefix(BOM_UTF8) if number == 1 else raw)
 
 
 def _parse(raw: bytes) -> Any:
@@ -147,34 +170,54 @@ def _parse(raw: bytes) -> Any:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
         return _BadField("line", f"not UTF-8 at byte {e.start}")
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # a plain ValueError of an integer with too many digits
         return _BadField("line", f"not JSON: {e}")
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a JSON array with the line on which each begins."""
-    raw = path.read_bytes()
+    """Records of a JSON array with the line on which each begins, up to the first mistake."""
+    raw = path.read_bytes().removeprefix(BOM_UTF8)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
         yield f"{path}:{line}", _BadField("file", f"not UTF-8 at byte {e.start}")
         return
-    decoder, at = json.JSONDecoder(), len(text) - len(text.lstrip())
+    at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
         raise DataError(f"{path}:1: file: a .json file holds an array of rows; for one row a line use .jsonl")
-    at += 1
-    while True:
-        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
-        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
-        if text[at : at + 1] == "]":
-            return
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    at = _skip_space(text, at + 1)
+    more = text[at : at + 1] != "]"
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line}"
         try:
             record, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             yield where, _BadField("row", f"not JSON: {e}")
             return
         yield where, record
+        at = _skip_space(text, at)
+        more = text[at : at + 1] == ","
+        if more:
+            at = _skip_space(text, at + 1)
+    end = _skip_space(text, at + 1)
+    if text[at : at + 1] != "]":
+        got = repr(text[at]) if at < len(text) else "the end of the file"
+        yield _line(path, text, at), _BadField("file", f"got {got} after a row, expected , or ]")
+    elif end < len(text):
+        yield _line(path, text, end), _BadField("file", f"got {text[end]!r} after ], expected the end of the file")
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None  # of an empty space, too
+    return found.end()
+
+
+def _line(path: Path, text: str, at: int) -> str:
+    return f"{path}:{text.count(chr(10), 0, at) + 1}"
 
 
 def _row(where: str, record: Any, need_demonstration: bool) -> Row:
@@ -182,7 +225,7 @@ def _row(where: str, record: Any, need_demonstration: bool) -> Row:
         raise _BadField("row", f"is a {type(record).__name__}, not an object with columns")
     present = {k for k, v in record.items() if v is not None}
     layout = next((pair for pair in LAYOUTS if present.issuperset(pair)), None)
-    answer = _answer(record.get("answer", record.get("golden_answer")))
+    answer = next((_answer(c, record[c]) for c in ("answer", "golden_answer") if c in present), None)
     if layout is None:
         prompt_column = next((c for c in ("prompt", "messages") if c in present), None)
         if prompt_column is None or need_demonstration:
@@ -226,8 +269,10 @@ def _messages(column: str, value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise _BadField(column, f"is {_show(value)}; expected text or a list of messages")
     for i, m in enumerate(value):
-        if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+        if not isinstance(m, dict) or "role" not in m:
             raise _BadField(f"{column}[{i}]", "is not a message with `role` and `content`")
+        if m["role"] not in ROLES:  # the template writes it between control tokens
+            raise _BadField(f"{column}[{i}].role", f"is {_show(m['role'])}; expected one of {', '.join(ROLES)}")
         _text(f"{column}[{i}].content", m.get("content"))
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 
@@ -252,17 +297,25 @@ def _text(column: str, value: Any) -> str:
         raise _BadField(column, "is empty")
     if "\0" in value:
         raise _BadField(column, "holds a NUL character")
+    return _writable(column, value)
+
+
+def _writable(column: str, text: str) -> str:
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise _BadField(column, "holds half a surrogate pair, which is no text") from None
-    return value
+    return text
 
 
-def _answer(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+def _answer(column: str, value: Any) -> str:
+    """Text as it is, other values as JSON."""
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except TypeError:  # Parquet has dates, decimals and bytes
+            raise _BadField(column, f"is {_show(value)}; expected text, or a value that JSON has") from None
+    return _writable(column, value)
 
 
 def _show(value: Any) -> str:

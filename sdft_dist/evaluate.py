@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sdft_dist.config import EvalConfig
-from sdft_dist.data import load_rows
+from sdft_dist.config import Config, EvalConfig
+from sdft_dist.data import Row, few, load_rows
 from sdft_dist.errors import ConfigError, DataError
 from sdft_dist.judge import Case, Judge
 from sdft_dist.prompts import encode_prompts
 
 Scorer = Callable[[Sequence[Case]], list[bool]]
 Z = 1.959964  # of the normal distribution, for 95%
+# Fields of an evaluation's record that are not the accuracy on a set.
+TAKEN = re.compile(r"kind|step|attempt|seconds|num_steps|judge_.*|.*_interval|.*_pass@.*")
 
 
 class Completer(Protocol):
@@ -72,18 +75,42 @@ def load_scorer(config: EvalConfig) -> Scorer:
     return score
 
 
-def load_eval_sets(config: EvalConfig, tokenizer: Any) -> list[EvalSet]:
-    """Read and encode all sets. Raises DataError with every bad row."""
+def load_eval_sets(config: Config, tokenizer: Any) -> list[EvalSet]:
+    """Read and encode all sets. Raises ConfigError for a name that a set cannot have, DataError with every bad row."""
     sets = []
-    for name, source in config.sets.items():
-        rows = load_rows(source, need_demonstration=False)
+    for name, source in config.eval.sets.items():
+        if TAKEN.fullmatch(name):
+            raise ConfigError(
+                f"eval.sets.{name}: an evaluation's record has a field of that name: give the set another"
+            )
+        rows = load_rows(source, need_demonstration=False, setting=f"eval.sets.{name}")
         lacking = [row.where for row in rows if row.answer is None]
         if lacking:
             raise DataError(f"{lacking[0]}: answer: is missing; eval.sets.{name} needs it in every row")
+        check_answers(config.eval, rows)
+        prompts = encode_prompts(config, tokenizer, rows)
         answers = [row.answer or "" for row in rows]
         questions = [row.messages[-1]["content"] for row in rows]
-        sets.append(EvalSet(name=name, prompts=encode_prompts(tokenizer, rows), questions=questions, answers=answers))
+        sets.append(EvalSet(name=name, prompts=prompts, questions=questions, answers=answers))
     return sets
+
+
+def check_answers(config: EvalConfig, rows: Sequence[Row]) -> None:
+    """Raises DataError with every row whose answer the scorer cannot compare with: beside the scorer NAME there may be
+    a function NAME_answer, which raises ValueError for such a one."""
+    if config.scorer == "judge":
+        return
+    load_scorer(config)  # raises where there is no such module
+    module, _, name = config.scorer.partition(":")
+    check = getattr(importlib.import_module(module), f"{name}_answer", lambda answer: None)
+    problems = []
+    for row in rows:
+        try:
+            check(row.answer or "")
+        except ValueError as e:
+            problems.append(f"{row.where}: answer: {e}")
+    if problems:
+        raise DataError("\n".join([f"{len(problems)} bad answers for eval.scorer={config.scorer}", *few(problems)]))
 
 
 def evaluate(

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from sdft_dist.config import JudgeConfig
 from sdft_dist.errors import ConfigError, Fault
+from sdft_dist.jsonl import read_jsonl
+from sdft_dist.prompts import fill
 
 _VERDICT = re.compile(r"\b(incorrect|correct)\b", re.IGNORECASE)
 
@@ -68,9 +70,7 @@ class Judge:
         }
 
     def _judge(self, case: Case) -> bool:
-        question = self._config.template
-        for name, value in case._asdict().items():
-            question = question.replace("{" + name + "}", value)
+        question = fill(self._config.template, case._asdict())
         key = hashlib.sha256(f"{self._config.model}\n{question}".encode()).hexdigest()
         reply = self._known.get(key)
         if reply is None:
@@ -103,13 +103,13 @@ class Judge:
 
 
 def _read(path: str | None) -> dict[str, str]:
+    """The replies in a cache, by the hash of what was asked; a line that a kill has cut is removed, so that the next
+    one begins a line. Raises UserError where another one is damaged."""
     if path is None or not Path(path).exists():
         return {}
-    known = {}
-    for line in Path(path).read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a killed run
-            continue
-        known[entry["key"]] = entry["reply"]
+    known = {entry["key"]: entry["reply"] for entry in read_jsonl(Path(path))}
+    raw = Path(path).read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        os.truncate(path, whole)
     return known

@@ -20,7 +20,7 @@ from rich.table import Table
 from sdft_dist.cluster import launch, ray_session
 from sdft_dist.config import Config, parse_config
 from sdft_dist.data import ProblemSet, Row, load_training_rows
-from sdft_dist.evaluate import load_scorer
+from sdft_dist.evaluate import Scorer, check_answers, load_eval_sets, load_scorer
 from sdft_dist.fleet import Fleet
 from sdft_dist.judge import Case
 from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
@@ -31,9 +31,14 @@ class Interval:
     """A mean with its 95% interval, by the normal approximation over rows."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None  # None where there is one row, which has no interval
+    high: float | None
     rows: int
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:+.3f}, of one row"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +70,9 @@ class Preflight:
 def interval(values: Sequence[float]) -> Interval:
     """Mean of one value a row, and its 95% interval."""
     mean = statistics.fmean(values)
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    half = 1.96 * spread / math.sqrt(len(values))
+    if len(values) == 1:
+        return Interval(mean=mean, low=None, high=None, rows=1)
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean=mean, low=mean - half, high=mean + half, rows=len(values))
 
 
@@ -81,7 +87,9 @@ def verdict(likelihood: Comparison, accuracy: Comparison | None) -> str:
     model copies the demonstration without understanding it."""
     decisive, name = (accuracy, "accuracy") if accuracy else (likelihood, "demonstration log-likelihood")
     gain = decisive.gain
-    shown = f"{name} gain {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over {gain.rows} rows"
+    if gain.low is None or gain.high is None:
+        return f"One row cannot tell whether SDFT helps ({name} gain {gain}): more rows are needed, some dozens."
+    shown = f"{name} gain {gain} over {gain.rows} rows"
     if gain.low > 0:
         return f"SDFT is likely to help: the demonstration makes the model better ({shown})."
     if gain.high < 0:
@@ -98,12 +106,15 @@ def preflight(config: Config, num_rows: int = 64) -> Preflight:
     left_out = {line.split(": ")[0] for line in encoded.dropped}
     kept = [row for row in rows if row.where not in left_out][:num_rows]
     problems = ProblemSet(encoded.problems[i] for i in range(len(kept)))
+    load_eval_sets(config, tokenizer)  # raises where a run would
+    check_answers(config.eval, [row for row in kept if row.answer is not None])
+    scorer = load_scorer(config.eval)
     ends = stop_ids(tokenizer, config.model.path, config.model.revision)
     with ray_session(config), launch(config, problems, len(tokenizer), ends, engines=("generator",)) as fleet:
         fleet.to_generators(0)
         difference = logprob_differences(fleet, problems, config)
-        likelihood = _likelihood(fleet, problems)
-        accuracy = _accuracy(fleet, problems, kept, tokenizer, config)
+        likelihood = _likelihood(fleet, problems, config.model.max_length)
+        accuracy = _accuracy(fleet, problems, kept, tokenizer, scorer, config.rollout.max_completion_tokens)
     return Preflight(
         rows=len(rows),
         lengths=_lengths(encoded.problems),
@@ -133,22 +144,21 @@ def logprob_differences(fleet: Fleet, problems: ProblemSet, config: Config) -> n
     return np.concatenate([np.abs(o - s.logprobs) for o, s in zip(ours, samples, strict=True)])
 
 
-def _likelihood(fleet: Fleet, problems: ProblemSet) -> Comparison:
-    """Mean log-prob of the demonstration's tokens in both views."""
-    targets = [p.demonstration_ids for p in problems]
+def _likelihood(fleet: Fleet, problems: ProblemSet, context: int) -> Comparison:
+    """Mean log-prob of the demonstration's tokens in both views, of as many as the context holds in both."""
+    targets = [p.demonstration_ids[: context - max(len(p.prompt_ids), len(p.teacher_prompt_ids))] for p in problems]
     views = [[p.prompt_ids for p in problems], [p.teacher_prompt_ids for p in problems]]
     student, teacher = ([float(x.mean()) for x in fleet.learner.logprobs(v, targets, 1.0)] for v in views)
     return compare(student, teacher)
 
 
 def _accuracy(
-    fleet: Fleet, problems: ProblemSet, rows: Sequence[Row], tokenizer: Any, config: Config
+    fleet: Fleet, problems: ProblemSet, rows: Sequence[Row], tokenizer: Any, scorer: Scorer, limit: int
 ) -> Comparison | None:
     """Greedy accuracy in both views, of the rows with an answer."""
     known = [i for i, row in enumerate(rows) if row.answer is not None]
     if not known:
         return None
-    scorer, limit = load_scorer(config.eval), config.rollout.max_completion_tokens
     found = []
     for view in ("prompt_ids", "teacher_prompt_ids"):
         completions = fleet.generators.complete([getattr(problems[i], view) for i in known], limit)
@@ -195,8 +205,7 @@ def show(found: Preflight, console: Console) -> None:
         if c is not None:
             table.add_row(
                 name,
-                f"student {c.student.mean:.3f}, shown the demonstration {c.teacher.mean:.3f}, "
-                f"gain {c.gain.mean:+.3f} [{c.gain.low:+.3f}, {c.gain.high:+.3f}]",
+                f"student {c.student.mean:.3f}, shown the demonstration {c.teacher.mean:.3f}, gain {c.gain}",
             )
     console.print(table)
     console.print(found.verdict, highlight=False)

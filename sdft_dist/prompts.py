@@ -7,7 +7,7 @@ Text of a row is text: a control token's name inside it (`<|im_end|>`) is never 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdft_dist.config import Config
-from sdft_dist.data import Message, ProblemSet, Row
+from sdft_dist.data import Message, ProblemSet, Row, few
 from sdft_dist.errors import DataError, UserError
 from sdft_dist.types import Problem
 
@@ -29,7 +29,7 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.path: {path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.model.revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except Exception as e:  # tokenizers raises no other kind for a damaged file
         raise UserError(f"model.path: {path}: no tokenizer could be loaded: {e}") from e
     if not len(tokenizer):
         raise UserError(f"model.path: {path}: the folder has no tokenizer")
@@ -60,9 +60,13 @@ def stop_ids(tokenizer: Any, model_path: str, revision: str | None = None) -> li
 def teacher_messages(row: Row, template: str) -> tuple[Message, ...]:
     """The row's conversation with the demonstration put into its last user turn."""
     *before, last = row.messages
-    filling = {"{prompt}": last["content"], "{demonstration}": row.demonstration}
-    shown = re.sub(r"\{prompt\}|\{demonstration\}", lambda m: filling[m.group()], template)
+    shown = fill(template, {"prompt": last["content"], "demonstration": row.demonstration})
     return (*before, {"role": "user", "content": shown})
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with each {name} of `values` replaced, in one pass: braces inside a value stay text."""
+    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda m: values[m[1]], template)
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -77,7 +81,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 def _encode_guarded(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """As `encode_chat`, where a content holds a control token's name: contents are tokenised apart
     from the template, as plain text."""
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    marks = [_mark(i) for i in range(len(messages))]
     masked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
     pieces = re.split("(\ue000[0-9]+\ue001)", _render(tokenizer, masked))
     ids: list[int] = []
@@ -90,6 +94,11 @@ def _encode_guarded(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return ids
 
 
+def _mark(i: int) -> str:
+    """Stands for the text of message i, or for its end, in what a template makes."""
+    return f"\ue000{i}\ue001"
+
+
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a demonstration as the student would say it, with the end-of-turn token."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -98,12 +107,10 @@ def encode_completion(tokenizer: Any, text: str) -> list[int]:
 
 def check_views(tokenizer: Any, row: Row, template: str) -> None:
     """Raises UserError unless both views of `row` end with the same generation prompt."""
-    views = (row.messages, teacher_messages(row, template))
-    endings = []
-    for messages in views:
-        opened = _render(tokenizer, messages)
-        closed = _render(tokenizer, messages, generation_prompt=False)
-        endings.append(opened[len(closed) :] if opened.startswith(closed) else opened)
+    endings, mark = [], _mark(0)
+    for *before, last in (row.messages, teacher_messages(row, template)):
+        shown = _render(tokenizer, [*before, {**last, "content": last["content"] + mark}])
+        endings.append(shown.rpartition(mark)[2])
     if endings[0] != endings[1]:
         raise UserError(
             f"chat template: the student's view ends with {endings[0]!r} and the teacher's with {endings[1]!r}; "
@@ -144,17 +151,13 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
         else:
             (dropped if policy == "drop" else unfit).append(f"{row.where}: {message}")
     if unfit:
-        raise DataError("\n".join([f"{len(unfit)} rows are too long", *_few(unfit), _ADVICE]))
+        raise DataError("\n".join([f"{len(unfit)} rows are too long", *few(unfit), _ADVICE]))
     if not problems:
-        raise DataError("\n".join(["data.too_long=drop leaves no row", *_few(dropped)]))
+        raise DataError("\n".join(["data.too_long=drop leaves no row", *few(dropped)]))
     return Encoded(ProblemSet(problems), dropped, truncated)
 
 
 _ADVICE = "Raise model.max_length, or see data.too_long for dropping rows or shortening demonstrations."
-
-
-def _few(lines: list[str], most: int = 20) -> list[str]:
-    return [*lines[:most], *([f"… and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
 def _encode(config: Config, tokenizer: Any, row: Row) -> Problem:
@@ -166,7 +169,8 @@ def _encode(config: Config, tokenizer: Any, row: Row) -> Problem:
 
 
 def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Problem:
-    """The problem with its demonstration cut at the end by as many tokens as it is over."""
+    """The problem with its demonstration cut at the end by as many tokens as it is over, and without an end-of-turn
+    token, which does not follow there; as it was where nothing of the demonstration would be left."""
     length = len(problem.demonstration_ids) - 1
     if config.method == "sdft":
         total = len(problem.teacher_prompt_ids) + config.rollout.max_completion_tokens
@@ -176,16 +180,30 @@ def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Pr
     # Tokens may merge at the new border, so cut a little more until it fits; three tries are plenty.
     for extra in (0, 4, 16):
         kept = problem.demonstration_ids[: max(0, length - over - extra)]
-        shorter = replace(row, demonstration=tokenizer.decode(kept))
-        found = _encode(config, tokenizer, shorter)
+        text = tokenizer.decode(kept).rstrip("\ufffd")  # of a character that is cut
+        if not text.strip():
+            break
+        found = _encode(config, tokenizer, replace(row, demonstration=text))
         if _overlong(config, found) is None:
-            return found
+            return replace(found, demonstration_ids=found.demonstration_ids[:-1])
     return problem
 
 
-def encode_prompts(tokenizer: Any, rows: Sequence[Row]) -> list[np.ndarray]:
-    """The student's view, int32 [P], of held-out rows."""
-    return [_ids(encode_chat(tokenizer, row.messages)) for row in rows]
+def encode_prompts(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The student's view, int32 [P], of held-out rows. Raises DataError that names each one which leaves no room for
+    a whole completion: it would be cut short, and judged by that."""
+    prompts = [_ids(encode_chat(tokenizer, row.messages)) for row in rows]
+    room, limit = config.rollout.max_completion_tokens, config.model.max_length
+    unfit = [
+        f"{row.where}: prompt of {len(ids)} tokens + rollout.max_completion_tokens={room} is {len(ids) + room}, "
+        f"above model.max_length={limit}"
+        for row, ids in zip(rows, prompts, strict=True)
+        if len(ids) + room > limit
+    ]
+    if unfit:
+        advice = "Raise model.max_length, lower rollout.max_completion_tokens, or leave these rows out."
+        raise DataError("\n".join([f"{len(unfit)} held-out rows are too long", *few(unfit), advice]))
+    return prompts
 
 
 def _overlong(config: Config, problem: Problem) -> str | None:
@@ -206,22 +224,20 @@ def _overlong(config: Config, problem: Problem) -> str | None:
     return f"{what} is {total}, above model.max_length={limit}" if total > limit else None
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-    from jinja2 import TemplateError
-
+def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
     try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt, tokenize=False)
-        )
-    except (TemplateError, TypeError, ValueError) as e:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except Exception as e:  # a template is code of the model folder's, which may fail in any way
         raise UserError(f"chat template: fails on roles {[m['role'] for m in messages]}: {e}") from e
 
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise UserError(f"prompt.chat_template: {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"prompt.chat_template: {path}: not UTF-8 at byte {e.start}") from e
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:

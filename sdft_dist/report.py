@@ -19,6 +19,7 @@ from sdft_dist.charts import Curve, Point, curves, matrix, pareto, plt, shares
 from sdft_dist.config import Config, dump_config, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
+from sdft_dist.jsonl import read_jsonl
 from sdft_dist.rundir import RunDir
 from sdft_dist.selection import exported
 
@@ -94,10 +95,10 @@ def _read(paths: Sequence[Path]) -> list[Run]:
     runs = []
     paths = list({path.resolve(): path for path in paths}.values())  # each once
     for name, path in zip(_names([path.resolve() for path in paths]), paths, strict=True):
-        RunDir.open(path)
+        rundir = RunDir.open(path)
         if not (path / "metrics.jsonl").is_file():
             raise UserError(f"{path}: has no metrics.jsonl: nothing was trained yet")
-        records = _lines(path / "metrics.jsonl")
+        records = read_jsonl(path / "metrics.jsonl")
         evals = [record for record in records if record["kind"] == "eval"]
         runs.append(
             Run(
@@ -106,7 +107,7 @@ def _read(paths: Sequence[Path]) -> list[Run]:
                 config=load_config(path / "config.yaml"),
                 train=[record for record in records if record["kind"] == "train"],
                 evals=evals,
-                judged=[_judged(path, evals[i]["step"]) for i in (0, -1)] if evals else [],
+                judged=[rundir.evaluation(evals[i]["step"]) for i in (0, -1)] if evals else [],
             )
         )
     return runs
@@ -123,31 +124,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
             for folder, name in zip(folders, names, strict=True)
         ]
     return names
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without a last line that is still being written or was cut by a kill.
-    Raises UserError where another one is damaged."""
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line.decode())
-        except ValueError as e:
-            raise UserError(f"{path}:{number}: is damaged: {e}; remove this line to leave it out") from e
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: is damaged: no JSON object; remove this line to leave it out")
-        records.append(record)
-    return records
-
-
-def _judged(run: Path, step: int) -> dict[str, list[Judged]]:
-    """Every held-out row of one evaluation by its set, as RunDir.evaluation. Raises UserError where it is damaged."""
-    path = run / "eval" / f"step-{step:06d}.jsonl"
-    judged: dict[str, list[Judged]] = {}
-    for row in _lines(path) if path.is_file() else []:
-        fields = {name: row[name] for name in Judged._fields if name in row}
-        judged.setdefault(row["set"], []).append(Judged(**fields))
-    return judged
 
 
 def _overview(runs: Sequence[Run]) -> str:

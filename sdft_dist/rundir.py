@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -22,6 +23,7 @@ from sdft_dist.config import Config, dump_config, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import refuse_changes
+from sdft_dist.jsonl import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -115,23 +117,28 @@ class RunDir:
         """Write every held-out row, with its completion, into `eval/step-NNNNNN.jsonl`."""
         path = self._evaluation(step)
         path.parent.mkdir(exist_ok=True)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             for name, rows in judged.items():
                 for i, row in enumerate(rows):
                     file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
 
     def evaluation(self, step: int) -> dict[str, list[Judged]]:
-        """What `note_evaluation` wrote, in its order; empty where nothing was evaluated at that step."""
+        """What `note_evaluation` wrote, in its order; empty where nothing was evaluated at that step. Raises UserError
+        where a line is damaged."""
         judged: dict[str, list[Judged]] = {}
         path = self._evaluation(step)
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            row = json.loads(line)
+        for row in read_jsonl(path) if path.is_file() else []:
             fields = {name: row[name] for name in Judged._fields if name in row}
             judged.setdefault(row["set"], []).append(Judged(**fields))
         return judged
 
     def _evaluation(self, step: int) -> Path:
         return self.path / "eval" / f"step-{step:06d}.jsonl"
+
+    def _evaluations(self) -> list[tuple[int, Path]]:
+        """Step and file of every evaluation."""
+        found = ((path.stem.removeprefix("step-"), path) for path in self.path.glob("eval/step-*.jsonl"))
+        return [(int(step), path) for step, path in found if step.isdecimal()]  # not of a copy that somebody made
 
     def new_attempt(self, config: Config) -> Path:
         """A folder for what belongs to one attempt only, numbered from 001: its settings, and its trace."""
@@ -161,9 +168,25 @@ class RunDir:
         return Start() if step is None else Start(step, self.commits.path(step))
 
     def rewind(self, step: int) -> None:
-        """Forget what came after `step`, which will be done again."""
+        """Forget what came after `step`, which will be done again: checkpoints, evaluations, metrics, and what was
+        exported at the end of a history that went further. Raises UserError where the metrics are damaged."""
+
+        def left(other: int) -> bool:
+            return other > step or step == 0  # what is measured at the start is measured again, too
+
+        metrics = self.path / "metrics.jsonl"
+        records = read_jsonl(metrics) if metrics.exists() else []
+        kept = [record for record in records if not left(record["step"])]
+        judged = [path for at, path in self._evaluations() if left(at)]
+        if judged or len(kept) < len(records) or any(map(left, self.commits.steps())):
+            for name in ("model", "adapter"):
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
         self.commits.drop_after(step)
-        self._drop_metrics_after(step)
+        for path in judged:
+            path.unlink()
+        if metrics.exists():  # last, as a rewind that is interrupted shall find again that something was left
+            write_whole(metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def checkpoint(self, step: int | None) -> Path:
         """Folder of a checkpoint, the newest where `step` is None. Raises UserError where there is none."""
@@ -211,20 +234,6 @@ class RunDir:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         self._lock = lock
-
-    def _drop_metrics_after(self, step: int) -> None:
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if 0 < step >= json.loads(line)["step"]:
-                    kept.append(line)
-            except ValueError:  # the last line of a killed run
-                continue
-        path.with_suffix(".new").write_text("".join(line + "\n" for line in kept))
-        path.with_suffix(".new").replace(path)
 
 
 def refuse_changed(config: Config, ignore: Collection[str] = ()) -> None:

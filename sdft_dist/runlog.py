@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sdft_dist.jsonl import read_jsonl
 from sdft_dist.trace import Trace
 from sdft_dist.types import Span, TrainItem
 from sdft_dist.watch import Watch, item_metrics
@@ -122,6 +123,6 @@ class RunLog:
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind from a run's metrics.jsonl, in order; without a line that is still being written."""
-    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    """The records of one kind from a run's metrics.jsonl, in order; without a line that is still being written.
+    Raises UserError where one is damaged."""
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == kind]

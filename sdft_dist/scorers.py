@@ -1,7 +1,8 @@
 """Whether a completion is right: for `eval.scorer`, as `sdft_dist.scorers:letter` and so on.
 
 Each takes the completion and the row's answer as text. What they accept is written down here, since
-figures of accuracy cannot be compared otherwise.
+figures of accuracy cannot be compared otherwise. A completion can only be wrong, whatever it holds; an
+answer that no completion could match is refused when rows are loaded, by the scorer's `NAME_answer`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 import unicodedata
 from typing import Any
 
-_TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.IGNORECASE | re.DOTALL)
+# Nowhere do neighbours both take spaces: on thousands of them, which a model may write, all splits would be tried.
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"\W*([A-Z])(?:\W.*)?", re.DOTALL)
 _SAID = re.compile(
     r"\b(?:answer|option|choice)\b(?:\s+(?:letter|option|choice))?\s*(?:is|:|=)?\s*(?:option|choice)?[\s:*_({\[\"'`]*"
@@ -19,7 +21,8 @@ _SAID = re.compile(
     re.IGNORECASE,
 )
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([A-Z])\b")
-_CALL = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*\n+[ \t]*Action[ _]Input:\s*", re.MULTILINE)
+_CALL = re.compile(r"^[ \t]*Action:(.*)\n+[ \t]*Action[ _]Input:\s*", re.MULTILINE)
+_CALLS = 'a list of {"Action": NAME, "Action_Input": JSON}, or lines of `Action: NAME` and `Action Input: JSON`'
 
 
 def text(completion: str, answer: str) -> bool:
@@ -37,7 +40,7 @@ def chosen_letter(completion: str) -> str | None:
     """The letter that `letter` compares, or None where the completion names none."""
     tagged = _TAGGED.findall(completion)
     if tagged:
-        found = _LETTER.fullmatch(tagged[-1].upper()) or None
+        found = _LETTER.fullmatch(tagged[-1].strip().upper())
         return found.group(1) if found else None
     for pattern in (_BOXED, _SAID):
         named = [match for match in pattern.findall(completion) if match.isupper()]
@@ -50,9 +53,26 @@ def chosen_letter(completion: str) -> str | None:
 def tool_calls(completion: str, answer: str) -> bool:
     """The calls of the answer, no more and no fewer, in its order. A call is `Action: NAME` and, below it,
     `Action Input: JSON`; the order of arguments does not matter, 1 and 1.0 are equal, 1 and "1" are not. Input
-    that is no JSON is equal to none. `answer` is a list of {"Action", "Action_Input"} as JSON, or such text."""
-    found = calls(completion)
-    return bool(found) and found == _expected(answer)
+    that is no JSON is equal to none. `answer` is a list of {"Action", "Action_Input"} as JSON, or such text. Raises
+    ValueError where it is neither."""
+    expected = tool_calls_answer(answer)
+    try:
+        return calls(completion) == expected
+    except RecursionError:  # both are nested deeply
+        return False
+
+
+def tool_calls_answer(answer: str) -> list[tuple[str, Any]]:
+    """The calls that `tool_calls` looks for. Raises ValueError where there are none, or one is malformed."""
+    try:
+        parsed = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = calls(answer)
+    else:
+        found = [_call(call) for call in parsed] if isinstance(parsed, list) else []
+    if not found or any(isinstance(value, Malformed) for _, value in found):
+        raise ValueError(f"is {answer[:60]!r}; expected {_CALLS}")
+    return found
 
 
 def calls(completion: str) -> list[tuple[str, Any]]:
@@ -60,10 +80,10 @@ def calls(completion: str) -> list[tuple[str, Any]]:
     out, decoder = [], json.JSONDecoder()
     for match in _CALL.finditer(completion):
         try:
-            value, _ = decoder.raw_decode(completion, match.end())
-        except ValueError:
+            value = _typed(decoder.raw_decode(completion, match.end())[0])
+        except (ValueError, RecursionError):
             value = Malformed()
-        out.append((match.group(1), _typed(value)))
+        out.append((match.group(1).strip(" \t"), value))
     return out
 
 
@@ -76,12 +96,14 @@ class Malformed:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _expected(answer: str) -> list[tuple[str, Any]]:
+def _call(call: Any) -> tuple[str, Any]:
+    """One of an answer's list; its input may also be there as an object instead of as text."""
     try:
-        parsed = json.loads(answer)
-    except ValueError:
-        return calls(answer)
-    return [(call["Action"], _typed(json.loads(call["Action_Input"]))) for call in parsed]
+        name, value = call["Action"], call["Action_Input"]
+        value = _typed(json.loads(value) if isinstance(value, str) else value)
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return "", Malformed()
+    return (name, value) if isinstance(name, str) else ("", Malformed())
 
 
 def _typed(value: Any) -> Any:

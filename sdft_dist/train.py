@@ -97,7 +97,7 @@ def _prepare(config: Config, on_evaluation: Callable[[dict[str, Any]], None]) ->
         config=config,
         tokenizer=tokenizer,
         problems=encoded.problems,
-        eval_sets=load_eval_sets(config.eval, tokenizer),
+        eval_sets=load_eval_sets(config, tokenizer),
         scorer=load_scorer(config.eval),
         stop_ids=stop_ids(tokenizer, config.model.path, config.model.revision),
         num_steps=config.num_steps(len(encoded.problems)),

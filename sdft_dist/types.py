@@ -57,7 +57,7 @@ class Problem:
 
     prompt_ids: np.ndarray  # int32 [P], the student's view, ends with the generation prompt
     teacher_prompt_ids: np.ndarray  # int32 [P'], the teacher's view, same ending
-    demonstration_ids: np.ndarray  # int32 [D], ends with the end-of-turn token
+    demonstration_ids: np.ndarray  # int32 [D], ends with the end-of-turn token, unless it was shortened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -196,3 +196,24 @@ def test_going_back_forgets_what_came_after(store):
         save(store, step)
     store.drop_after(10)
     assert store.steps() == [10]
+
+
+@pytest.mark.parametrize("go_on", [lambda store: store.drop_after(10), lambda store: save(store, 30)])
+def test_a_folder_that_a_kill_left_without_its_marker_goes_when_the_run_goes_on(store, go_on):
+    save(store, 10)
+    copy = shutil.copytree(store.path(10), store.folder / "step-000010-mine")
+    (copy / commits.MARKER).unlink()
+    assert save_and_die(store, 20, "marker") == -signal.SIGKILL
+    assert store.path(20).exists()
+    go_on(store)
+    assert not store.path(20).exists()
+    assert store.steps()[0] == 10
+    assert copy.exists()
+
+
+def test_what_a_kill_left_takes_no_space_of_the_next(store, monkeypatch):
+    left = store.folder / "writing-000010"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 if left.exists() else 10_000))
+    save(store, 20)
+    assert store.steps() == [20]

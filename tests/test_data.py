@@ -1,6 +1,8 @@
 """Rows from every layout and source; every bad row is named by file, line and field."""
 
+import datetime
 import json
+import re
 
 import datasets
 import numpy as np
@@ -130,3 +132,102 @@ def test_batches_are_pure_and_cover_each_epoch_once():
     assert draw[:10] != draw[10:20]
     assert batch(5, num_problems=10, size=5, seed=3) == draw[25:30]
     assert batch(0, num_problems=3, size=8, seed=0)[3:6] != []
+
+
+ROW = '{"prompt": "q", "demonstration": "d"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        (f"[{ROW}]\n[{ROW}]", 2, "file: got '[' after ], expected the end of the file"),
+        (f"[{ROW}] and more", 1, "file: got 'a' after ], expected the end of the file"),
+        (f"[{ROW}\n{ROW}]", 2, "file: got '{' after a row, expected , or ]"),
+        (f"[{ROW}\n", 2, "file: got the end of the file after a row, expected , or ]"),
+        (f"[{ROW},\n,{ROW}]", 2, "row: not JSON"),
+        (f"[{ROW},\n]", 2, "row: not JSON"),
+        (f"[{ROW},\n{'9' * 5000}]", 2, "row: not JSON: Exceeds the limit"),
+    ],
+)
+def test_a_json_file_is_one_whole_array(tmp_path, text, line, problem):
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as e:
+        load_rows(str(path))
+    assert f"{path}:{line}: {problem}" in str(e.value)
+    path.write_text(f" [ {ROW}\n,\n{ROW} ]\n ")
+    assert [row.where for row in load_rows(str(path))] == [f"{path}:1", f"{path}:3"]
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    for name, text in (("d.json", f"[{ROW}]"), ("d.jsonl", ROW)):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert len(load_rows(str(tmp_path / name))) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ('"answer": "A", "golden_answer": "B"', "A"),
+        ('"answer": null, "golden_answer": "B"', "B"),
+        ('"answer": [{"ü": 1}]', '[{"ü": 1}]'),
+        ('"answer": "\\ud800"', "answer: holds half a surrogate pair"),
+        ('"golden_answer": ["\\ud800"]', "golden_answer: holds half a surrogate pair"),
+        (f'"answer": {"9" * 5000}', "line: not JSON: Exceeds the limit"),
+    ],
+)
+def test_answers(tmp_path, answer, expected):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"prompt": "q", {answer}}}\n')
+    if ": " not in expected or expected.startswith("["):
+        assert load_rows(str(path), need_demonstration=False)[0].answer == expected
+    else:
+        with pytest.raises(DataError, match=re.escape(f"{path}:1: {expected}")):
+            load_rows(str(path), need_demonstration=False)
+
+
+@pytest.mark.parametrize("answer", [datetime.date(2026, 1, 1), b"x"])
+def test_answers_that_only_parquet_has_are_named(tmp_path, answer):
+    path = tmp_path / "d.parquet"
+    datasets.Dataset.from_list([{"prompt": "q", "answer": answer}]).to_parquet(path)
+    with pytest.raises(DataError, match=rf"{path}:1: answer: is (date|bytes) .*; expected text, or a value that JSON"):
+        load_rows(str(path), need_demonstration=False)
+
+
+@pytest.mark.parametrize("role", ["user<|end|><|assistant|>", "User", "", None, ["user"]])
+def test_a_role_is_one_of_a_few_names(tmp_path, role):
+    row = {"prompt": [{"role": role, "content": "s"}, *USER], "demonstration": "d"}
+    path = write_jsonl(tmp_path / "d.jsonl", [row])
+    with pytest.raises(DataError) as e:
+        load_rows(str(path))
+    assert f"{path}:1: prompt[0].role: is {type(role).__name__} {role!r}; expected one of system, dev" in str(e.value)
+
+
+def test_what_there_is_and_what_names_it_is_told(tmp_path, monkeypatch):
+    """A hub id is asked for only where it cannot be a file's."""
+    asked = []
+
+    def hub(name):
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("d.csv", "d.jsonl.gz", "d.JSONL"):
+        (tmp_path / name).write_text(ROW)
+    assert len(load_rows("d.JSONL")) == 1
+    for source, message in [
+        ("d.csv", "is no file of a known kind (known: .jsonl, "),
+        ("d.jsonl.gz", "is no file of a known kind"),
+        ("none.jsonl", "no such file"),
+        ("none.csv", "no such file"),
+        ("data/none.csv", "no such file"),
+        ("./none", "no such file"),
+        ("a/b/c", "no such file"),
+        ("owner/name-v2.5-x", "no such file, and no data set of the hub could be read: ConnectionError"),
+        ("squad", "no such file, and no data set of the hub could be read: ConnectionError"),
+    ]:
+        with pytest.raises(DataError, match=re.escape(f"eval.sets.new: {source}: {message}")):
+            load_rows(source, setting="eval.sets.new")
+    assert asked == ["owner/name-v2.5-x", "squad"]

@@ -4,9 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import config_of, tiny_model, write_jsonl
 
 from sdft_dist.config import EvalConfig
-from sdft_dist.evaluate import EvalSet, Judged, evaluate, load_scorer, pass_at
+from sdft_dist.errors import ConfigError, DataError
+from sdft_dist.evaluate import EvalSet, Judged, evaluate, load_eval_sets, load_scorer, pass_at
+from sdft_dist.prompts import load_tokenizer
 
 
 class Tokenizer:
@@ -50,3 +53,44 @@ def test_pass_at_k_is_the_share_of_all_ways_to_draw(n, c):
     for k, share in found.items():
         ways = list(itertools.combinations(rights, k))
         assert share == pytest.approx(sum(map(any, ways)) / len(ways))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def loaded(model, rows, tmp_path, name="new", **fields):
+    sets = {name: str(rows if isinstance(rows, str) else write_jsonl(tmp_path / "held.jsonl", rows))}
+    config = config_of(
+        model={"path": str(model), "max_length": 64},
+        rollout={"max_completion_tokens": 16},
+        eval={"sets": sets, **fields},
+    )
+    return load_eval_sets(config, load_tokenizer(config))
+
+
+def test_held_out_rows_that_cannot_be_judged_are_refused(model, tmp_path):
+    good = {"prompt": "rev a0", "answer": "a0"}
+    (found,) = loaded(model, [good], tmp_path)
+    assert (found.name, found.questions, found.answers) == ("new", ["rev a0"], ["a0"])
+    for rows, message in [
+        ([good, good | {"prompt": "a0 " * 55}], r"held.jsonl:2: prompt of 58 tokens \+ .* is 74, above"),
+        ([good, good | {"answer": None, "demonstration": "d"}], r"held.jsonl:2: answer: is missing"),
+        ([good, good | {"answer": "\ud800"}], r"held.jsonl:2: answer: holds half a surrogate pair"),
+        (str(tmp_path / "none.jsonl"), r"eval.sets.new: .*none.jsonl: no such file"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            loaded(model, rows, tmp_path)
+    with pytest.raises(DataError, match=r"held.jsonl:1: answer: is 'a0'; expected a list of"):
+        loaded(model, [good], tmp_path, scorer="sdft_dist.scorers:tool_calls")
+    with pytest.raises(ConfigError, match=r"eval.scorer: 'nothing:here' is not a function"):
+        loaded(model, [good], tmp_path, scorer="nothing:here")
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "kind", "attempt", "seconds", "num_steps", "judge_calls", "a_interval", "a_pass@1"]
+)
+def test_a_set_does_not_overwrite_a_field_of_the_record(model, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"eval.sets.{name}: an evaluation's record has a field of that name"):
+        loaded(model, [{"prompt": "rev a0", "answer": "a0"}], tmp_path, name=name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdft_dist.config import EvalConfig
-from sdft_dist.errors import ConfigError, Fault
+from sdft_dist.errors import ConfigError, Fault, UserError
 from sdft_dist.evaluate import load_scorer
 from sdft_dist.judge import Case
 
@@ -115,3 +115,24 @@ def test_a_function_may_want_the_prompt(monkeypatch, tmp_path):
         True,
         False,
     ]
+
+
+def test_braces_in_a_completion_are_text(endpoint):
+    scorer = judge(endpoint, template="Asked: {prompt}; said: {completion}; reference: {answer}; {else}")
+    scorer([Case("{completion}?", "it is {answer} {prompt}", "4")])
+    (_, _, asked) = endpoint.requests[0]
+    said = "Asked: {completion}?; said: it is {answer} {prompt}; reference: 4; {else}"
+    assert asked["messages"][0]["content"] == said
+
+
+def test_a_cache_goes_on_after_a_line_that_was_cut_and_names_a_damaged_one(endpoint, tmp_path):
+    cache = tmp_path / "verdicts.jsonl"
+    judge(endpoint, cache=str(cache))(CASES[:1])
+    cache.write_text(cache.read_text() + '{"key": "cut')
+    judge(endpoint, cache=str(cache))(CASES[1:2])
+    again = judge(endpoint, cache=str(cache))
+    assert again(CASES[:2]) == [True, False]
+    assert again.calls == 0
+    cache.write_text("cut\n" + cache.read_text())
+    with pytest.raises(UserError, match=r"verdicts.jsonl:1: is damaged"):
+        judge(endpoint, cache=str(cache))

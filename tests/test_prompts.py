@@ -11,6 +11,7 @@ from sdft_dist.prompts import (
     encode_chat,
     encode_completion,
     encode_problems,
+    encode_prompts,
     load_tokenizer,
     teacher_messages,
 )
@@ -136,4 +137,55 @@ def test_folders_without_tokenizer_or_template(model, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ nothing.at.all }}")
     broken = config_for(plain, prompt={"chat_template": str(tmp_path / "t.jinja")})
     with pytest.raises(UserError, match="chat template: fails"):
+        encode_problems(broken, load_tokenizer(broken), [row()])
+
+
+@pytest.mark.parametrize(
+    ("method", "room"), [("sdft", 64 - 16 - 6), ("sft", 64 - 3 - 1)]
+)  # without completion and template, or turn and end
+def test_a_demonstration_is_not_cut_to_nothing(model, tokenizer, method, room):
+    tree = config_for(model, data={"too_long": "truncate_demonstration"}).model_dump() | {"method": method}
+    fits = encode_problems(parse_config(tree), tokenizer, [row("a0 " * (room - 1), LONG)])
+    assert len(fits.truncated) == 1
+    with pytest.raises(DataError, match="1 rows are too long"):
+        encode_problems(parse_config(tree), tokenizer, [row("a0 " * room, LONG)])
+
+
+def test_a_shortened_demonstration_does_not_end_the_turn(model, tokenizer):
+    tree = config_for(model, data={"too_long": "truncate_demonstration", "max_demonstration_tokens": 5}).model_dump()
+    (problem,) = encode_problems(parse_config(tree | {"method": "sft"}), tokenizer, [row(demonstration=LONG)]).problems
+    assert tokenizer.decode(problem.demonstration_ids) == "thus a0 a0 a0 a0"
+
+
+def test_a_template_that_closes_what_it_does_not_continue(tokenizer):
+    """As Phi-3's."""
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    check_views(tokenizer, row(), TEMPLATE)
+
+
+def test_held_out_prompts_leave_room_for_a_whole_completion(model, tokenizer):
+    config = config_for(model)
+    (ids,) = encode_prompts(config, tokenizer, [row("a0 " * 45)])
+    assert len(ids) == 48
+    with pytest.raises(DataError) as e:
+        encode_prompts(config, tokenizer, [row(), row("a0 " * 46)])
+    told = "prompt of 49 tokens + rollout.max_completion_tokens=16 is 65, above model.max_length=64"
+    assert str(e.value).splitlines()[:2] == ["1 held-out rows are too long", f"d.jsonl:1: {told}"]
+
+
+def test_damaged_files_of_a_model_are_named(model, tmp_path):
+    folder = tiny_model(tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(UserError, match=r"model.path: .* no tokenizer could be loaded"):
+        load_tokenizer(config_for(folder))
+    (tmp_path / "t.jinja").write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(UserError, match=r"prompt.chat_template: .*t.jinja: not UTF-8 at byte 4"):
+        load_tokenizer(config_for(model, prompt={"chat_template": str(tmp_path / "t.jinja")}))
+    (tmp_path / "t.jinja").write_text("{{ 1 // 0 }}")
+    broken = config_for(model, prompt={"chat_template": str(tmp_path / "t.jinja")})
+    with pytest.raises(UserError, match=r"chat template: fails on roles .* by zero"):
         encode_problems(broken, load_tokenizer(broken), [row()])

@@ -8,6 +8,7 @@ from test_commits import FakeSaver
 
 from sdft_dist.config import parse_config
 from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import fingerprint
 from sdft_dist.rundir import RunDir, Start
 
@@ -138,3 +139,57 @@ def test_every_attempt_has_a_folder_and_the_log_indents_last_words(tmp_path):
     said, words = (run.path / "run.log").read_text().splitlines()
     assert said.endswith("its last words:")
     assert words == "    Fatal Python error: Aborted"
+
+
+def exported(run, *steps):
+    """Leaves what a finished run does: evaluations of `steps`, and the model."""
+    for step in steps:
+        run.note_evaluation(step, {"new": [Judged("a", "a", True)]})
+    for name in ("model", "adapter"):
+        (run.path / name).mkdir()
+        (run.path / name / "weights").touch()
+
+
+def test_going_back_to_a_step_forgets_what_came_of_later_ones(finished):
+    run = RunDir.open(Path(finished.run_dir))
+    exported(run, 0, 10, 20)
+    kept = run.path / "eval" / "step-000020-mine.jsonl"
+    kept.touch()
+    run, _ = claim(finished, "step=10")
+    assert [step for step in (0, 10, 20) if run.evaluation(step)] == [0, 10]
+    assert not (run.path / "model").exists()
+    assert not (run.path / "adapter").exists()
+    assert kept.exists()
+
+
+def test_going_on_from_the_end_keeps_what_came_of_it(finished):
+    run = RunDir.open(Path(finished.run_dir))
+    (run.path / "metrics.jsonl").write_text('{"kind": "train", "step": 20}\n')
+    exported(run, 0, 20)
+    run, _ = claim(finished, "auto")
+    assert [step for step in (0, 20) if run.evaluation(step)] == [0, 20]
+    assert (run.path / "model" / "weights").exists()
+    assert (run.path / "adapter" / "weights").exists()
+
+
+def test_beginning_anew_forgets_the_evaluation_of_the_start_too(tmp_path):
+    run, _ = claim(config_in(tmp_path / "run"))
+    exported(run, 0)
+    run.rewind(0)
+    assert run.evaluation(0) == {}
+    assert not (run.path / "model").exists()
+
+
+def test_a_damaged_line_of_metrics_is_named_and_the_folder_let_go(finished):
+    path = Path(finished.run_dir) / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\nhm\n')
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"metrics.jsonl:2: is damaged: .*; remove this line"):
+            claim(finished, "auto")
+
+
+def test_held_out_rows_are_read_as_they_were_written(tmp_path):
+    run, _ = claim(config_in(tmp_path / "run"))
+    judged = {"new": [Judged("one\u2028two\u2029three\x85four\nfive", "ü\u2028", True, "q\x1e")]}
+    run.note_evaluation(3, judged)
+    assert run.evaluation(3) == judged

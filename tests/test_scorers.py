@@ -10,7 +10,7 @@ import pytest
 from sdft_dist.config import EvalConfig
 from sdft_dist.evaluate import Judged, accuracy, interval, load_scorer
 from sdft_dist.judge import Case
-from sdft_dist.scorers import letter, text, tool_calls
+from sdft_dist.scorers import letter, text, tool_calls, tool_calls_answer
 
 REAL = os.environ.get("SDFT_REAL_DATA")
 
@@ -128,3 +128,32 @@ def test_the_interval_of_an_accuracy(right, rows, low, high):
     judged = [Judged("", "", i < right) for i in range(rows)]
     assert accuracy(judged) == right / rows
     assert interval(judged) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, "9" * 5000])
+def test_whatever_a_model_writes_is_only_wrong(text):
+    assert tool_calls(f"Action: find\nAction Input: {text}", ONE) is False
+
+
+def test_deep_calls_are_compared_or_wrong():
+    deep = "[" * 400 + "]" * 400
+    assert tool_calls(f"Action: f\nAction Input: {deep}", f'[{{"Action": "f", "Action_Input": {deep}}}]') is True
+
+
+def test_thousands_of_spaces_take_no_time():
+    """Not by a clock: a pattern that tries all ways to split them takes an hour."""
+    spaces = " " * 20_000
+    assert letter(f"<answer>{spaces}", "A") is False
+    assert letter(f"<answer>{spaces}A{spaces}</answer>", "A") is True
+    assert tool_calls(f"Action:{spaces}\n", ONE) is False
+    assert tool_calls(f"Action:{spaces}f{spaces}\nAction Input: {{}}", '[{"Action": "f", "Action_Input": {}}]') is True
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "5", "[]", "null", "find", "[5]", '[{"Action": "f"}]', '[{"Action": 1, "Action_Input": "{}"}]',
+     '[{"Action": "f", "Action_Input": "{"}]', '{"Action": "f", "Action_Input": "{}"}', "Action: f\nAction Input: {"],
+)  # fmt: skip
+def test_an_answer_that_no_completion_can_match_is_refused(answer):
+    with pytest.raises(ValueError, match=r"is '.*'; expected a list of"):
+        tool_calls_answer(answer)

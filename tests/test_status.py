@@ -50,3 +50,12 @@ def test_a_run_that_has_just_begun_and_a_folder_that_is_none(tmp_path):
     assert status(run)["step"] == 0
     with pytest.raises(UserError, match="is not a run directory"):
         status(tmp_path)
+
+
+def test_a_finished_run_that_goes_back_is_not_finished_any_more(tmp_path):
+    run = RunDir(a_run(tmp_path / "one"))
+    (run.path / "model").mkdir()
+    assert status(run.path)["state"] == "finished"
+    run.rewind(2)
+    assert (status(run.path)["state"], status(run.path)["step"]) == ("not running", 2)
+    assert status(run.path)["evaluation"]["step"] == 0
