@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from learner.ema import Ema
 from learner.zero import Fragment
+from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.types import ShardFile
 
@@ -36,9 +37,15 @@ class ShardWriter:
         self._writing: Future[ShardFile] | None = None
 
     def start(
-        self, folder: Path, rank: int, fragments: Iterable[Fragment], ema: Ema | None, optimizer_step: int
+        self,
+        folder: Path,
+        rank: int,
+        fragments: Iterable[Fragment],
+        ema: Ema | None,
+        optimizer_step: int,
+        anchor: str | None,
     ) -> None:
-        """Copy the state to CPU memory and begin to write `rank-NNN.safetensors`."""
+        """Copy the state to CPU memory and begin to write `rank-NNN.safetensors`; `anchor` is `teacher.anchor`."""
         tensors: dict[str, torch.Tensor] = {f"{RNG}|torch|0": torch.get_rng_state()}
         for f in fragments:
             for kind, value in {"master": f.master, **f.state}.items():
@@ -46,7 +53,8 @@ class ShardWriter:
         for name, (start, average) in (ema.averages if ema else {}).items():
             tensors[f"ema|{name}|{start}"] = average.to("cpu", copy=True)
         path = folder / f"rank-{rank:03d}.safetensors"
-        self._writing = self._thread.submit(_write, path, tensors, {"optimizer_step": str(optimizer_step)})
+        metadata = {"optimizer_step": str(optimizer_step), "anchor": anchor or ""}
+        self._writing = self._thread.submit(_write, path, tensors, metadata)
 
     def finish(self, wait: bool) -> ShardFile | None:
         """What was written, or None while it is under way and `wait` is false. Raises what writing raised."""
@@ -76,12 +84,14 @@ class Shards:
     """Reads any part of a checkpoint, whatever number of ranks wrote it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
         self.optimizer_step = 0  # updates that Adam's bias correction has counted
+        self.anchor: str | None = None  # `teacher.anchor` of the run
         for path in sorted(folder.glob("rank-*.safetensors")):
             file = safe_open(path, "pt")
-            self.optimizer_step = int((file.metadata() or {}).get("optimizer_step", 0))
+            metadata = file.metadata() or {}
+            self.optimizer_step, self.anchor = int(metadata.get("optimizer_step", 0)), metadata.get("anchor") or None
             for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
                 kind, name, start = key.split("|")
                 place = (kind, f"{name}-{path.stem}" if kind == RNG else name)
@@ -111,7 +121,7 @@ class Shards:
                 out[low - start : high - start] = piece[low - first : high - first]
                 covered += high - low
         if covered != size:
-            raise UserError(f"{self._folder}: {kind} of {name} is incomplete: {covered} of {size} elements are there")
+            raise UserError(f"{self.folder}: {kind} of {name} is incomplete: {covered} of {size} elements are there")
         return out
 
     def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -125,7 +135,12 @@ class Shards:
         return None
 
 
-def read_full(folder: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Whole fp32 tensors of one kind. Raises UserError where the shards do not cover a parameter."""
-    shards = Shards(folder)
-    return {name: shards.full(kind, name, shape) for name, shape in shapes.items()}
+def anchor(config: Config, shards: Shards | None) -> str | None:
+    """The model folder where the average starts. None where it starts at the student, or goes on from `shards`: the
+    run's own, or those of another run whose anchor was the same."""
+    wanted = config.teacher.anchor
+    if wanted is None or shards is None or not shards.has("ema"):
+        return wanted
+    if shards.folder.is_relative_to(config.run_dir):
+        return None
+    return None if shards.anchor == wanted else wanted

@@ -56,8 +56,8 @@ class LearnerGroup:
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step on `items`. Returns the step's metrics, over all ranks."""
-        loss, ranks = self.config.loss, len(self.ranks)
-        trained = [trained_tokens(item.num_completion_tokens, loss) for item in items]
+        ranks = len(self.ranks)
+        trained = [trained_tokens(item.num_completion_tokens, self.config) for item in items]
         plan = pack(
             [item.num_tokens for item in items], num_ranks=ranks, budget=self.config.learner.tokens_per_microbatch
         )

@@ -11,7 +11,7 @@ import torch
 
 from learner.fused import Targets
 from learner.model import MicroBatch
-from sdft_dist.config import LossConfig
+from sdft_dist.config import Config
 from sdft_dist.types import TeacherTargets
 
 Layout = Callable[[Sequence[int]], list[list[int]]]  # lengths to rows of sequences
@@ -27,19 +27,19 @@ class TrainSequence:
     teacher: TeacherTargets | None = None
 
 
-def trained_tokens(num_completion_tokens: int, loss: LossConfig) -> int:
+def trained_tokens(num_completion_tokens: int, config: Config) -> int:
     """Completion tokens that carry loss."""
-    return max(0, num_completion_tokens - loss.skip_first_tokens)
+    return max(0, num_completion_tokens - config.skipped_tokens)
 
 
-def token_weight(num_completion_tokens: int, loss: LossConfig, *, total_tokens: int, total_sequences: int) -> float:
+def token_weight(num_completion_tokens: int, config: Config, *, total_tokens: int, total_sequences: int) -> float:
     """Weight of each trained token of one sequence, by the global counts of the step.
 
     The sum over all ranks and micro-batches is 1, so packing and ranks do not change the loss.
     """
-    if loss.normalisation == "tokens":
+    if config.loss.normalisation == "tokens":
         return 1.0 / max(1, total_tokens)
-    own = trained_tokens(num_completion_tokens, loss)
+    own = trained_tokens(num_completion_tokens, config)
     return 1.0 / (max(1, own) * max(1, total_sequences))
 
 

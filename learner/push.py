@@ -123,7 +123,7 @@ def manifest(
     return WeightManifest(version=version, buckets=tuple(plan_buckets(weights, bucket_bytes)))
 
 
-def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep: str) -> torch.Tensor | None:
+def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep: str | None) -> torch.Tensor | None:
     """Gather and send every bucket; `sender` is None on ranks other than 0. Returns a copy of the
     weight named `keep`, in the type on the wire, where it is among them."""
     if sender is not None:
@@ -133,7 +133,7 @@ def push(plan: WeightManifest, source: WeightSource, sender: Sender | None, keep
         tensors = source(list(bucket.names))
         if sender is not None:
             sender.send(bucket, tensors)
-        if keep in tensors:
+        if keep is not None and keep in tensors:
             dtype = getattr(torch, bucket.dtypes[bucket.names.index(keep)])
             kept = tensors[keep].detach().to(dtype, copy=True)
     return kept

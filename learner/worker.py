@@ -101,13 +101,11 @@ class LearnerRank:
         set_timeouts(timeout)
         self._frozen = {name: p for name, p in named if not p.requires_grad}
         self._moved, teacher = resume is not None, self.config.teacher  # whether the student is at model.path
-        self.ema = None
+        self.ema, anchor = None, checkpoint.anchor(self.config, shards)
         if teacher.kind == "ema":
-            self.ema = Ema(
-                self._fragments(), self._weights_of(teacher.anchor) if teacher.anchor and not resume else None
-            )
+            self.ema = Ema(self._fragments(), None if anchor is None else self._weights_of(anchor))
         if shards is not None:
-            self._restore(shards)
+            self._restore(shards, anchored=anchor is not None)
 
     def update(
         self, step: int, num_steps: int, micro_batches: list[list[TrainItem]], total_tokens: int, total_sequences: int
@@ -127,12 +125,11 @@ class LearnerRank:
             sequences = [self._sequence(item, payloads.get(item.key)) for item in micro_batch]
             weights = [
                 token_weight(
-                    len(s.completion_ids), self.config.loss, total_tokens=total_tokens, total_sequences=total_sequences
+                    len(s.completion_ids), self.config, total_tokens=total_tokens, total_sequences=total_sequences
                 )
                 for s in sequences
             ]
-            heads = self._teacher_heads if self.student.head_loss.objective.kind == "full" else None
-            skip = self.config.loss.skip_first_tokens
+            heads, skip = self._teacher_heads if self._applies_heads else None, self.config.skipped_tokens
             batch = build(sequences, weights, skip, teacher_heads=heads, layout=self._layout, device=self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             losses = self.engine(batch)
@@ -196,13 +193,13 @@ class LearnerRank:
         """Send the weights of `role` ("generators": the student; "teachers": what teaches) as `version`, or
         without `whole` those that are trained.
 
-        Returns when they are copied; they leave while this rank goes on. The head of a teacher is kept
-        until no targets older than `oldest_in_flight` can come.
+        Returns when they are copied; they leave while this rank goes on. The head of a teacher that sends states is
+        kept until no targets older than `oldest_in_flight` can come.
         """
         started = time.time()
-        plan, keep = self.manifest(version, whole), self.student.head_name()
-        head = push(plan, self._source(role), self._senders.get(role), keep)
-        if role == "teachers":
+        keep = self.student.head_name() if role == "teachers" and self._applies_heads else None
+        head = push(self.manifest(version, whole), self._source(role), self._senders.get(role), keep)
+        if keep is not None:
             if head is None:  # a frozen one, which came with the first push
                 head = next(iter(self._teacher_heads.values()))
             self._teacher_heads[version] = head
@@ -212,7 +209,8 @@ class LearnerRank:
 
     def start_saving(self, folder: str) -> None:
         """Copy this rank's state and begin to write it into `folder`."""
-        self._writer.start(Path(folder), self.rank, self._fragments(), self.ema, optimizer_step(self.engine))
+        step, anchor = optimizer_step(self.engine), self.config.teacher.anchor
+        self._writer.start(Path(folder), self.rank, self._fragments(), self.ema, step, anchor)
 
     def finish_saving(self, wait: bool) -> ShardFile | None:
         """What was written; None while that is under way and `wait` is false."""
@@ -241,6 +239,11 @@ class LearnerRank:
         self.engine.destroy()
         deepspeed.comm.destroy_process_group()  # with DeepSpeed's own records of its groups
 
+    @property
+    def _applies_heads(self) -> bool:
+        """Whether teachers send states, to which this rank applies their heads."""
+        return self.student.head_loss.objective.kind == "full"
+
     def _fragments(self) -> Any:
         return fragments(self.engine, list(self._named.items()))
 
@@ -268,15 +271,16 @@ class LearnerRank:
             raise UserError(f"teacher.anchor: {path} has other weights than model.path")
         return weights
 
-    def _restore(self, shards: checkpoint.Shards) -> None:
-        """Master weights, moments, average and random state, exactly as they were saved."""
+    def _restore(self, shards: checkpoint.Shards, *, anchored: bool) -> None:
+        """Master weights, moments, random state and, unless it is `anchored`, the average, exactly as they were
+        saved."""
         if shards.optimizer_step:
             make_optimizer_state(self.engine, shards.optimizer_step)
         for f in fragments(self.engine, list(self._named.items()), copies=True):
             for kind, value in {"master": f.master, **f.state}.items():
                 value.detach().copy_(shards.read(kind, f.name, f.start, value.numel()))
-        if self.ema is not None:
-            # A run that had no average, or is forked with another teacher, starts one at its weights.
+        if self.ema is not None and not anchored:
+            # A run that had no average starts one at its weights.
             kind = "ema" if shards.has("ema") else "master"
             self.ema.load(lambda name, start, size: shards.read(kind, name, start, size))
         random_state = shards.rng_state(self.rank)

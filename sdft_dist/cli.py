@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # accelerate imports DeepSpeed to save a model, which looks for a GPU and prints that there is none. Learners set
     # their own.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.getcwd() not in sys.path:  # for a scorer of the user's own; last, so that it hides nothing
+        sys.path.append(os.getcwd())
     from sdft_dist.errors import Diverged, Fault, Preempted, UserError
 
     try:
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
     what = "fields to override, or further YAML files whose fields replace the recipe's"
-    sub.add_argument("overrides", nargs="*", metavar="section.field=value | FILE.yaml", help=what)
+    sub.add_argument("overrides", nargs="*", default=[], metavar="section.field=value | FILE.yaml", help=what)
     return sub
 
 
@@ -108,7 +110,7 @@ def _add_measuring(commands: Commands) -> None:
     check.set_defaults(command=_preflight)
 
     bench = _with_recipe(commands.add_parser("bench", help="measure throughput: SDFT beside SFT, taking turns"))
-    bench.add_argument("--out", type=Path, required=True, help="new folder for bench.json, traces and timeline.png")
+    bench.add_argument("--out", type=_folder, required=True, help="new folder for bench.json, traces and timeline.png")
     bench.add_argument("--pairs", type=_positive, default=5, help="counted segments of each (default: %(default)s)")
     bench.add_argument("--segment", type=_positive, default=20, help="steps in a segment (default: %(default)s)")
     bench.add_argument(
@@ -127,7 +129,7 @@ def _add_measuring(commands: Commands) -> None:
 
     page = commands.add_parser("report", help="one page about a run, or that compares several")
     page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    page.add_argument("--out", type=Path, required=True, help="new folder for index.html and its pictures")
+    page.add_argument("--out", type=_folder, required=True, help="new folder for index.html and its pictures")
     page.add_argument("--new", metavar="SET", help="the held-out set of what is taught (default: the first)")
     page.set_defaults(command=_report)
 
@@ -137,7 +139,7 @@ def _add_measuring(commands: Commands) -> None:
     other.add_argument("--limit", type=_positive, help="only the first rows of each task")
     other.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
     other.add_argument("--run-code", action="store_true", help="allow tasks that run code which the model has written")
-    other.add_argument("--out", type=Path, required=True, help="folder for results.json and every row")
+    other.add_argument("--out", type=_folder, required=True, help="folder for results.json and every row")
     other.set_defaults(command=_harness)
 
     sequence = commands.add_parser("continual", help="teach tasks one after another, with several methods")
@@ -168,32 +170,34 @@ def _add_measuring(commands: Commands) -> None:
 
 def _add_lab(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
-    demo.add_argument("--out", type=Path, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
+    demo.add_argument("--out", type=_folder, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
     demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run")
     demo.add_argument("--rebuild-base", action="store_true", help="train the base anew instead of the shipped one")
-    demo.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the lab's recipe")
+    demo.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.field=value", help="fields of the lab's recipe"
+    )
     demo.set_defaults(command=_demo)
 
     lab = commands.add_parser("lab", help="the small world for trying things without pretrained weights")
     lab_commands = lab.add_subparsers(required=True, metavar="COMMAND")
     build = lab_commands.add_parser("build", help="train the lab's base model (about 3 minutes on two cores)")
-    build.add_argument("--out", type=Path, default=None, help="folder (default: a cache keyed by the settings)")
+    build.add_argument("--out", type=_folder, default=None, help="folder (default: a cache keyed by the settings)")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--steps", type=_positive, default=None)
     build.set_defaults(command=_lab_build)
     teach = lab_commands.add_parser("data", help="write the files that teach one new word")
-    teach.add_argument("--out", type=Path, required=True)
+    teach.add_argument("--out", type=_folder, required=True)
     teach.add_argument("--word", default="t35", help="t35, t36 or t37 (default: %(default)s)")
     teach.add_argument("--domain", default="a", help="a, b or c (default: %(default)s)")
     teach.add_argument("--seed", type=int, default=0)
     teach.set_defaults(command=_lab_data)
     sequence = lab_commands.add_parser("sequence", help="write a plan for `sdft continual`: three words in sequence")
-    sequence.add_argument("--out", type=Path, required=True)
+    sequence.add_argument("--out", type=_folder, required=True)
     sequence.add_argument("--sweep", action="store_true", help="the sweep that its settings were chosen by")
     sequence.set_defaults(command=_lab_sequence)
     settings = lab_commands.add_parser("sweep", help="write a sweep for `sdft sweep`: one word, twelve settings")
-    settings.add_argument("--out", type=Path, required=True)
+    settings.add_argument("--out", type=_folder, required=True)
     settings.set_defaults(command=_lab_sweep)
 
 
@@ -213,7 +217,7 @@ def _add_checkpoints(commands: Commands) -> None:
     verify.set_defaults(command=_verify_checkpoints)
     export = ckpt_commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     export.add_argument("run", type=Path, help="run directory")
-    export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.add_argument("--out", type=_folder, required=True, help="new folder")
     export.add_argument("--weights", choices=("student", "ema"), default="student")
     export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged)")
     export.add_argument("--step", type=int, default=None, help="default: the newest")
@@ -221,10 +225,17 @@ def _add_checkpoints(commands: Commands) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    """A folder that is there or can be made: nothing on the way to it is a file."""
+    for place in (Path(text), *Path(text).parents):
+        if place.is_file():
+            raise argparse.ArgumentTypeError(f"{place} is a file, expected a folder")
+    return Path(text)
 
 
 def _train(args: argparse.Namespace) -> None:

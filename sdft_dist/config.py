@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sdft_dist.errors import ConfigError
 
@@ -28,9 +29,18 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # a number that YA
 
 
 class Section(BaseModel):
-    """A part of a YAML file: frozen, and without fields of other names."""
+    """A part of a YAML file: frozen, without fields of other names, its numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is expected: Python takes them for 1 and 0."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind), *map(type, get_args(kind))}:
+            raise ValueError("expected a number, not true or false")
+        return value
 
 
 class LoraConfig(Section):
@@ -76,7 +86,8 @@ class DataConfig(Section):
     too_long: Literal["error", "drop", "truncate_demonstration"] = Field(
         "error",
         description="What to do with a row over a limit or the context. truncate_demonstration shortens the "
-        "demonstration as the teacher sees it, at its end; a row that still does not fit is an error. All are counted.",
+        "demonstration as the teacher sees it, at its end; a row that still does not fit, or would lose all of its "
+        "demonstration, is an error. All are counted.",
     )
 
 
@@ -130,7 +141,11 @@ class TeacherConfig(Section):
     reanchor: bool = Field(
         True, description="The teacher starts from model.path. False: from `anchor`, such as the base of earlier tasks."
     )
-    anchor: str | None = Field(None, description="Model folder where the teacher starts when reanchor is false.")
+    anchor: str | None = Field(
+        None,
+        description="Model folder where the teacher starts when reanchor is false; not for kind=live. A run that goes "
+        "on from another run's checkpoint takes over its average, unless it names another anchor than that run.",
+    )
 
 
 class LossConfig(Section):
@@ -160,7 +175,11 @@ class LossConfig(Section):
     token_clip: float | None = Field(
         None, gt=0, description="Positions with a larger loss count this much and give no gradient; default off."
     )
-    skip_first_tokens: int = Field(0, ge=0, description="Completion tokens at the start without loss.")
+    skip_first_tokens: int = Field(
+        0,
+        ge=0,
+        description="Completion tokens at the start without loss, with method=sdft. Demonstrations are imitated whole.",
+    )
     normalisation: Literal["sequences", "tokens"] = Field(
         "sequences",
         description="sequences: mean over a sequence's tokens, then over the step's sequences. "
@@ -174,6 +193,9 @@ class LossConfig(Section):
     )
 
 
+MomentRate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -181,7 +203,9 @@ class OptimConfig(Section):
     )
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment rates.")
+    betas: tuple[MomentRate, MomentRate] = Field(
+        (0.9, 0.999), description="AdamW's moment rates, each at least 0 and below 1."
+    )
     max_skipped: int = Field(
         3, ge=0, description="Steps in a row that may be left out because loss or gradient are no finite numbers."
     )
@@ -304,7 +328,8 @@ class EvalConfig(Section):
     scorer: str = Field(
         "sdft_dist.evaluate:exact_match",
         description="module:function that takes (completion, answer), or (completion, answer, prompt), as text and "
-        "returns whether it is right; or judge.",
+        "returns whether it is right; or judge. Where the module has function_answer too, it is asked about every "
+        "answer at load; its ValueError refuses the row.",
     )
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     metric: str | None = Field(
@@ -345,9 +370,13 @@ class Config(Section):
     trace: bool = Field(
         False, description="Write attempts/NNN/trace.json, a timeline of all roles for Perfetto or chrome://tracing."
     )
-    seed: int = Field(0, ge=0, description="Decides data order and every sampled token.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Decides data order and every sampled token; below 2**32.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; default: `epochs` over the data.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the data, where `steps` is not given.")
+    epochs: float = Field(
+        1.0,
+        gt=0,
+        description="Passes over the data, where `steps` is not given. The last step is filled up from a further pass.",
+    )
     model: ModelConfig
     data: DataConfig
     prompt: PromptConfig = PromptConfig()
@@ -379,6 +408,11 @@ class Config(Section):
         self._check_loss()
         if self.teacher.reanchor == (self.teacher.anchor is not None):
             raise ValueError("teacher.anchor: is where the teacher starts when teacher.reanchor is false: give both")
+        if self.teacher.anchor and self.teacher.kind == "live":
+            raise ValueError(
+                "teacher.anchor: with teacher.kind=live the teacher is the student itself: leave it out, or use ema or "
+                "base"
+            )
         if self.model.lora.rank and self.teacher.anchor:
             raise ValueError(
                 "teacher.anchor: with model.lora.rank the teacher is model.path with adapters: leave it out"
@@ -455,16 +489,28 @@ class Config(Section):
                 "loss.kernel: liger computes a mean over tokens at full support: it needs loss.support=full, "
                 "loss.normalisation=tokens, and neither loss.importance nor loss.token_clip"
             )
-        if rollout.from_teacher and loss.support == "topk" and loss.topk_from == "student":
-            raise ValueError("loss.topk_from: with rollout.from_teacher nobody samples as the student: use teacher")
+        if self.method == "sdft" and loss.support == "topk" and loss.topk_from == "student":
+            if rollout.from_teacher:
+                raise ValueError("loss.topk_from: with rollout.from_teacher nobody samples as the student: use teacher")
+            if rollout.top_p < 1 or 0 < rollout.top_k < loss.top_k:
+                raise ValueError(
+                    f"loss.topk_from: student takes loss.top_k={loss.top_k} ids, but rollout.top_p={rollout.top_p:g} "
+                    f"and rollout.top_k={rollout.top_k} leave fewer with any probability: use teacher, or "
+                    "rollout.top_p=1 and rollout.top_k=0"
+                )
         if rollout.from_teacher and loss.support == "sampled" and not loss.tail:
             raise ValueError("loss.tail: the score-function estimator needs the student's own samples (from_teacher)")
 
+    @property
+    def skipped_tokens(self) -> int:
+        """Tokens without loss at the start of each sequence that is trained on: of demonstrations none."""
+        return self.loss.skip_first_tokens if self.method == "sdft" else 0
+
     def num_steps(self, num_problems: int) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps of the run; with `epochs` enough to see every row of the last pass."""
         if self.steps is not None:
             return self.steps
-        return max(1, round(self.epochs * num_problems / self.rollout.prompts_per_step))
+        return max(1, math.ceil(round(self.epochs * num_problems) / self.rollout.prompts_per_step))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -483,17 +529,46 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The sections of a YAML file. Raises ConfigError where it is none."""
+    """The sections of a YAML file. Raises ConfigError where it is none, or gives a name twice."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: not valid YAML: {e}") from e
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from e
+    tree = _read_yaml(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, this is a {type(tree).__name__}")
     return tree
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    """The value that YAML `text` holds. Raises ConfigError where it is none, or gives a name twice."""
+    try:
+        repeated = list(_repeated(yaml.compose(text, Loader=yaml.SafeLoader)))
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as e:  # the second of a date that is none, or a number of too many digits
+        raise ConfigError(f"{where}: not valid YAML: {e}") from e
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML for settings: it is nested too deeply, or in itself") from None
+    if repeated:
+        lines = (f"{name}: is there more than once in {where}, expected each name once" for name in repeated)
+        raise ConfigError("\n".join(lines))
+    return value
+
+
+def _repeated(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
+    """The dotted names that are given more than once, of which only the last would count."""
+    if isinstance(node, yaml.MappingNode):
+        named = [(key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        names = Counter(name for name, _ in named)
+        yield from (f"{prefix}{name}" for name, number in names.items() if number > 1)
+        for name, value in named:
+            yield from _repeated(value, f"{prefix}{name}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated(value, prefix)
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -537,15 +612,12 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {name} is a value, not a section")
-    try:
-        node[leaf] = _yaml_value(value)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{key}: {value!r} is not valid YAML: {e}") from e
+    node[leaf] = _yaml_value(value, key)
 
 
-def _yaml_value(text: str) -> Any:
+def _yaml_value(text: str, where: str) -> Any:
     """YAML 1.1 reads 1e-5 as text; a user means a number, if it is one and stands without quotes."""
-    value = yaml.safe_load(text)
+    value = _read_yaml(text, where)
     if isinstance(value, str) and EXPONENT.fullmatch(text.strip()) and math.isfinite(float(value)):
         return float(value)
     return value

@@ -12,12 +12,10 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
@@ -106,20 +104,7 @@ class Stage:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan. Raises ConfigError with one line per mistake."""
-    tree = load_yaml(path)
-    repeated = list(_repeated(yaml.compose(path.read_text(), Loader=yaml.SafeLoader)))
-    if repeated:
-        raise ConfigError("\n".join(f"{name}: is there more than once, expected each name once" for name in repeated))
-    return parse(Plan, tree)
-
-
-def _repeated(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
-    """The dotted names that a YAML file gives more than once, of which only the last would count."""
-    if isinstance(node, yaml.MappingNode):
-        names = Counter(key.value for key, _ in node.value)
-        yield from (f"{prefix}{name}" for name, number in names.items() if number > 1)
-        for key, value in node.value:
-            yield from _repeated(value, f"{prefix}{key.value}.")
+    return parse(Plan, load_yaml(path))
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -195,8 +180,9 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         refuse_changed(stage.config)
     for rows, method in dict.fromkeys((stage.rows, stage.config.method) for stage in work):
         load_training_rows(rows, method)  # a mistake in the last file must not be found after days
-    for held_out in (*(task.eval for task in plan.tasks.values()), *plan.prior.values()):
-        load_rows(held_out, need_demonstration=False)
+    held_out = {f"tasks.{name}.eval": task.eval for name, task in plan.tasks.items()}
+    for setting, source in (held_out | {f"prior.{name}": file for name, file in plan.prior.items()}).items():
+        load_rows(source, need_demonstration=False, setting=setting)
     write_mixtures(plan)
     with ray_session(work[0].config):
         for i, stage in enumerate(work, start=1):

@@ -66,7 +66,7 @@ def load_scorer(config: EvalConfig) -> Scorer:
     try:
         function = getattr(importlib.import_module(module), name)
         wants_prompt = len(inspect.signature(function).parameters) == 3
-    except (ImportError, AttributeError, TypeError, ValueError) as e:
+    except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as e:
         raise ConfigError(f"eval.scorer: {config.scorer!r} is not a function as module:function: {e}") from e
 
     def score(cases: Sequence[Case]) -> list[bool]:

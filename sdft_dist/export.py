@@ -25,7 +25,8 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     """Write the model of a checkpoint (the newest, unless `step` is given) into `out`; adapters are merged.
 
     `weights` is "student" or "ema", its average. The folder loads with transformers and with vLLM, and its
-    README tells where it comes from. Raises UserError where there is no such checkpoint or `out` is in use.
+    README tells where it comes from. Raises UserError where there is no such checkpoint, the run kept no average to
+    export, or `out` is in use.
     """
     import torch
     from transformers import GenerationConfig
@@ -33,7 +34,7 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
 
     from sdft_dist.prompts import load_tokenizer
 
-    config, shards, facts = _read(rundir, out, step)
+    config, shards, facts = _read(rundir, out, weights, step)
     disable_progress_bar()
     with torch.no_grad():
         lm = checkpoint_model(config, shards, KINDS[weights])
@@ -55,7 +56,7 @@ def export_adapter(rundir: RunDir, out: Path, *, weights: str = "student", step:
 
     from learner.lora import peft_config
 
-    config, shards, _ = _read(rundir, out, step)
+    config, shards, _ = _read(rundir, out, weights, step)
     lora = config.model.lora
     if not lora.rank:
         raise UserError(f"--adapter: {rundir.path} has trained all weights: there is no adapter")
@@ -76,36 +77,38 @@ def export_adapter(rundir: RunDir, out: Path, *, weights: str = "student", step:
     return out
 
 
-def _read(rundir: RunDir, out: Path, step: int | None) -> tuple[Config, Shards, dict[str, Any]]:
+def _read(rundir: RunDir, out: Path, weights: str, step: int | None) -> tuple[Config, Shards, dict[str, Any]]:
     from learner.checkpoint import Shards
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is already in use")
     checkpoint = rundir.checkpoint(step)
     facts = read_manifest(checkpoint)  # raises where it is not sound
-    return load_config(rundir.path / "config.yaml"), Shards(checkpoint), facts
+    config, shards = load_config(rundir.path / "config.yaml"), Shards(checkpoint)
+    if not shards.has(KINDS[weights]):
+        raise UserError(
+            f"--weights {weights}: the run kept no average (teacher.kind={config.teacher.kind}): use student"
+        )
+    return config, shards, facts
 
 
 def checkpoint_model(config: Config, shards: Shards, kind: str) -> Any:
     """The model of `kind` in the type that it was trained in."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from sdft_dist.adapters import add
 
-    source, dtype = config.model, getattr(torch, config.model.dtype)
-    lora = source.lora
+    source, lora = config.model, config.model.lora
+    # The base whole: checkpoints hold what is trained, and not what a model keeps besides its parameters.
+    lm = AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, dtype=getattr(torch, source.dtype))
+    named = dict(lm.named_parameters())
     if lora.rank:
-        lm = AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, dtype=dtype)
-        named = dict(lm.named_parameters())
         for name, (a, b) in _adapters(shards, kind, lora.rank).items():
             named[name].copy_(add(named[name], a, b, lora.scale))
-        return lm
-    lm = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(source.path, revision=source.revision), dtype=dtype
-    )
-    for name, param in lm.named_parameters():
-        param.copy_(shards.full(kind, name, tuple(param.shape)))
+    else:
+        for name, param in named.items():
+            param.copy_(shards.full(kind, name, tuple(param.shape)))
     return lm
 
 

@@ -40,7 +40,9 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
     backward = backward_bytes(m, learner, frozen_head=rank > 0)
     # What learner/push.py holds back at most, and the message that is being made.
     push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
-    versions = 1 if rank or config.teacher.kind == "base" else config.rollout.max_staleness + 2
+    moving = not rank and config.teacher.kind != "base"
+    heads = config.rollout.max_staleness + 2 if moving else 1  # of teachers, kept where the learner applies them
+    versions = heads if config.method == "sdft" and config.loss.support == "full" else 0
     resident = weights + states + versions * 2 * m.head
     return resident / 2**30, (gradients + max(backward, step)) / 2**30, push / 2**30
 

@@ -59,8 +59,11 @@ class RunDir:
         here = resume == "auto" or (resume or "").startswith("step=")
         if not here or not (run.path / "config.yaml").exists():
             run._refuse_used()
-        run.path.mkdir(parents=True, exist_ok=True)
-        run._take_lock()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run._take_lock()
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as e:
+            raise UserError(f"run_dir: {run.path}: cannot be made or written to: {e.strerror}") from e
         try:
             start = run._begin(resume, here, facts, allow_changes)
         except UserError:
@@ -202,11 +205,13 @@ class RunDir:
             return self.newest()
         if resume.startswith("step="):
             number = resume.removeprefix("step=")
-            if not number.isdigit():
+            if not number.isdecimal():
                 raise UserError(f"--resume: got {resume!r}, expected step=N with a number")
             folder = self.checkpoint(int(number))
         else:
             folder = Path(resume)
+            if not folder.is_dir():
+                raise UserError(f"--resume: {resume}: is no folder; give auto, step=N, or that of a run or checkpoint")
             if (folder / "config.yaml").is_file():
                 folder = RunDir(folder).checkpoint(None)
         return Start(int(commits.read_manifest(folder)["step"]), folder)

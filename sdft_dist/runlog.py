@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,12 +115,21 @@ class RunLog:
 
         seconds = round(time.monotonic() - self._started, 3)
         place = {"kind": kind, "step": step, "attempt": self._attempt, "seconds": seconds}
-        self._metrics.write(json.dumps({**place, **values}) + "\n")
+        self._metrics.write(json.dumps(_strict({**place, **values}), allow_nan=False) + "\n")
         self._metrics.flush()
         # All numbers in one event: add_scalar costs a tenth of a millisecond for each.
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in numbers.items()]
         self._events.file_writer.add_summary(Summary(value=points), step)
+
+
+def _strict(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _strict(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -147,6 +147,49 @@ def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, 
     assert (config.model.dtype, config.model.max_length, config.rollout.max_completion_tokens) == ("bfloat16", 40, 4)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "the following arguments are required: recipe\n"),
+        (["bench", "r.yaml", "--out", "new", "--pairs", "x"], "--pairs: got 'x', expected a whole number above 0"),
+        (["bench", "r.yaml", "--out", "new", "--pairs", "0"], "--pairs: got '0', expected a whole number above 0"),
+        *(
+            ([*words, "--out", out], "argument --out: file is a file, expected a folder")
+            for words in (
+                ["bench", "r.yaml"],
+                ["demo"],
+                *(["lab", name] for name in ("build", "data", "sweep", "sequence")),
+            )
+            for out in ("file", "file/below")
+        ),
+    ],
+)
+def test_a_wrong_word_is_refused_with_what_is_expected(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("kept")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert message in capsys.readouterr().err
+    assert Path("file").read_text() == "kept"
+
+
+def test_a_base_is_not_built_into_a_used_folder(tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("kept")
+    assert main(["lab", "build", "--out", str(tmp_path)]) == 2
+    assert f"--out: {tmp_path} is not empty" in capsys.readouterr().err
+
+
+def test_a_scorer_may_be_a_module_in_the_current_folder(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious.txt").touch()
+    (tmp_path / "own_scorer.py").write_text("def right(completion, answer):\n    return True\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    fields = ["eval.scorer=own_scorer:right", "cluster.device=cpu", f"run_dir={tmp_path / 'used'}"]
+    assert main(["train", str(recipe), *fields]) == 2
+    assert "used is already in use" in capsys.readouterr().err, "what is looked at after the scorer"
+
+
 def test_a_recipe_that_is_not_there(capsys):
     assert main(["train", "nowhere.yaml"]) == 2
     assert "nowhere.yaml: no such file" in capsys.readouterr().err

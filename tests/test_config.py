@@ -6,6 +6,7 @@ from sdft_dist.config import dump_config, load_config, parse_config
 from sdft_dist.errors import ConfigError
 
 MINIMAL = "model: {path: m}\ndata: {train: d.jsonl}\n"
+STUDENTS_TOP_5 = ["loss.support=topk", "loss.topk_from=student", "loss.top_k=5"]
 
 
 @pytest.fixture
@@ -49,6 +50,16 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
         ("model.path.x=1", "path is a value, not a section"),
         ("eval.every=5", "eval.every: there is nothing to evaluate"),
         ("teacher.reanchor=false", "teacher.anchor: is where the teacher starts when teacher.reanchor is false"),
+        ("epochs=inf", "epochs: got 'inf': Input should be a finite number"),
+        ("optim.grad_clip=.nan", "optim.grad_clip: got nan: Input should be a finite number"),
+        ("optim.betas=[1.5, 0.9]", "optim.betas.0: got 1.5: Input should be less than 1"),
+        ("optim.betas=[0.9, -1]", "optim.betas.1: got -1: Input should be greater than or equal to 0"),
+        ("seed=4294967296", "seed: got 4294967296: Input should be less than 4294967296"),
+        ("steps=true", "steps: got True: expected a number, not true or false"),
+        ("learner.zero_stage=false", "learner.zero_stage: got False: expected a number, not true or false"),
+        ("eval.sets={a: x, a: y}", "a: is there more than once in eval.sets, expected each name once"),
+        ("data.train=" + "[" * 2000, "data.train: not valid YAML for settings: it is nested too deeply"),
+        ("steps=2024-13-45", "steps: not valid YAML: month must be in 1..12"),
     ],
 )
 def test_mistakes(recipe, override, message):
@@ -65,6 +76,26 @@ def test_missing_fields_and_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "data: {train: e.jsonl}\n", "data: is there more than once in .*recipe.yaml, expected each name"),
+        ("model: {path: m, path: n}\n", "model.path: is there more than once"),
+        ("a: [{b: 1, b: 2}]\n", "a.b: is there more than once"),
+        ("a: " + "{b: " * 2000, "recipe.yaml: not valid YAML for settings: it is nested too deeply, or in itself"),
+        ("a: &a {b: *a}\n", "it is nested too deeply, or in itself"),
+    ],
+)
+def test_files_that_yaml_would_take_and_no_recipe_is(recipe, text, message):
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe)
+
+
+def test_switches_are_still_given_by_0_and_1(recipe):
+    assert load_config(recipe, ["trace=1"]).trace is True
 
 
 def test_nothing_changes_it_after_parsing(recipe):
@@ -93,7 +124,10 @@ def test_every_field_is_described():
         (["loss.importance=token", "rollout.top_p=0.9"], "rollout.top_p and rollout.top_k bias the weights"),
         (["loss.importance=token", "rollout.top_k=5"], "rollout.top_p and rollout.top_k bias the weights"),
         (["loss.importance=token", "rollout.from_teacher=true"], "the samples are not the student's"),
-        (["loss.support=topk", "loss.topk_from=student", "rollout.from_teacher=true"], "use teacher"),
+        ([*STUDENTS_TOP_5, "rollout.from_teacher=true"], "use teacher"),
+        ([*STUDENTS_TOP_5, "rollout.top_k=4"], "takes loss.top_k=5 ids, but rollout.top_p=1 and rollout.top_k=4 leave"),
+        ([*STUDENTS_TOP_5, "rollout.top_p=0.9"], "but rollout.top_p=0.9 and rollout.top_k=0 leave fewer"),
+        (["teacher.kind=live", "teacher.reanchor=false", "teacher.anchor=a"], "live the teacher is the student itself"),
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "0 keeps no fp32 master"),
         (["learner.compile=true", "learner.zero_stage=3"], "ZeRO-3's hooks cannot be compiled"),
         (["checkpoint.every=50", "teacher.sync_every=20"], "50 is no multiple of teacher.sync_every=20"),
@@ -104,3 +138,23 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(recipe, ove
     with pytest.raises(ConfigError) as e:
         load_config(recipe, overrides)
     assert message in str(e.value)
+
+
+def test_sampling_among_more_ids_than_the_loss_takes_is_no_mistake(recipe):
+    load_config(recipe, [*STUDENTS_TOP_5, "rollout.top_k=5"])
+    load_config(recipe, [*STUDENTS_TOP_5, "rollout.top_k=4", "method=sft"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"),
+    [(1, 80, 3), (1, 96, 3), (1, 97, 4), (2, 80, 5), (0.5, 128, 2), (0.1, 10, 1), (1.1, 320, 11)],
+)
+def test_every_row_of_the_last_pass_is_seen(recipe, epochs, rows, steps):
+    assert load_config(recipe, [f"epochs={epochs}"]).num_steps(rows) == steps
+
+
+def test_demonstrations_are_imitated_from_their_first_token_on(recipe):
+    skipped = [
+        load_config(recipe, ["loss.skip_first_tokens=3", f"method={m}"]).skipped_tokens for m in ("sdft", "sft", "dft")
+    ]
+    assert skipped == [3, 0, 0]

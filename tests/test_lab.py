@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build, shipped_base
 from sdft_dist.lab.teaching import write_teaching_set
@@ -48,8 +49,12 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     digests = {hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in folders}
     assert len(digests) == 1
     build(folders[0], settings, lambda *_: pytest.fail("a cached base is not built again"))
-    with pytest.raises(ValueError, match="is not empty and does not hold this base"):
+    with pytest.raises(UserError, match=r"--out: .*is not empty and does not hold this base"):
         build(folders[0], BaseSettings(steps=4), lambda *_: None)
+
+
+def test_a_base_of_no_more_steps_than_the_warm_up_is_made_too(tmp_path):
+    build(tmp_path / "base", BaseSettings(steps=2, warmup_steps=2, batch_size=4), lambda *_: None)
 
 
 def test_the_shipped_base_is_of_the_default_settings():

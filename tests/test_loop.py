@@ -127,6 +127,7 @@ def test_steps_without_finite_numbers_are_left_out_counted_and_at_last_an_error(
     ):
         train(settings, problems, fakes, fakes, fakes, log, after_step=lambda step: None)
     assert [m["skipped"] for m in read_metrics(tmp_path, "train")] == [1, 1]
+    assert [m["loss"] for m in read_metrics(tmp_path, "train")] == [None, None], "JSON knows no NaN"
     assert ("push generators", 2) in fakes.calls, "the run went on"
 
 

@@ -108,7 +108,19 @@ def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_
     one = Path(finished.run_dir) / "checkpoints" / "step-000010"
     assert claim(config_in(tmp_path / "fork-2"), str(one))[1] == Start(10, one)
     with pytest.raises(UserError, match="no sound checkpoint"):
-        claim(config_in(tmp_path / "fork-3"), str(tmp_path / "nowhere"))
+        claim(config_in(tmp_path / "fork-3"), str(tmp_path))
+    for nowhere in (tmp_path / "nowhere", one / "manifest.json"):
+        with pytest.raises(UserError, match=r"--resume: .* is no folder; give auto, step=N, or that of a run"):
+            claim(config_in(tmp_path / "fork-4"), str(nowhere))
+    with pytest.raises(UserError, match="--resume: got 'step=²', expected step=N with a number"):
+        claim(finished, "step=²")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(UserError, match=f"run_dir: {place}: cannot be made or written to: N"):
+            claim(config_in(place))
 
 
 @pytest.mark.fault("settings changed on resume", "edited fields", "refused by name")

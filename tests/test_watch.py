@@ -5,6 +5,7 @@ import pytest
 from sdft_dist.types import SampleKey, TrainItem
 from sdft_dist.watch import NUM_DECILES, NUM_FIRST, Watch, item_metrics, position_bin
 
+OPENING = [5.0, 5.0, 5.0] + [0.1] * 29
 FINE = {"completion_tokens_mean": 100.0, "cut_share": 0.0, "empty_share": 0.0}
 
 
@@ -15,7 +16,7 @@ FINE = {"completion_tokens_mean": 100.0, "cut_share": 0.0, "empty_share": 0.0}
         ({"empty_share": 0.5}, "chat template"),
         ({"logprob_difference_mean": 0.5}, "loss.importance=token"),
         ({"effective_sample_share": 0.2}, "loss.importance_clip"),
-        ({"divergence_by_position": [5.0, 5.0, 5.0] + [0.1] * 29}, "loss.skip_first_tokens=3"),
+        ({"divergence_by_position": OPENING, "staleness_mean": 0.0}, "loss.skip_first_tokens=3"),
     ],
 )
 def test_signs(trouble, setting):
@@ -24,6 +25,11 @@ def test_signs(trouble, setting):
     (told,) = watch.step(FINE | trouble)
     assert setting in told
     assert watch.step(FINE | trouble) == []
+
+
+def test_the_opening_of_demonstrations_is_to_be_imitated():
+    """What plain fine-tuning reads was not sampled, and no first tokens of it are left out."""
+    assert Watch().step(FINE | {"divergence_by_position": OPENING}) == []
 
 
 def test_length_drift():

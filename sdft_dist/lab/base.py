@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 
 Progress = Callable[[int, float], None]  # (steps done, loss)
@@ -52,11 +53,11 @@ def shipped_base() -> Path:
 
 def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
     """Train the base and save it in `out`; returns `out`. Does nothing where `out` holds the same
-    settings' base already. Raises ValueError where `out` holds something else."""
+    settings' base already. Raises UserError where `out` holds something else."""
     if _holds(out, settings):
         return out
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and does not hold this base: give another --out")
+        raise UserError(f"--out: {out} is not empty and does not hold this base: give another --out")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _train(partial, settings, progress)
@@ -122,7 +123,7 @@ def _train(out: Path, s: BaseSettings, progress: Progress) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     warmup, steps = s.warmup_steps, s.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min((n + 1) / warmup, (steps - n) / (steps - warmup))
+        optimizer, lambda n: min((n + 1) / warmup, (steps - n) / max(1, steps - warmup))
     )
     stream = world.base_examples(s.seed)
     model.train()

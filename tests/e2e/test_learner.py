@@ -8,7 +8,12 @@ from harness import config_for, demonstration_items, save
 from helpers import assert_relative, tiny_model
 from safetensors.torch import load_file
 
-from learner.checkpoint import read_full
+from learner.checkpoint import Shards
+from learner.model import Student, load_causal_lm
+from learner.worker import LearnerRank, objective
+from sdft_dist.logits import LogitTransform
+from sdft_dist.pieces import put
+from sdft_dist.types import Sample, SampleKey, TeacherTargets, TrainItem
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,8 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, mode
 
     def read(kind):
         save(group, tmp_path)
-        return {name: t.double() for name, t in read_full(tmp_path, kind, shapes).items()}
+        shards = Shards(tmp_path)
+        return {name: shards.full(kind, name, shape).double() for name, shape in shapes.items()}
 
     reference = read("master")
     start = {name: t.clone() for name, t in reference.items()}
@@ -55,18 +61,45 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, mode
     assert max((averages[n] - start[n]).abs().max() for n in start) > 1e-3, "it must have moved"
 
 
+def scored_items(problems):
+    """A random completion of every problem, with what a teacher might believe of its tokens."""
+    rng, samples, targets = np.random.default_rng(1), [], []
+    for i in range(len(problems)):
+        ids = rng.integers(1, 90, rng.integers(2, 10)).astype(np.int32)
+        logprobs = rng.uniform(-5, -0.1, len(ids)).astype(np.float32)
+        key, tail = SampleKey(0, i, 0), np.log1p(-np.exp(logprobs))
+        samples.append(Sample(key=key, completion_ids=ids, logprobs=logprobs, finish_reason="stop", policy_versions=()))
+        targets.append(
+            TeacherTargets(
+                key=key, teacher_version=0, dtype="float32", ids=ids[:, None], logprobs=logprobs[:, None], tail=tail
+            )
+        )
+    return [
+        TrainItem(
+            key=s.key,
+            num_prompt_tokens=len(problems[i].prompt_ids),
+            num_completion_tokens=len(s.completion_ids),
+            teacher_version=0,
+            sample=sample,
+            targets=target,
+        )
+        for i, (s, sample, target) in enumerate(zip(samples, put(samples), put(targets), strict=True))
+    ]
+
+
 def gradients(ranks, problems, model, num_ranks, stage, budget, **learner):
     config = config_for(
         model,
-        method="sft",
         learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": budget, **learner},
-        loss={"skip_first_tokens": 2},
+        loss={"support": "sampled", "skip_first_tokens": 2},
         optim={"learning_rate": 1.0, "grad_clip": 1e9},
     )
     group = ranks.group(config, problems)
     for rank in group.ranks:
         rank.keep_gradients.remote()
-    metrics = group.update(0, 1, demonstration_items(problems))
+    items = scored_items(problems)
+    metrics = group.update(0, 1, items)
+    assert metrics["trained_tokens"] == sum(max(0, item.num_completion_tokens - 2) for item in items)
     found = ray.get([rank.kept_gradients.remote() for rank in group.ranks])[0]
     group.stop()
     return metrics, found
@@ -114,6 +147,19 @@ def agree(one, other):
         assert np.abs(gradient - expected[name]).max() <= 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("method", ["sft", "dft"])
+def test_a_demonstration_is_imitated_from_its_first_token_on(ranks, problems, model, method):
+    """Whatever the recipe skips of what the student samples; also where the demonstration is no longer than that."""
+    losses = []
+    for skip in (0, 3):
+        group = ranks.group(config_for(model, method=method, loss={"skip_first_tokens": skip}), problems)
+        metrics = group.update(0, 1, demonstration_items(problems))
+        group.stop()
+        assert metrics["trained_tokens"] == sum(len(p.demonstration_ids) for p in problems)
+        losses.append(metrics["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_path):
     """Master weights after one step, put together from shards, are the same for 1 and 2 ranks."""
     full = []
@@ -129,7 +175,8 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_pa
         folder = tmp_path / str(num_ranks)
         save(group, folder)
         group.stop()
-        full.append((read_full(folder, "master", shapes), read_full(folder, "exp_avg", shapes)))
+        shards = Shards(folder)
+        full.append([{n: shards.full(kind, n, s) for n, s in shapes.items()} for kind in ("master", "exp_avg")])
     (master, moment), (other_master, other_moment) = full
     for name in master:
         assert_relative(other_moment[name], moment[name], 1e-5)
@@ -199,3 +246,16 @@ def test_the_step_needs_what_the_plan_counts(ranks, problems, tmp_path, stage):
     group.stop()
     print(f"ZeRO-{stage}: {found / parameters:.2f} bytes a parameter")
     assert found == pytest.approx(6 * parameters, rel=0.1)
+
+
+@pytest.mark.parametrize(("support", "kept"), [("full", [2, 3]), ("topk", []), ("sampled", [])])
+def test_heads_of_teachers_are_kept_only_where_teachers_send_states(model, support, kept):
+    config = config_for(model, loss={"support": support}, teacher={"kind": "live"})
+    rank = LearnerRank(config, 0, 1, "cpu", 102, [])
+    rank.student = Student(load_causal_lm(config.model), 102, objective(config, LogitTransform()))
+    rank._named, rank._frozen, rank.ema, rank._moved = dict(rank.student.named_weights()), {}, None, False
+    rank._shapes = {name: tuple(p.shape) for name, p in rank._named.items()}
+    for version in range(4):
+        rank.push("teachers", version, True, version - 1)
+        rank.push("generators", version, True, version - 1)
+    assert sorted(rank._teacher_heads) == kept

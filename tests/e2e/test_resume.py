@@ -6,8 +6,9 @@ import torch
 from harness import config_for, demonstration_items, save
 from helpers import assert_relative, tiny_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from learner.checkpoint import read_full
+from learner.checkpoint import Shards
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +91,57 @@ def test_another_stage_and_number_of_ranks_goes_on_from_the_same_state(
         for name, s in zip(bucket.names, bucket.shapes, strict=True)
     }
     save(group, tmp_path)
+    one, other = Shards(middle), Shards(tmp_path)
     for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
-        one, other = (read_full(folder, kind, shapes) for folder in (middle, tmp_path))
-        assert all(torch.equal(one[name], other[name]) for name in shapes), kind
+        assert all(torch.equal(one.full(kind, *of), other.full(kind, *of)) for of in shapes.items()), kind
     again = steps(group, problems, 3, 6)
     group.stop()
     assert again == pytest.approx(losses, rel=1e-4)
+
+
+def averages(folder, kind="ema"):
+    shards = Shards(folder)
+    return {name: shards.read(kind, name, 0, size) for name, size in shards.sizes(kind).items()}
+
+
+def test_an_anchored_average_is_kept_by_its_run_and_by_a_fork_that_does_not_name_another(
+    ranks, problems, model, tmp_path
+):
+    """A fork that names another anchor starts its average there, once."""
+    anchors = {name: tiny_model(tmp_path / name, seed=seed) for seed, name in ((1, "a"), (2, "b"))}
+
+    def anchored(name, run):
+        plain = config(model, 2, 1)
+        teacher = plain.teacher.model_copy(update={"reanchor": False, "anchor": str(anchors[name])})
+        return plain.model_copy(update={"teacher": teacher, "run_dir": str(tmp_path / run)})
+
+    def saved_by(settings, folder, *, resume=None, done=0):
+        group = ranks.group(settings, problems, resume=resume)
+        save(group, folder / "start")
+        steps(group, problems, done, done + 2)
+        save(group, folder / "end")
+        group.stop()
+        return averages(folder / "start"), averages(folder / "end")
+
+    def equal(one, other):
+        return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    first, second = tmp_path / "one" / "checkpoints", tmp_path / "two" / "checkpoints"
+    start, end = saved_by(anchored("a", "one"), first)
+    at_a, at_b = (
+        {name: p.detach().flatten() for name, p in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+        for path in anchors.values()
+    )
+    assert equal(start, at_a)
+    assert not equal(end, at_a)
+    for same in (anchored("a", "one"), anchored("a", "two"), anchored("b", "one")):
+        again, _ = saved_by(same, tmp_path / "again", resume=first / "end", done=2)
+        assert equal(again, end), "its own run's and an unchanged fork's goes on, also where the anchor was moved"
+    forked, end = saved_by(anchored("b", "two"), second, resume=first / "end", done=2)
+    assert equal(forked, at_b)
+    assert equal(averages(second / "start", "master"), averages(first / "end", "master"))
+    again, _ = saved_by(anchored("b", "two"), tmp_path / "again", resume=second / "end", done=4)
+    assert equal(again, end)
 
 
 def test_a_frozen_teacher_stays_the_base_when_the_student_is_resumed(ranks, problems, model, saved, tmp_path):
@@ -106,7 +152,5 @@ def test_a_frozen_teacher_stays_the_base_when_the_student_is_resumed(ranks, prob
     group = ranks.group(frozen, problems, resume=middle)
     (head,) = ray.get([group.ranks[0].teacher_head.remote()])
     group.stop()
-    from transformers import AutoModelForCausalLM
-
     base = AutoModelForCausalLM.from_pretrained(model).get_output_embeddings().weight.detach()
     assert_relative(torch.from_numpy(head), base, 1e-7)

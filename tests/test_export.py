@@ -1,0 +1,80 @@
+"""A checkpoint as a Hugging Face folder: all that the base has, and no weights that were never kept."""
+
+import hashlib
+
+import pytest
+import torch
+from helpers import config_of, tiny_model
+from safetensors.torch import load_file, save_file
+
+from sdft_dist.cli import main
+from sdft_dist.commits import Commits
+from sdft_dist.config import dump_config
+from sdft_dist.export import export
+from sdft_dist.rundir import RunDir
+from sdft_dist.types import ShardFile
+
+
+class Saver:
+    """One rank that saves `tensors` as fragments of whole parameters."""
+
+    def __init__(self, tensors):
+        self.tensors = {f"{kind}|{name}|0": t.float().flatten() for (kind, name), t in tensors.items()}
+
+    def state_bytes(self):
+        return 0
+
+    def start_saving(self, folder):
+        self.path = folder / "rank-000.safetensors"
+        save_file(self.tensors, self.path)
+
+    def finish_saving(self, *, wait):
+        content = self.path.read_bytes()
+        return [ShardFile(name=self.path.name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())]
+
+
+def finished_run(folder, tensors, **sections):
+    """The directory of a run that has saved `tensors` after one step."""
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    (run.path / "config.yaml").write_text(dump_config(config_of(run_dir=str(run.path), **sections)))
+    facts = {"fingerprint": {"data (token ids)": "f00d"}}
+    store, saver = Commits(run.path / "checkpoints", facts=facts), Saver(tensors)
+    store.start(saver, 1)
+    store.finish(saver, wait=True)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["base", "live"])
+@pytest.mark.parametrize(("rank", "more"), [(0, []), (4, []), (4, ["--adapter"])])
+def test_an_average_that_was_not_kept_is_not_exported(tmp_path, capsys, kind, rank, more):
+    name = "model.layers.0.self_attn.q_proj" + (".lora_A.weight" if rank else ".weight")
+    tensors, model = {("master", name): torch.zeros(4, 64)}, {"path": "m", "lora": {"rank": rank}}
+    run = finished_run(tmp_path, tensors, model=model, teacher={"kind": kind})
+    out = tmp_path / "out"
+    assert main(["ckpt", "export", str(run.path), "--weights", "ema", "--out", str(out), *more]) == 2
+    assert f"--weights ema: the run kept no average (teacher.kind={kind})" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_a_model_keeps_besides_its_parameters_is_exported_too(tmp_path):
+    """GLM-4 MoE corrects its router's scores by a buffer, which no optimizer moves and every engine reads."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    base = tiny_model(tmp_path / "base")  # for the tokenizer
+    settings = Glm4MoeConfig(
+        vocab_size=102, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, eos_token_id=98, pad_token_id=97,
+    )  # fmt: skip
+    lm = Glm4MoeForCausalLM(settings)
+    (correction,) = (b for name, b in lm.named_buffers() if name.endswith("e_score_correction_bias"))
+    correction.copy_(torch.arange(4.0) + 1)
+    lm.save_pretrained(base)
+    with torch.no_grad():
+        trained = {("master", name): p + 1 for name, p in lm.named_parameters()}
+    out = export(finished_run(tmp_path, trained, model={"path": str(base)}), tmp_path / "out")
+    (found,) = (t for name, t in load_file(out / "model.safetensors").items() if name.endswith("correction_bias"))
+    assert found.tolist() == [1, 2, 3, 4]
+    again = dict(Glm4MoeForCausalLM.from_pretrained(out).named_parameters())
+    assert all(torch.equal(again[name], tensor) for (_, name), tensor in trained.items())
