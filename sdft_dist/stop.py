@@ -1,58 +1,77 @@
-"""Whether a run is asked to stop: by SIGTERM, or because a node of it is about to be taken away."""
+"""Whether work is asked to stop: by SIGTERM, because a node of it is about to be taken away, or as its caller knows."""
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LOOK_S = 5.0  # how often Ray is asked about draining nodes
+LOOK_S = 5.0  # how often Ray is asked about draining nodes, and the caller
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """A function that tells. Needs Ray; takes SIGTERM over in the main thread, until the block's end."""
-    # The signal may come while nodes are looked at: each has a flag of its own, which the other cannot undo.
-    told, leaving, looked = False, False, time.monotonic()
+def sigterm_told(again: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM has come; `again` hears of each further one.
+
+    It also takes the signal over again, so call it as soon as Ray has started, which puts a native handler before this
+    one, and when Ray has ended, which leaves the signal to kill the process. In another thread than the main one
+    somebody else minds signals, and it tells nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    heard = False
 
     def note(number: int, frame: Any) -> None:
-        nonlocal told
-        told = True
+        nonlocal heard
+        if heard:
+            again()
+        heard = True
+
+    def told() -> bool:
+        signal.signal(signal.SIGTERM, note)
+        if heard:
+            signal.alarm(0)  # by which Ray's native handler would abort the process after three seconds
+        return heard
+
+    before = signal.signal(signal.SIGTERM, note)
+    from ray._private import utils
+
+    # ray.init would let the signal end it half-way, with processes left behind.
+    take, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield told
+    finally:
+        utils.set_sigterm_handler = take
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def asked_to_stop(also: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+    """A function that tells, once and for all; `also` is a reason of the caller's. As for `sigterm_told`, call it
+    after Ray has started and ended."""
+    # The signal may come while nodes are looked at: it has a flag of its own, which nothing else can undo.
+    leaving, looked = False, time.monotonic()
 
     def asked() -> bool:
         nonlocal leaving, looked
-        if not (told or leaving) and time.monotonic() > looked + LOOK_S:
-            leaving, looked = bool(leaving_nodes()), time.monotonic()
-        return told or leaving
+        if not (told() or leaving) and time.monotonic() > looked + LOOK_S:
+            leaving, looked = bool(leaving_nodes()) or also(), time.monotonic()
+        return told() or leaving
 
-    try:
-        before = signal.signal(signal.SIGTERM, note)
-    except ValueError:  # not the main thread, where somebody else minds signals
+    with sigterm_told() as told:
         yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Until the block's end SIGTERM is what Ctrl-C is. Needs the main thread."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def leaving_nodes() -> set[str]:
     """Ids of nodes that are being drained, as before a preemption, and that this run has actors on."""
     import ray
 
+    if not ray.is_initialized():
+        return set()
     state = ray._private.state
     leaving = set(state.state.get_draining_nodes())
     if not leaving:

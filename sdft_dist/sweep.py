@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,14 @@ from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
 from sdft_dist.rundir import RunDir, refuse_changed, write_whole
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
-from sdft_dist.stop import sigterm_as_ctrl_c
+from sdft_dist.stop import LOOK_S, sigterm_told
 from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs
 
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
 TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
+STOP = "stop"  # in the sweep's folder: trials save and end
+SLACK_S = 30.0  # in which shared file systems show that file, and Tune hears of a trial's end
+DONE = ("finished", "stopped")
 
 
 class Interval(Section):
@@ -73,6 +77,17 @@ class MethodSpace(Section):
                 raise ValueError(f"{field}: expected a list of values, or low and high")
         return value
 
+    @field_validator("set", "space")
+    @classmethod
+    def plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse dates, which YAML knows and no field of a recipe is."""
+        for field, how in value.items():
+            try:
+                json.dumps(None if isinstance(how, Interval) else how)
+            except TypeError as e:
+                raise ValueError(f"{field}: expected numbers, text, lists or mappings; put a date in quotes") from e
+        return value
+
 
 class Asha(Section):
     """Trials that are behind are stopped early (ASHA, arXiv 1810.05934)."""
@@ -106,6 +121,8 @@ class Sweep(Section):
         if self.search == "optuna" and len(self.methods) > 1:
             raise ValueError("search: optuna searches one method's space; write one sweep for each")
         for name, method in self.methods.items():
+            if "/" in name:
+                raise ValueError(f"methods.{name}: expected a name without /, which folders are named after")
             ranges = [field for field, values in method.space.items() if isinstance(values, Interval)]
             if self.search == "grid" and ranges:
                 raise ValueError(f"methods.{name}.space.{ranges[0]}: search=grid needs a list of values")
@@ -212,6 +229,14 @@ def _points(sweep: Sweep, method: str) -> Iterator[dict[str, Any]]:
         yield {field: how.draw(rng) if isinstance(how, Interval) else rng.choice(how) for field, how in space.items()}
 
 
+def fits(space: dict[str, list[Any] | Interval], values: dict[str, Any]) -> bool:
+    """Whether a trial's values are of `space`, which may have been changed since."""
+    return values.keys() == space.keys() and all(
+        isinstance(value, int | float) and how.low <= value <= how.high if isinstance(how, Interval) else value in how
+        for value, how in ((values[field], how) for field, how in space.items())
+    )
+
+
 def corners(sweep: Sweep) -> list[Trial]:
     """Points that optuna may ask for: all values of lists, both ends of intervals."""
     ((method, own),) = sweep.methods.items()
@@ -242,54 +267,85 @@ def at_a_time(sweep: Sweep, configs: list[Config], device: str, nodes: list[dict
 
 def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
     """Run what is missing; returns all trials. Raises UserError before anything starts where a trial is not valid or
-    does not fit, Preempted where it was interrupted (trials go on from their newest checkpoints), and
-    Fault that names the trials that failed."""
-    first = trials(sweep)
-    for trial in first:
-        refuse_changed(trial.config, ignore=("cluster",))
-    probes = [*first, *(corners(sweep) if sweep.search == "optuna" else ())]
-    with ray_session(probes[0].config):
-        import ray
+    does not fit, Preempted where it was interrupted (by SIGTERM trials save first, by a second one and by Ctrl-C they
+    go on from their newest checkpoints), and Fault that names the trials that failed."""
+    with sigterm_told(again=lambda: os.kill(os.getpid(), signal.SIGINT)) as told:
+        (Path(sweep.out) / STOP).unlink(missing_ok=True)
+        first = trials(sweep)
+        if sweep.search == "optuna":
+            _refuse_misfits(sweep, first)
+        for trial in first:
+            refuse_changed(trial.config, ignore=("cluster",))
+        probes = [*first, *(corners(sweep) if sweep.search == "optuna" else ())]
+        with ray_session(probes[0].config):
+            told()  # takes SIGTERM from Ray
+            import ray
 
-        from sdft_dist.sweep_tune import tune_trials
+            from sdft_dist.sweep_tune import tune_trials
 
-        device = resolve_device(probes[0].config)
-        number = at_a_time(sweep, [trial.config for trial in probes], device, ray.nodes())
-        with sigterm_as_ctrl_c():  # after which Tune ends its trials
-            failed = tune_trials(sweep, first, device, number, console)
+            device = resolve_device(probes[0].config)
+            number = at_a_time(sweep, [trial.config for trial in probes], device, ray.nodes())
+            grace_s = LOOK_S + max(trial.config.checkpoint.grace_s for trial in probes) + SLACK_S
+            failed, no_others = tune_trials(sweep, first, device, number, console, told, grace_s)
     found = trials(sweep)
-    left = [trial for trial in found if trial.state not in ("finished", "stopped")]
+    done = sum(trial.state in DONE for trial in found)
+    total = len(found) if no_others else max(len(found), sweep.trials or 0)
     if failed:
         lines = "\n".join(f"  {name}: {why}" for name, why in failed.items())
-        raise Fault(f"{len(failed)} of {len(found)} trials failed; the same command tries them again:\n{lines}")
-    if left:
-        raise Preempted(f"{len(found) - len(left)} of {len(found)} trials are done; the same command goes on")
+        raise Fault(f"{len(failed)} of {total} trials failed; the same command tries them again:\n{lines}")
+    if done < total:
+        raise Preempted(f"{done} of {total} trials are done; the same command goes on")
     return found
 
 
+def _refuse_misfits(sweep: Sweep, begun: list[Trial]) -> None:
+    """Optuna cannot be asked for the rest of a trial whose values are not of the space."""
+    misfits = [t.name for t in begun if t.state not in DONE and not fits(sweep.methods[t.method].space, t.values)]
+    if misfits:
+        raise ConfigError(
+            f"methods.{begun[0].method}.space: was another when these trials began, which are not done: "
+            f"{', '.join(misfits)}: remove their folders in {sweep.out}, put the space back, or give another `out`"
+        )
+
+
 def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None], metric: str) -> None:
-    """Run or finish one trial, and report its evaluations, earlier ones too: what asha goes by."""
+    """Run or finish one trial, and report its evaluations, earlier ones too: what asha goes by. Raises Preempted
+    where the sweep was told to stop."""
     from sdft_dist.train import run
 
+    wanted = trial.config.eval.model_copy(update={"metric": metric})
     last: list[dict[str, Any]] = []
 
     def tell(record: dict[str, Any]) -> None:
-        if record.get("num_steps") == record["step"] and not last:
-            last.append(record)  # asha must not stop a trial that has done all its steps and saves its model
-            return
-        wanted = trial.config.eval.model_copy(update={"metric": metric})
         report({"step": record["step"], "score": score(wanted, record)})
 
+    def hear(record: dict[str, Any]) -> None:
+        if record.get("num_steps") == record["step"]:
+            last[:] = [record]  # asha must not stop a trial that has done all its steps and saves its model
+        else:
+            tell(record)
+
+    done = trial.state in DONE
     for record in trial.records():
-        tell(record)
-    if trial.state in ("finished", "stopped"):
+        (tell if done else hear)(record)
+    if done:
         return
+    stop = trial.folder.parent / STOP
+    if stop.exists():
+        raise Preempted("asked to stop before it began")
     write_whole(trial.folder / TRIAL, json.dumps({"method": trial.method, "values": trial.values}))
     # A process that Ray gave no GPU sees none, so it cannot tell whether there are any.
     cluster = trial.config.cluster.model_copy(update={"device": device})
     config = trial.config.model_copy(update={"cluster": cluster})
     with open(os.devnull, "w") as nowhere:
-        run(config, console=Console(file=nowhere), resume="auto", on_evaluation=tell)
+        run(
+            config,
+            console=Console(file=nowhere),
+            resume="auto",
+            on_evaluation=hear,
+            stop=stop.exists,
+            advice="it goes on next time",
+        )
     for record in last:
         tell(record)
 

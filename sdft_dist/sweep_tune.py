@@ -4,43 +4,61 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sdft_dist.errors import Preempted, UserError, brief
-from sdft_dist.sweep import STOPPED, Interval, Sweep, Trial, make_trial, run_trial, trial_bundles
+from sdft_dist.rundir import write_whole
+from sdft_dist.sweep import DONE, STOP, STOPPED, Interval, Sweep, Trial, fits, make_trial, run_trial, trial_bundles
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of recipes are the driver's
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner verbose=0 does not silence
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run directories hold all of it
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 ASK_AGAIN = 100  # times, for values that were not tried
 
 
-def tune_trials(sweep: Sweep, trials: list[Trial], device: str, number: int, console: Console) -> dict[str, str]:
-    """Run the trials that are not done, `number` at a time; returns those that failed, and why; not those
-    that a drained node has stopped. With asha also the
-    done ones tell how they fared, which takes no GPU."""
+def tune_trials(
+    sweep: Sweep,
+    trials: list[Trial],
+    device: str,
+    number: int,
+    console: Console,
+    told: Callable[[], bool],
+    grace_s: float,
+) -> tuple[dict[str, str], bool]:
+    """Run the trials that are not done, `number` at a time, until `told` says to stop: then they have `grace_s` to
+    save. With asha also the done ones tell how they fared, which takes no GPU.
+
+    Returns the trials that failed, and why, without those that were asked to stop; and whether there are no others to
+    try than `trials` and what was begun now, as when optuna finds no more values.
+    """
     begun = {trial.name: trial for trial in trials}
-    todo = [trial for trial in trials if sweep.asha or trial.state not in ("finished", "stopped")]
+    todo = [trial for trial in trials if sweep.asha or trial.state not in DONE]
+    asking = None
     if sweep.search == "optuna":
         assert sweep.trials is not None
+        todo = [trial for trial in todo if fits(sweep.methods[trial.method].space, trial.values)]
         more = max(0, sweep.trials - len(trials)) + len(todo)
-        search: Any = {"search_alg": Asking(sweep, trials, todo, number), "num_samples": more}
+        asking = Asking(sweep, trials, todo, number)
+        search: Any = {"search_alg": asking, "num_samples": more}
         space: dict[str, Any] = {}
     else:
         more, search = len(todo), {}
         space = {"trial": tune.grid_search([trial.name for trial in todo])}
     if not more:
-        return {}
+        return {}, True
 
     def which(settings: dict[str, Any]) -> Trial:
         known = begun.get(settings.get("trial", ""))
@@ -52,7 +70,7 @@ def tune_trials(sweep: Sweep, trials: list[Trial], device: str, number: int, con
     def resources(settings: dict[str, Any]) -> tune.PlacementGroupFactory:
         trial = which(settings)
         asked = trial_bundles(trial.config, device)
-        return tune.PlacementGroupFactory(asked[:1] if trial.state in ("finished", "stopped") else asked)
+        return tune.PlacementGroupFactory(asked[:1] if trial.state in DONE else asked)
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints a traceback for what Progress tells in a line
     progress = Progress(which, more, console)
@@ -68,16 +86,24 @@ def tune_trials(sweep: Sweep, trials: list[Trial], device: str, number: int, con
                 reuse_actors=False,
                 **search,
             ),
-            run_config=tune.RunConfig(storage_path=scratch, verbose=0, callbacks=[progress]),
+            run_config=tune.RunConfig(
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[progress],
+                stop=Ending(told, Path(sweep.out) / STOP, grace_s, progress),
+            ),
         ).fit()
         failed = {}
         for result in results:
-            if result.error:
-                cause = getattr(result.error, "cause", None) or result.error  # which Ray has wrapped
-                if isinstance(cause, Preempted):
-                    continue  # it is left for the next time
+            cause = _cause(result.error)
+            if cause is not None and not isinstance(cause, Preempted):  # which is left for the next time
                 failed[which(result.config).name] = f"{type(cause).__name__}: {brief(cause)}"
-    return failed
+    return failed, asking is None or asking.exhausted
+
+
+def _cause(error: Exception | None) -> Exception | None:
+    """What a trial has raised, which Ray has wrapped."""
+    return getattr(error, "cause", None) or error
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:
@@ -93,32 +119,67 @@ class Progress(tune.Callback):
 
     def __init__(self, which: Any, number: int, console: Console) -> None:
         self._which, self._number, self._console, self._ended = which, number, console, 0
+        self.running: set[str] = set()  # by Tune's names
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy, which nothing reads
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say which settings are tried."""
+        self.running.add(trial.trial_id)
         own = self._which(trial.config)
         settings = ", ".join(f"{field}={value}" for field, value in own.values.items())
-        self._say(f"{own.name} begins: {settings}")
+        self.say(f"{own.name} begins: {settings}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say how it ended."""
         own = self._which(trial.config)
         if own.state != "finished":
             (own.folder / STOPPED).touch()
-        self._ended += 1
+        self._end(trial)
         reached = (trial.last_result or {}).get("score")
-        self._say(f"{own.name} is {own.state}" + (f" with {100 * reached:.1f}%" if reached is not None else ""))
+        self.say(f"{own.name} is {own.state}" + (f" with {100 * reached:.1f}%" if reached is not None else ""))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that it failed; the sweep says why at its end."""
-        self._ended += 1
-        self._say(f"{self._which(trial.config).name} failed")
+        """Say that it was asked to stop, and what is saved, or that it failed; the sweep says why at its end."""
+        self._end(trial)
+        path = trial.pickled_error_file  # which Tune copies only later to where it reads it itself
+        cause = _cause(cloudpickle.loads(Path(path).read_bytes())) if path else None
+        self.say(f"{self._which(trial.config).name} {brief(cause) if isinstance(cause, Preempted) else 'failed'}")
 
-    def _say(self, text: str) -> None:
+    def _end(self, trial: Any) -> None:
+        self.running.discard(trial.trial_id)
+        self._ended += 1
+
+    def say(self, text: str) -> None:
+        """A line, with how many trials have ended."""
         self._console.print(f"[{self._ended}/{self._number}] {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+class Ending(tune.Stopper):
+    """Ends Tune when the sweep was told to stop and all running trials have saved, or had `grace_s` for it. They see
+    the file `stop`, wherever they run."""
+
+    def __init__(self, told: Callable[[], bool], stop: Path, grace_s: float, progress: Progress) -> None:
+        self._told, self._stop, self._grace_s, self._progress = told, stop, grace_s, progress
+        self._until = math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy, which nothing reads
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial ends by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to end. Tune asks several times a second."""
+        if not self._told():
+            return False
+        if self._until == math.inf:
+            self._until = time.monotonic() + self._grace_s
+            write_whole(self._stop, "")
+            self._progress.say(f"stopping: trials save, up to {self._grace_s:g} s")
+        return not self._progress.running or time.monotonic() > self._until
 
 
 class Asking(Searcher):
@@ -141,13 +202,14 @@ class Asking(Searcher):
         }
         sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(begun), constant_liar=number > 1)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.exhausted = False  # whether optuna finds no values any more that were not tried
         self._asked: dict[str, Any] = {}  # by Tune's names
         self._scores: dict[str, float | None] = {}  # by the values that were asked, None before they are known
         for trial in todo:
             self._study.enqueue_trial(trial.values)
         for trial in begun:
             found = self._found(trial)
-            if trial not in todo and found is not None and self._is_inside(trial.values):
+            if trial not in todo and found is not None and fits(space, trial.values):
                 self._scores[json.dumps(trial.values)] = found
                 self._study.add_trial(
                     optuna.trial.create_trial(params=trial.values, distributions=self._distributions, value=found)
@@ -160,14 +222,6 @@ class Asking(Searcher):
         config = trial.config.eval.model_copy(update={"metric": self._sweep.metric})
         record = exported(config, trial.records())
         return None if record is None else score(config, record)
-
-    def _is_inside(self, values: dict[str, Any]) -> bool:
-        """Whether they are of the space as it is now: it may have been changed since."""
-        space = self._distributions
-        return values.keys() == space.keys() and all(
-            values[field] in how.choices if hasattr(how, "choices") else how.low <= values[field] <= how.high
-            for field, how in space.items()
-        )
 
     def suggest(self, trial_id: str) -> Any:
         """The next values that were not tried; Tune's FINISHED where Optuna finds none any more."""
@@ -183,6 +237,7 @@ class Asking(Searcher):
             known = self._scores[key]
             failed = optuna.trial.TrialState.FAIL if known is None else None
             self._study.tell(asked, known, state=failed)
+        self.exhausted = True
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -4,8 +4,8 @@ from the newest checkpoint when a part of it is lost."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,35 +51,52 @@ def run(
     resume: str | None = None,
     allow_changes: bool = False,
     on_evaluation: Callable[[dict[str, Any]], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
+    advice: str = "go on with --resume auto",
 ) -> RunDir:
     """Train as `config` says and return the run directory, with the trained model in `model/`.
 
     `resume` is as in `RunDir.claim`; `on_evaluation` hears each evaluation: its step, the run's num_steps, and
-    accuracies. Raises UserError before anything starts where configuration, data or model folder are wrong; Preempted
-    on SIGTERM, with the state saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
+    accuracies; `stop` tells of another reason to stop than SIGTERM and drained nodes, and `advice` how to go on then.
+    Raises UserError before anything starts where configuration, data or model folder are wrong; Preempted when it is
+    asked to stop, with the state saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
     """
-    prepared, encoded = _prepare(config, on_evaluation)
-    facts = {"fingerprint": fingerprint(config, prepared.problems), "ranks": config.learner.ranks}
-    rundir, start = RunDir.claim(config, resume, facts, allow_changes=allow_changes)
     try:
-        rundir.note_rows(encoded.dropped, encoded.truncated)
-        rundir.say(f"{config.method} begins at step {start.step} of {prepared.num_steps}")
-        if start.step >= prepared.num_steps and not rundir.commits.steps():
-            raise UserError(
-                f"--resume: {start.checkpoint} is of step {start.step}: give more steps than {prepared.num_steps}"
-            )
-        if start.step < prepared.num_steps and not exhausted(config.eval, _evaluations(rundir)):
-            with ray_session(config), asked_to_stop() as asked:
-                _survive(prepared, rundir, start, title or config.method, console, asked)
-        rundir.say("training is done")
-        _export(config, rundir, _kept(config, rundir, rundir.commits.steps()))
+        with asked_to_stop(stop) as asked:
+            prepared, encoded = _prepare(config, on_evaluation)
+            facts = {"fingerprint": fingerprint(config, prepared.problems), "ranks": config.learner.ranks}
+            rundir, start = RunDir.claim(config, resume, facts, allow_changes=allow_changes)
+            with _telling_its_end(rundir):
+                rundir.note_rows(encoded.dropped, encoded.truncated)
+                rundir.say(f"{config.method} begins at step {start.step} of {prepared.num_steps}")
+                if start.step >= prepared.num_steps and not rundir.commits.steps():
+                    raise UserError(
+                        f"--resume: {start.checkpoint} is of step {start.step}: "
+                        f"give more steps than {prepared.num_steps}"
+                    )
+                if start.step < prepared.num_steps and not exhausted(config.eval, _evaluations(rundir)):
+                    with ray_session(config):
+                        _survive(prepared, rundir, start, title or config.method, console, asked)
+                rundir.say("training is done")
+                if asked():
+                    raise Preempted("asked to stop: all steps are saved, the model is not exported")
+                _export(config, rundir, _kept(config, rundir, rundir.commits.steps()))
+            return rundir
+    except Preempted as end:
+        raise Preempted(f"{end}; {advice}" if advice else str(end)) from end
+
+
+@contextmanager
+def _telling_its_end(rundir: RunDir) -> Iterator[None]:
+    """Writes into the log what ended the block, if anything did, and lets go of the directory."""
+    try:
+        yield
     except BaseException as error:  # Ctrl-C too is an end that the log tells of
         with suppress(OSError):  # of a full disk, which may be the end that is told of
             rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
         raise
     finally:
         rundir.release()
-    return rundir
 
 
 def _prepare(config: Config, on_evaluation: Callable[[dict[str, Any]], None]) -> tuple[Prepared, Any]:
@@ -113,15 +130,15 @@ def _survive(
     `cluster.max_restarts` of them in a row made no new one."""
     restarts, wait_for_nodes = 0, False
     while True:
+        if asked():
+            raise Preempted(f"asked to stop before step {start.step + 1}")
         try:
             return _attempt(prepared, rundir, start, title, console, asked, wait_for_nodes)
         except ActorLost as error:
             rundir.say(f"lost the learner or its engines: {error}")
-            now = rundir.newest()
+            now = rundir.newest() if rundir.commits.steps() else start  # of a fork
             if asked():
-                raise Preempted(
-                    f"asked to stop, and lost: {error}\nGo on from step {now.step} with --resume auto"
-                ) from error
+                raise Preempted(f"asked to stop, and lost: {error}\nstep {now.step} is saved") from error
             restarts = 0 if now.step > start.step else restarts + 1
             if restarts > prepared.config.cluster.max_restarts:
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
@@ -160,6 +177,10 @@ def _attempt(
         rundir.say(text)
         log.say(text.splitlines()[0])
 
+    def told() -> bool:
+        """Whether to stop here: after a step between two pushes to the teachers, a resumed run had another one."""
+        return asked() and at % config.teacher.sync_every == 0
+
     def after_step(step: int) -> bool:
         nonlocal at
         at = step
@@ -176,7 +197,7 @@ def _attempt(
                 rundir.commits.start(fleet.learner, step)
             saved.add(step)
         finish(wait=last)
-        if asked() and not last:
+        if told() and not last:
             raise Preempted
         return last
 
@@ -195,7 +216,7 @@ def _attempt(
             on_span=log.span,
             on_event=event,
             start=start,
-            stop=asked,
+            stop=told,
             wait_for_nodes=wait_for_nodes,
         ) as fleet:
             try:
@@ -211,7 +232,7 @@ def _attempt(
                 )
             except Preempted:
                 _save_now(rundir, fleet, at)
-                raise Preempted(f"asked to stop: step {at} is saved; go on with --resume auto") from None
+                raise Preempted(f"asked to stop: step {at} is saved") from None
             finish(wait=True)
 
 
@@ -225,8 +246,9 @@ def _evaluate(prepared: Prepared, rundir: RunDir, fleet: Fleet, log: RunLog, ste
     intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
     passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
     cost = scorer.cost() if isinstance(scorer, Judge) else {}
-    log.write("eval", step, {**found, **intervals, **passes, **cost})
-    prepared.on_evaluation({**found, "step": step, "num_steps": prepared.num_steps})
+    place = {"num_steps": prepared.num_steps}  # who reads the record later knows then whether it was the last
+    log.write("eval", step, {**place, **found, **intervals, **passes, **cost})
+    prepared.on_evaluation({**place, **found, "step": step})
 
 
 def _save_now(rundir: RunDir, fleet: Fleet, step: int) -> None:

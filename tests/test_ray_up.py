@@ -1,7 +1,11 @@
 """The cluster files for `ray up`: Ray's own validation, GPUs that a recipe fits, and commands that exist."""
 
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,20 @@ def test_the_readme_s_commands_parse():
     assert len(commands) == 3
     for command in commands:
         _parse(shlex.split(command))
+
+
+def test_the_stop_command_finds_the_run_and_not_the_shell_or_tmux_around_it(tmp_path):
+    """Their command lines hold the run's; tmux, told to stop, hangs up on it before it has saved."""
+    text = (ROOT / "deploy" / "ray" / "README.md").read_text()
+    (which,) = re.findall(r"'pkill -TERM ([^']*)'", text)
+    script = tmp_path / "sdft"  # with the first line that pip gives it
+    script.write_text(f"#!{sys.executable}\nimport os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    script.chmod(0o755)
+    shell = subprocess.Popen(["bash", "-c", f"{script} train recipe.yaml; true"], stdout=subprocess.PIPE, text=True)
+    run = int(shell.stdout.readline())
+    try:
+        found = subprocess.run(["pgrep", *shlex.split(which)], capture_output=True, text=True).stdout.split()
+        assert {run, shell.pid} & set(map(int, found)) == {run}
+    finally:
+        os.kill(run, signal.SIGTERM)
+        shell.wait()

@@ -50,7 +50,10 @@ def batch(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
-    [(0, 0, False), (2, 0, False), (3, 9, True), (4, 4, True), (4, 5, False), (5, 0, False)],
+    [
+        *[(0, 0, False), (2, 0, False), (3, 9, True), (5, 0, False)],
+        *[(code, restarts, restarts < 5) for code in (4, 15, 134, 143) for restarts in (4, 5)],
+    ],
 )
 def test_a_job_is_requeued_by_the_exit_code_of_its_training(batch, code, restarts, requeued):
     process, calls = batch("one-node.sbatch", code, restarts=restarts)

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 
 import pytest
+import ray
 
 from sdft_dist import stop
 
@@ -33,14 +35,58 @@ def test_a_node_that_leaves_is_told_of_once_and_for_all(monkeypatch, always_look
         assert [asked() for _ in range(3)] == [False, True, True]
 
 
-def test_sigterm_is_what_ctrl_c_is():
-    before, heard = signal.getsignal(signal.SIGTERM), []
-    # Tune's handler takes this place; in a shell's background there is none.
-    interrupt = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
-        with stop.sigterm_as_ctrl_c():
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    assert heard == [signal.SIGINT]
+def test_a_reason_of_the_caller_s_counts_too_and_nodes_need_ray(always_looking):
+    answers = iter([False, True])
+    with stop.asked_to_stop(also=lambda: next(answers)) as asked:
+        assert [asked() for _ in range(3)] == [False, True, True]
+
+
+def test_the_signal_is_taken_over_again_from_whoever_took_it():
+    """As Ray does when it starts, and when it ends, after which it would kill."""
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.sigterm_told() as told:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        assert not told()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_is_what_the_caller_makes_of_it():
+    heard = []
+    with stop.sigterm_told(again=lambda: heard.append("again")) as told:
+        for expected in ([], ["again"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert told()
+            assert heard == expected
+
+
+def test_ray_s_start_leaves_the_signal_alone_until_the_end_of_the_block():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def taken():
+        with pytest.raises(RuntimeError, match="nowhere does not exist"):  # for which it takes the signal first
+            ray.init("nowhere://")
+        return signal.getsignal(signal.SIGTERM)
+
+    try:
+        with stop.sigterm_told():
+            mine = signal.getsignal(signal.SIGTERM)
+            assert taken() is mine
+        assert taken() not in (mine, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    found = []
+
+    def look():
+        with stop.sigterm_told() as told:
+            found.append((told(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]

@@ -1,17 +1,20 @@
 """Which trials a sweep consists of, how many run at a time, and what its results say; test_sweep_lab.py runs one."""
 
 import json
+from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from helpers import write_jsonl
 from rich.console import Console
 
-from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.errors import ConfigError, Preempted, UserError
 from sdft_dist.sweep import at_a_time, corners, load_sweep, make_trial, run_trial, sweep_all, trial_bundles, trials
 from sdft_dist.sweep_results import front, markdown, rows, write_report
-from sdft_dist.sweep_tune import Asking
+from sdft_dist.sweep_tune import Asking, Ending
 
 RATES = [1.0e-5, 1.0e-4]
 
@@ -78,6 +81,12 @@ def test_random_draws_are_the_same_every_time(sheet):
         ({"methods": {"a": {"space": {"seed": {"low": 2, "high": 1}}}}}, "low=2 must be below high=1"),
         ({"methods": {"a": {"space": {"seed": 3}}}}, "seed: expected a list of values, or low and high"),
         ({"serch": "grid"}, "serch: no such field; did you mean search"),
+        ({"methods": {"a/b": {}}}, "methods.a/b: expected a name without /"),
+        (
+            {"methods": {"a": {"space": {"run_dir": [date(2026, 1, 2)]}}}},
+            "methods.a.space: .* run_dir: .* date in quot",
+        ),
+        ({"methods": {"a": {"set": {"run_dir": date(2026, 1, 2)}}}}, "methods.a.set: .* run_dir: .* date in quotes"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(sheet, fields, words):
@@ -192,7 +201,9 @@ def test_optuna_is_not_asked_twice_for_the_same_and_its_corners_are_checked_firs
     assert asking.suggest("b") == Asking.FINISHED, "one is done, the other under way"
     pretend(begun, [evaluation(20, 9.0, 0.5, 0.8, 0.6)], finished=True)
     asking.on_trial_complete("a", {"score": 0.1})
+    assert not Asking(few, [done, begun], [begun], 1).exhausted
     assert asking.suggest("c") == Asking.FINISHED
+    assert asking.exhausted
     assert [round(trial.value, 6) for trial in asking._study.trials[:2]] == [round(1.9 / 3, 6), round(2.3 / 3, 6)]
     narrower = sheet(search="optuna", trials=4, methods={"sdft": {"space": {"teacher.ema_rate": [0.1, 0.2]}}})
     assert Asking(narrower, [done], [], 1).suggest("a")["values"]["teacher.ema_rate"] in (0.1, 0.2)
@@ -222,6 +233,85 @@ def test_asha_hears_of_the_last_step_when_the_model_is_saved(sheet, monkeypatch)
     monkeypatch.setattr("sdft_dist.train.run", run)
     run_trial(trial, "cpu", lambda found: heard.append(found["step"]), "new")
     assert heard == [10, "saved", 20]
+
+
+def test_asha_hears_of_a_last_step_that_was_done_before_when_the_model_is_saved(sheet, monkeypatch):
+    """Of a trial that was killed while it saved its model; one that is done tells all at once."""
+    (trial, other, *_) = trials(sheet())
+    records = [evaluation(step, 9.0, 0.5, 1.0, 1.0) | {"num_steps": 20} for step in (10, 20)]
+    pretend(trial, records, finished=False)
+    pretend(other, records, finished=True)
+    heard = []
+    monkeypatch.setattr("sdft_dist.train.run", lambda config, **_: heard.append("saved"))
+    for which in (trial, other):
+        run_trial(which, "cpu", lambda found: heard.append(found["step"]), "new")
+    assert heard == [10, "saved", 20, 10, 20]
+
+
+def test_a_trial_of_a_sweep_that_stops_is_told_and_does_not_begin(sheet, monkeypatch):
+    (trial, *_) = trials(sheet())
+    told = []
+
+    def run(config, stop, **_):
+        told.append(stop())
+        (trial.folder.parent / "stop").touch()
+        told.append(stop())
+
+    monkeypatch.setattr("sdft_dist.train.run", run)
+    run_trial(trial, "cpu", lambda found: None, "new")
+    assert told == [False, True]
+    with pytest.raises(Preempted, match="before it began"):
+        run_trial(trial, "cpu", lambda found: None, "new")
+
+
+def test_tune_ends_when_told_and_no_trial_runs_or_their_time_is_up(tmp_path):
+    told, heard, stop = [], [], tmp_path / "out" / "stop"
+    progress = SimpleNamespace(running={"a"}, say=heard.append)
+    patient, hasty = (Ending(lambda: bool(told), stop, grace_s, progress) for grace_s in (7.0, -1.0))
+    assert not patient.stop_all()
+    assert not stop.exists()
+    told.append(True)
+    assert [patient.stop_all(), patient.stop_all(), stop.exists()] == [False, False, True]
+    assert heard == ["stopping: trials save, up to 7 s"]
+    assert hasty.stop_all()
+    progress.running.clear()
+    assert patient.stop_all()
+
+
+def test_trials_that_optuna_cannot_be_asked_for_again_are_named(sheet):
+    fields = {"search": "optuna", "trials": 2}
+    sweep = sheet(methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}}, **fields)
+    done, begun = (make_trial(sweep, "sdft", {"teacher.ema_rate": rate}) for rate in (0.01, 0.1))
+    for trial in (done, begun):
+        pretend(trial, [], finished=trial is done)
+        (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
+    wider = {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": {"low": 1e-6, "high": 1e-4}}
+    for space in (wider, {"teacher.ema_rate": {"low": 0.2, "high": 0.3}}):
+        with pytest.raises(ConfigError, match=rf"methods.sdft.space: .* not done: {begun.name}: remove their folders"):
+            sweep_all(sheet(methods={"sdft": {"space": space}}, **fields), Console(quiet=True))
+
+
+@pytest.mark.parametrize(("no_others", "words"), [(True, "0 of 1 trials"), (False, "0 of 3 trials")])
+def test_an_optuna_sweep_that_was_interrupted_between_trials_is_not_done(sheet, monkeypatch, no_others, words):
+    """Optuna's trials are on disk only when they have begun."""
+    sweep = sheet(search="optuna", trials=3, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}})
+    trial = make_trial(sweep, "sdft", {"teacher.ema_rate": 0.01})
+
+    def tune_trials(*_):
+        pretend(trial, [], finished=False)
+        (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
+        return {}, no_others
+
+    monkeypatch.setattr("sdft_dist.sweep.ray_session", lambda config: nullcontext())
+    monkeypatch.setattr("sdft_dist.sweep.at_a_time", lambda *_: 1)
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr("sdft_dist.sweep_tune.tune_trials", tune_trials)
+    with pytest.raises(Preempted, match=words):
+        sweep_all(sweep, Console(quiet=True))
+    (trial.run / "model").mkdir()
+    monkeypatch.setattr("sdft_dist.sweep_tune.tune_trials", lambda *_: ({}, no_others))
+    with nullcontext() if no_others else pytest.raises(Preempted, match="1 of 3 trials"):
+        assert sweep_all(sweep, Console(quiet=True)) == [trial]
 
 
 def test_trials_of_optuna_are_those_that_were_begun(sheet):

@@ -3,6 +3,7 @@
 
 # until_done COMMAND…: run a training; hand Slurm's signal on to it, and requeue the job by its exit code.
 #   0 done · 2 a mistake in recipe or data · 3 asked to stop, and saved · 4 machines or disks failed · 5 diverged
+#   15, 134, 143 ended by the signal while Python or Ray was starting or ending, when nobody minds it
 until_done() {
   "$@" &
   local child=$! code
@@ -15,7 +16,7 @@ until_done() {
   done
   case $code in
     3) scontrol requeue "$SLURM_JOB_ID" ;;
-    4) if ((${SLURM_RESTART_COUNT:-0} < 5)); then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+    4 | 15 | 134 | 143) if ((${SLURM_RESTART_COUNT:-0} < 5)); then scontrol requeue "$SLURM_JOB_ID"; fi ;;
   esac
   return "$code"
 }

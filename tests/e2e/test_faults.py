@@ -104,6 +104,38 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     assert nothing_left(mark)
 
 
+@pytest.mark.fault(
+    "preemption before training and before the export", "SIGTERM", "exit 3, resumed: trained once, exported, bit-equal"
+)
+def test_told_to_stop_before_its_training_and_before_its_export_a_run_does_them_when_resumed(undisturbed, tmp_path):
+    config = lab(tmp_path / "run", STEPS, 1)
+    run = Path(config.run_dir)
+    process, mark = start(config, tmp_path / "run")
+    wait_for((run / "run.log").exists, process, "its beginning")  # then Ray starts, which takes the signal for itself
+    process.terminate()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3, output
+    assert "; go on with --resume auto" in output
+    assert nothing_left(mark)
+
+    process, mark = start(config, tmp_path / "run", "--resume", "auto")
+    wait_for(lambda: steps_done(run) >= STEPS, process, f"step {STEPS}")
+    process.terminate()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3, output
+    assert "all steps are saved, the model is not exported; go on with --resume auto" in output
+    assert not (run / "model").exists()
+    assert nothing_left(mark)
+
+    process, mark = start(config, tmp_path / "run", "--resume", "auto")
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output
+    assert (run / "model" / "config.json").is_file()
+    assert [path.name for path in (run / "attempts").iterdir()] == ["001"]
+    finished_alike(config, undisturbed)
+    assert nothing_left(mark)
+
+
 @pytest.mark.slow
 @pytest.mark.fault(
     "one of two generators killed, rollouts ahead",
@@ -144,5 +176,5 @@ def test_a_rank_that_hangs_does_not_hold_up_a_preempted_run(tmp_path):
     output, _ = process.communicate(timeout=PATIENCE_S)  # cluster.timeout_s is longer
     assert process.returncode == 3, output
     assert "asked to stop, and lost" in output
-    assert "Go on from step 2 with --resume auto" in output
+    assert "step 2 is saved; go on with --resume auto" in output
     assert nothing_left(mark)

@@ -1,9 +1,16 @@
 """Sweeps of real runs on Ray Tune: trials that are behind are stopped, what is done is not repeated."""
 
+import os
+import re
+import subprocess
+import sys
+import uuid
+
 import pytest
 import ray
 import yaml
-from chaos import wait_until
+from chaos import steps_done, wait_for, wait_until
+from processes import MARK, PATIENCE_S, nothing_left
 from ray import tune
 from rich.console import Console
 
@@ -11,6 +18,7 @@ from sdft_dist.errors import Fault
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sweep
 from sdft_dist.placement import placed
+from sdft_dist.runlog import read_metrics
 from sdft_dist.sweep import load_sweep, sweep_all, trial_bundles, trials
 
 
@@ -55,6 +63,7 @@ def test_asha_stops_what_is_behind_and_nothing_is_done_twice(ray_cluster, tmp_pa
     before = held()
     keeps, loses = sweep_all(sweep, Console())
     assert (keeps.state, loses.state) == ("finished", "stopped")
+    assert {r["num_steps"] for r in keeps.records()} == {4}, "by which the last is known when it is told again"
     assert [r["step"] for r in loses.records()] == [0, 2]
     assert loses.records()[-1]["rev"] < 0.5
     wait_until(lambda: held() <= before, "the end of all that a stopped trial held")
@@ -72,6 +81,40 @@ def test_optuna_goes_on_from_the_trials_that_are_done(ray_cluster, tmp_path):
     assert (again, again.state, second.state) == (first, "finished", "finished")
     assert second.values != first.values
     assert attempts(first) == ["001"]
+
+
+def swept(folder):
+    """`sdft sweep` on the sheet in `folder`, in a process of its own, and the mark that its processes carry."""
+    command, mark = [sys.executable, "-m", "sdft_dist.cli", "sweep", str(folder / "sweep.yaml")], uuid.uuid4().hex
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {MARK: mark}
+    )
+    return process, mark
+
+
+@pytest.mark.fault("preemption of a sweep", "SIGTERM", "its trial commits its step, exit 3, the next goes on from it")
+def test_told_to_stop_a_sweep_s_trials_save_and_the_same_command_goes_on(tmp_path):
+    fields = {"steps": 100, "eval.every": 100, "checkpoint.every": 0}
+    (trial,) = trials(sheet(tmp_path, {"sdft": {"set": fields}}))
+    process, mark = swept(tmp_path)
+    wait_for(lambda: steps_done(trial.run) >= 2, process, "step 2")
+    process.terminate()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3, output
+    assert "stopping: trials save, up to" in output
+    assert "0 of 1 trials are done; the same command goes on" in output
+    log = (trial.run / "run.log").read_text()
+    step = int(re.search(r"asked to stop: committed step (\d+)", log)[1])
+    assert f"{trial.name} asked to stop: step {step} is saved; it goes on next time" in output
+    assert nothing_left(mark)
+
+    process, mark = swept(tmp_path)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output
+    assert trial.state == "finished"
+    assert f"begins at step {step} of 100" in (trial.run / "run.log").read_text()
+    assert [record["step"] for record in read_metrics(trial.run, "train")] == list(range(1, 101))
+    assert nothing_left(mark)
 
 
 def test_a_trial_that_fails_is_named(ray_cluster, tmp_path):
