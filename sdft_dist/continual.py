@@ -188,5 +188,5 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         for i, stage in enumerate(work, start=1):
             if not stage.done:
                 title = f"{i}/{len(work)} {stage.method} seed {stage.seed} {stage.task}"
-                run(stage.config, title=title, console=console, resume="auto")
+                run(stage.config, title=title, console=console, resume="auto", advice="the same command goes on")
     return write_results(Path(plan.out), list(plan.tasks), list(plan.prior), work)

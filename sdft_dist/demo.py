@@ -82,7 +82,7 @@ def demo(
     started = time.monotonic()
     with PeakMemory() as memory, ray_session(configs[0][2]):
         for seed, method, config in configs:
-            run(config, title=f"{method.upper():4} seed {seed}", console=console)
+            run(config, title=f"{method.upper():4} seed {seed}", console=console, advice="")
             outcomes.append(measured(config))
     console.print(_table(outcomes, num_seeds))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)

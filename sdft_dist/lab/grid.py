@@ -72,7 +72,7 @@ def main() -> None:
         for config in recipes:
             if not (Path(config.run_dir) / "model").exists():
                 shutil.rmtree(config.run_dir, ignore_errors=True)  # what an interrupted run has left
-                run(config, title=Path(config.run_dir).name, console=Console())
+                run(config, title=Path(config.run_dir).name, console=Console(), advice="")
     text = _markdown(table, out, args.seeds, args.steps)
     (out / "table.md").write_text(text)
     print(text)
