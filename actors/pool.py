@@ -151,18 +151,20 @@ class Pool:
         return [actor.receive.remote(manifest) for actor in self.actors]
 
     def _spread(self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str) -> list[Any]:
-        """Raises NotServing where an actor is lost by it, which `lost` names then."""
+        """Raises NotServing where an actor is lost by it, which `lost` tells of then."""
         n = max(1, min(len(self.actors), len(work)))
         parts = [work[i::n] for i in range(n)]
         sent = [send(actor, part) for actor, part in zip(self.actors[:n], parts, strict=True)]
         out: list[Any] = [None] * len(work)
+        reasons = []
         for i, ref in enumerate(sent):
             try:
                 (out[i::n],) = self._wait([ref], what)
             except Exception as error:
                 self.lose(i, error)  # raises what is not its end
-        if self.lost:
-            raise NotServing(f"{self.role}, {what}: {'; '.join(f'{i}: {why}' for i, why in sorted(self.lost.items()))}")
+                reasons.append(f"{i}: {self.lost[i]}")
+        if reasons:
+            raise NotServing(f"{self.role}, {what}: {'; '.join(reasons)}")
         return out
 
     def _wait_ready(self, actors: Sequence[Any], what: str) -> None:
