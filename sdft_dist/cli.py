@@ -7,9 +7,11 @@ Exit codes: 0 done, 2 configuration or data error, 3 asked to stop and saved, 4 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn the errors that a user can mend into one message."""
     args = _parse(argv)
+    with suppress(AttributeError, OSError, ValueError):  # where standard error is no file
+        faulthandler.enable()  # a crash of native code says where
     # accelerate imports DeepSpeed to save a model, which looks for a GPU and prints that there is none. Learners set
     # their own.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -27,6 +27,12 @@ def test_help_is_fast():
     assert min(seconds() for _ in range(3)) < 1
 
 
+def test_a_crash_of_native_code_says_where():
+    code = "from sdft_dist.cli import main; main(['train', 'none.yaml']); import os; os.kill(os.getpid(), 11)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Fatal Python error: Segmentation fault" in found.stderr
+
+
 def test_overrides_may_come_before_and_after_options():
     from sdft_dist.cli import _parse
 
