@@ -28,7 +28,7 @@ def sample_seed(run_seed: int, key: SampleKey) -> int:
 
 
 class Generator:
-    """One vLLM engine with the student's weights; `vocab_size` as there."""
+    """One vLLM engine with the student's weights, which samples of the first `vocab_size` ids where that is given."""
 
     def __init__(
         self, config: Config, device: str, stop_ids: Sequence[int], problems: Any, vocab_size: int | None = None
