@@ -115,11 +115,11 @@ class Pool:
     def replace_lost(self) -> None:
         """New actors for the dead ones; the others forget what they were doing. None serves before the
         next push."""
-        assert self._make is not None
         while self.lost:  # others may be lost meanwhile
             dead = set(self._dead)
             tainted = self.lost.keys() - dead
             for index in dead:
+                assert self._make is not None
                 self.actors[index] = self._make(index)
             self._wait_ready([self.actors[i] for i in dead], "start anew")
             self._wait([self.actors[i].forget.remote() for i in tainted], "forget")

@@ -77,6 +77,7 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
     ray.get(generators.actors[0].taint.remote())
     with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
         generators.complete([problems[0].prompt_ids], 4)
+    generators.replace_lost()
     group = ranks.group(config_for(served.model, method="sft"), problems)
     group.open_push(generators)
     group.push(generators, 1, 1)
@@ -121,6 +122,7 @@ def test_a_damaged_push_is_noticed_and_the_next_whole_one_serves(served, ranks, 
         ray.get(receiving, timeout=60)
     with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
         generators.complete(prompts, 8)
+    generators.replace_lost()
     group.open_push(generators)
     group.push(generators, 2, 2, wait=True)
     group.stop()
