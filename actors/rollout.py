@@ -17,7 +17,7 @@ from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.memory import own_peak_gib
-from sdft_dist.pieces import fetch, put
+from sdft_dist.pieces import fetch, sample_refs
 from sdft_dist.types import Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
 
 
@@ -132,14 +132,4 @@ class Generator:
             )
             for key, completion in done
         ]
-        return [
-            SampleRef(
-                key=sample.key,
-                num_prompt_tokens=len(self.problems[sample.key.problem].prompt_ids),
-                num_completion_tokens=len(sample.completion_ids),
-                finish_reason=sample.finish_reason,
-                policy_versions=sample.policy_versions,
-                sample=piece,
-            )
-            for sample, piece in zip(samples, put(samples), strict=True)
-        ]
+        return sample_refs(samples, self.problems)

@@ -9,23 +9,15 @@ nothing but the keys. The driver holds references and metadata only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from actors.pool import Pool
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, Rollout, SampleKey, SampleRef, Scored, TrainItem
 
 AHEAD = 2  # calls under way at each actor, so that none waits for the driver
-
-
-class Engines(Protocol):
-    """A pool of one role; `lost` are those of its actors that serve nothing, and why."""
-
-    actors: list[Any]
-    lost: dict[int, str]
-
-    def lose(self, index: int, error: Exception) -> None: ...
-    def kill(self, index: int, why: str) -> None: ...
 
 
 class Call(NamedTuple):
@@ -41,8 +33,8 @@ class Stream:
 
     def __init__(
         self,
-        generators: Engines,
-        teachers: Engines,
+        generators: Pool,
+        teachers: Pool,
         events: Events,
         *,
         slice_s: float | None,
@@ -152,21 +144,15 @@ class Stream:
         for pool, index in silent:
             pool.kill(index, str(error))
 
-    def _generator_failed(self, g: int, actor: Any, error: Exception) -> None:
-        if self._generators.actors[g] is not actor:
-            return  # a late answer of one that has been replaced
-        self._generators.lose(g, error)
-
-    def _teacher_failed(self, t: int, actor: Any, error: Exception) -> None:
-        if self._teachers.actors[t] is not actor:
-            return
-        self._teachers.lose(t, error)
+    def _failed(self, pool: Pool, index: int, actor: Any, error: Exception) -> None:
+        if pool.actors[index] is actor:  # else a late answer of one that has been replaced
+            pool.lose(index, error)
 
     def _roll(self, g: int, keys: Sequence[SampleKey]) -> None:
         self._rolling[g] += 1
         actor = self._generators.actors[g]
-        ref = actor.rollout.remote(keys, self._slice_s)
-        self._events.on(ref, lambda rollout: self._rolled(g, rollout), lambda e: self._generator_failed(g, actor, e))
+        failed = partial(self._failed, self._generators, g, actor)
+        self._events.on(actor.rollout.remote(keys, self._slice_s), partial(self._rolled, g), failed)
 
     def _rolled(self, g: int, rollout: Rollout) -> None:
         self._rolling[g] -= 1
@@ -217,8 +203,8 @@ class Stream:
         self._scoring[t].append(call)
         self._held += sum(sample.num_completion_tokens for sample in samples)
         actor = self._teachers.actors[t]
-        ref = actor.score.remote(samples)
-        self._events.on(ref, lambda scored: self._scored(t, call, scored), lambda e: self._teacher_failed(t, actor, e))
+        failed = partial(self._failed, self._teachers, t, actor)
+        self._events.on(actor.score.remote(samples), partial(self._scored, t, call), failed)
 
     def _scored(self, t: int, call: Call, scored: Scored) -> None:
         if call not in self._scoring[t]:

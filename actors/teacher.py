@@ -18,8 +18,8 @@ from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.memory import own_peak_gib
-from sdft_dist.pieces import fetch, put
-from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, TrainItem, WeightManifest
+from sdft_dist.pieces import fetch, put, train_items
+from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, WeightManifest
 
 
 class Teacher:
@@ -56,19 +56,7 @@ class Teacher:
             TeacherTargets(key=s.key, teacher_version=version, dtype=dtype, **self._beliefs(s, rows))
             for s, rows in zip(samples, states, strict=True)
         ]
-        items = [
-            TrainItem(
-                key=r.key,
-                num_prompt_tokens=r.num_prompt_tokens,
-                num_completion_tokens=r.num_completion_tokens,
-                teacher_version=version,
-                finish_reason=r.finish_reason,
-                policy_version=min(span.version for span in r.policy_versions),
-                sample=r.sample,
-                targets=piece,
-            )
-            for r, piece in zip(refs, put(targets), strict=True)
-        ]
+        items = train_items(refs, put(targets), version)
         return Scored(items=items, span=Span("score", started, time.time()))
 
     def _beliefs(self, sample: Sample, states: np.ndarray) -> dict[str, np.ndarray]:

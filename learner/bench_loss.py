@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import psutil
 import torch
 
 from learner.fused import Objective, Targets, chunk_size, weighted_loss
+from sdft_dist.memory import own_peak_gib
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def _measure(tokens: int, vocab: int, width: int, repeats: int) -> dict[str, flo
     teacher_states, teacher_head = torch.randn(tokens, width), torch.randn(vocab, width) / width**0.5
     weights, labels = torch.full((tokens,), 1 / tokens), torch.randint(0, vocab, (tokens,))
     targets = Targets(labels_T=labels, states_TD=teacher_states, heads=((tokens, teacher_head),))
-    held = _resident_bytes() + 4 * (states.numel() + head.numel())  # and the two gradients, the outputs
+    held = psutil.Process().memory_info().rss
+    held += 4 * (states.numel() + head.numel())  # the two gradients, the outputs
 
     def loss() -> None:
         states.grad = head.grad = None
@@ -67,7 +69,7 @@ def _measure(tokens: int, vocab: int, width: int, repeats: int) -> dict[str, flo
 
     times: dict[str, list[float]] = {"loss_s": [], "products_s": []}
     loss()
-    peak = _peak_bytes()
+    peak = own_peak_gib("cpu") * 2**30
     for _ in range(repeats):
         times["loss_s"].append(_seconds(loss))
         times["products_s"].append(_seconds(products))
@@ -78,19 +80,6 @@ def _seconds(work: Callable[[], None]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _resident_bytes() -> int:
-    return _status("VmRSS")
-
-
-def _peak_bytes() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
 if __name__ == "__main__":

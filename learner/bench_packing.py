@@ -21,8 +21,8 @@ from learner.microbatch import Layout, TrainSequence, build
 from learner.model import MicroBatch, Student, load_causal_lm
 from sdft_dist.batching import one_after_another, pack, rows
 from sdft_dist.config import Config, load_config
-from sdft_dist.data import batch, load_training_rows
-from sdft_dist.prompts import encode_problems, load_tokenizer
+from sdft_dist.inputs import read_inputs
+from sdft_dist.problems import batch
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_intermixed_args()
-    config = load_config(args.recipe, args.overrides)
-    tokenizer = load_tokenizer(config)
-    problems = encode_problems(config, tokenizer, load_training_rows(config.data, "sft")).problems
+    config = load_config(args.recipe, [*args.overrides, "method=sft"])
+    inputs = read_inputs(config)
+    problems = inputs.problems
     size = config.rollout.prompts_per_step
     steps = [
         [
@@ -51,7 +51,7 @@ def main() -> None:
     for ranks in (1, 2, 8):
         shares = np.mean([_shares(config, step, ranks, width) for step in steps], axis=0)
         print(f"{ranks:5}  {100 * shares[0]:41.1f}%  {100 * shares[1]:19.1f}%  {100 * shares[2]:20.1f}%")
-    student = Student(lm, len(tokenizer), Objective(kind="cross_entropy"))
+    student = Student(lm, inputs.vocab_size, Objective(kind="cross_entropy"))
     layouts: dict[str, Layout] = {"packed": partial(rows, width=width), "padded": padded}
     rates: dict[str, list[float]] = {name: [] for name in layouts}
     for step in steps[: args.pairs + 1]:

@@ -18,6 +18,7 @@ class Ema:
     student's own where it is None."""
 
     def __init__(self, fragments: Iterable[Fragment], anchor: Mapping[str, torch.Tensor] | None = None) -> None:
+        # By name: the offset in the flattened parameter, and the average, fp32 [n].
         self.averages = {f.name: (f.start, f.master.detach().clone()) for f in fragments}
         if anchor is not None:
             for name, (start, average) in self.averages.items():
@@ -32,7 +33,3 @@ class Ema:
         """average += rate · (student − average), for every fragment."""
         for f in fragments:
             self.averages[f.name][1].lerp_(f.master.detach(), rate)
-
-    def fragment(self, name: str) -> tuple[int, torch.Tensor] | None:
-        """Offset in the flattened parameter and average, fp32 [n]; None where another rank owns it."""
-        return self.averages.get(name)

@@ -44,9 +44,8 @@ def ema_source(ema: Ema, shapes: dict[str, tuple[int, ...]], device: torch.devic
     def gather(names: list[str]) -> dict[str, torch.Tensor]:
         full = {n: torch.zeros(shapes[n], dtype=torch.float32, device=device) for n in names}
         for name, tensor in full.items():
-            own = ema.fragment(name)
-            if own is not None:
-                start, average = own
+            if name in ema.averages:  # else another rank owns it
+                start, average = ema.averages[name]
                 tensor.view(-1)[start : start + len(average)] = average
         for work in [dist.all_reduce(t, async_op=True) for t in full.values()]:
             work.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -50,16 +50,8 @@ class Tally:
         self.importance_squares += losses.importance.square().sum().item()
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            loss=self.loss + other.loss,
-            tokens=self.tokens + other.tokens,
-            divergence=self.divergence + other.divergence,
-            by_position=self.by_position + other.by_position,
-            difference=self.difference + other.difference,
-            difference_max=max(self.difference_max, other.difference_max),
-            importance=self.importance + other.importance,
-            importance_squares=self.importance_squares + other.importance_squares,
-        )
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Tally(**{**sums, "difference_max": max(self.difference_max, other.difference_max)})
 
     def metrics(self) -> dict[str, Any]:
         """Means over the trained tokens. `divergence_by_position` has None where there was no token."""

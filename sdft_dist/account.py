@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sdft_dist.config import Config
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.plan import GPUS, Gpu, Lengths, flops, seconds
+from sdft_dist.topology import sizes
 
 WORK = {"generator": "decode", "teacher": "score", "learner": "train"}  # spans in which a role does its own work
 WEIGHTS = ("await weights", "load weights", "gather weights")
@@ -25,17 +26,6 @@ class Machine:
     peak_gib: Mapping[str, float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
-    """One role, per sample. `mfu` is the share of the device's peak (by its data sheet where plan.GPUS has it,
-    else of a large product) that the model's own operations need."""
-
-    device_s: float
-    predicted_s: float
-    mfu: float
-    peak_gib: float
-
-
 def mean_lengths(problems: Sequence[Any], completion: float) -> Lengths:
     """Of `problems`, with completions of `completion` tokens; what the teacher reads besides prompt and
     completion counts as the demonstration."""
@@ -47,20 +37,19 @@ def mean_lengths(problems: Sequence[Any], completion: float) -> Lengths:
 def accounts(
     config: Config, lengths: Lengths, machine: Machine, device_s: Mapping[str, float], decode_batch: float
 ) -> dict[str, dict[str, float]]:
-    """An Account for each role of `device_s`, which holds device-seconds per sample by role ("sft": the
-    learner's without a teacher)."""
+    """Of each role of `device_s`, which holds device-seconds per sample by role ("sft": the learner's without a
+    teacher): these, what the plan predicts, peak memory, and as `mfu` the share of the device's peak (by its data sheet
+    where plan.GPUS has it, else of a large product) that the model's own operations need."""
     m, gpu, copies = read_dimensions(config), _gpu(config, machine), config.rollout.completions_per_prompt
     work = flops(m, lengths, copies)
     predicted = seconds(m, lengths, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
     return {
-        role: asdict(
-            Account(
-                device_s=taken,
-                predicted_s=getattr(predicted, role),
-                mfu=work[role] / taken / gpu.peak_flops,
-                peak_gib=machine.peak_gib["learner" if role == "sft" else role],
-            )
-        )
+        role: {
+            "device_s": taken,
+            "predicted_s": getattr(predicted, role),
+            "mfu": work[role] / taken / gpu.peak_flops,
+            "peak_gib": machine.peak_gib["learner" if role == "sft" else role],
+        }
         for role, taken in device_s.items()
     }
 
@@ -79,14 +68,9 @@ def _gpu(config: Config, machine: Machine) -> Gpu:
 def time_shares(busy: dict[str, float], config: Config) -> dict[str, dict[str, float]]:
     """What one actor of each role does with its time: its work; waiting for new weights and loading them, or for a
     learner gathering them; and the rest, in which it waits for data. `busy` holds shares over all actors of a role."""
-    actors = {
-        "generator": config.cluster.generators,
-        "teacher": config.cluster.teachers,
-        "learner": config.learner.ranks,
-    }
     found = {}
-    for role, number in actors.items():
-        spent = {what: busy.get(f"{role}/{what}", 0.0) / number for what in (WORK[role], *WEIGHTS)}
+    for role, size in sizes(config).items():
+        spent = {what: busy.get(f"{role}/{what}", 0.0) / size.actors for what in (WORK[role], *WEIGHTS)}
         work, weights = spent[WORK[role]], sum(spent[what] for what in WEIGHTS)
         found[role] = {"work": work, "weights": weights, "data": max(0.0, 1 - work - weights)}
     return found

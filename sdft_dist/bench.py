@@ -24,13 +24,13 @@ from sdft_dist.account import WORK, Machine, accounts, mean_lengths, time_shares
 from sdft_dist.charts import timeline
 from sdft_dist.cluster import launch, ray_session, resolve_device
 from sdft_dist.config import Config, parse_config
-from sdft_dist.data import ProblemSet, load_training_rows
 from sdft_dist.errors import UserError
 from sdft_dist.fleet import Fleet
+from sdft_dist.inputs import Inputs, read_inputs
 from sdft_dist.loop import batch_keys, train
-from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
+from sdft_dist.problems import ProblemSet
 from sdft_dist.runlog import RunLog, read_metrics
-from sdft_dist.topology import needs
+from sdft_dist.topology import needs, num_gpus, sizes
 from sdft_dist.types import Problem
 
 SKIPPED = 2  # steps at the start of each segment, which fill the pipeline again
@@ -51,9 +51,7 @@ class Ours:
 
     name: str
     config: Config
-    problems: ProblemSet
-    vocab_size: int
-    stop_ids: list[int]
+    inputs: Inputs
     folder: Path
     machines: list[Machine] = field(default_factory=list)  # one, when it has come to its end
 
@@ -63,9 +61,9 @@ class Ours:
         console = Console(quiet=True)
         with (
             RunLog(self.folder, title=self.name, console=console, trace=self.folder / "trace.json") as log,
-            launch(config, self.problems, self.vocab_size, self.stop_ids, on_span=log.span) as fleet,
+            launch(config, self.inputs, on_span=log.span) as fleet,
         ):
-            train(config, self.problems, fleet.rollouts, fleet, fleet, log, after_step=after_step)
+            train(config, self.inputs.problems, fleet.rollouts, fleet, fleet, log, after_step=after_step)
             self.machines.append(machine(fleet))
 
 
@@ -153,8 +151,10 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
     if peer == "trl":
         from sdft_dist.bench_peer import Trl
 
-        tokenizer, rows = load_tokenizer(config), load_training_rows(config.data, config.method)
-        contestants.append(Trl(config=config, tokenizer=tokenizer, rows=rows, fixed=fixed, folder=out / "trl"))
+        inputs = contestants[0].inputs
+        contestants.append(
+            Trl(config=config, tokenizer=inputs.tokenizer, rows=inputs.rows, fixed=fixed, folder=out / "trl")
+        )
     # Not counted are the first segment of each, which warms up, and the last, whose rollouts end early.
     turns = Turns([c.name for c in contestants], segment, segment * (pairs + 2))
     with ray_session(config):
@@ -175,20 +175,14 @@ def new_folder(out: Path) -> None:
 def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
     """One of our methods on the recipe's rows; one without a teacher keeps no average. With `fixed` all completions
     have `rollout.max_completion_tokens`, and the demonstrations that are imitated too."""
-    tokenizer = load_tokenizer(config)
-    rows = load_training_rows(config.data, config.method)
-    problems = encode_problems(config, tokenizer, rows).problems
+    inputs = read_inputs(config)
+    if fixed:
+        problems = _imitating(inputs.problems, config.rollout.max_completion_tokens)
+        inputs = replace(inputs, problems=problems, stop_ids=[])
     fields = {**config.model_dump(), "method": method, "run_dir": str(out / method)}
     if method != "sdft":
         fields["teacher"]["kind"] = "base"
-    return Ours(
-        name=method,
-        config=parse_config(fields),
-        problems=_imitating(problems, config.rollout.max_completion_tokens) if fixed else problems,
-        vocab_size=len(tokenizer),
-        stop_ids=[] if fixed else stop_ids(tokenizer, config.model.path, config.model.revision),
-        folder=out / method,
-    )
+    return Ours(name=method, config=parse_config(fields), inputs=inputs, folder=out / method)
 
 
 def devices(config: Config) -> int:
@@ -196,19 +190,13 @@ def devices(config: Config) -> int:
     roles = ("learner", "generator", "teacher") if config.method == "sdft" else ("learner",)
     if resolve_device(config) == "cpu":
         return 1
-    return sum(need.number * need.gpus for need in needs(config, "cuda", roles))
+    return num_gpus(needs(config, "cuda", roles))
 
 
 def spans(config: Config) -> dict[str, int]:
     """Devices of one actor of each role."""
-    if resolve_device(config) == "cpu":
-        return {"learner": 1, "generator": 1, "teacher": 1}
-    cluster = config.cluster
-    return {
-        "learner": 1,
-        "generator": cluster.generator_tensor_parallel,
-        "teacher": cluster.teacher_tensor_parallel,
-    }
+    on_cpu = resolve_device(config) == "cpu"
+    return {role: 1 if on_cpu else size.gpus for role, size in sizes(config).items()}
 
 
 def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
@@ -227,7 +215,7 @@ def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
 
 def _report(config: Config, turns: Turns, ours: Sequence[Ours], out: Path, fixed: bool) -> dict[str, Any]:
     sdft, sft = ours
-    batch = {contestant.name: len(batch_keys(contestant.config, contestant.problems, 0)) for contestant in ours}
+    batch = {contestant.name: len(batch_keys(contestant.config, contestant.inputs.problems, 0)) for contestant in ours}
     batch |= {"sync": batch["sdft"], "trl": config.rollout.prompts_per_step}
     rates = {name: [_rate(ends, batch[name]) for ends in segments[1:-1]] for name, segments in turns.ends.items()}
     used = {"sdft": devices(sdft.config), "sft": devices(sft.config), "sync": devices(sdft.config), "trl": 1}
@@ -268,12 +256,12 @@ def _roles(
         return busy[method][what] * wall / (batch[method] * sum(len(ends) - 1 for ends in segments))
 
     device_s = {role: each[role] * per_sample("sdft", f"{role}/{work}") for role, work in WORK.items()}
-    lengths = mean_lengths(sdft.problems, completion)
+    lengths = mean_lengths(sdft.inputs.problems, completion)
     found = accounts(config, lengths, sdft.machines[0], device_s, min(in_flight, config.cluster.max_sequences))
-    imitated = statistics.mean(len(p.demonstration_ids) for p in sft.problems)
+    imitated = statistics.mean(len(p.demonstration_ids) for p in sft.inputs.problems)
     alone = accounts(
         sft.config,
-        mean_lengths(sft.problems, imitated),
+        mean_lengths(sft.inputs.problems, imitated),
         sft.machines[0],
         {"sft": per_sample("sft", "learner/train")},
         1,

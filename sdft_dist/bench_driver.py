@@ -19,12 +19,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 
 from sdft_dist.cluster import ray_session, stream
 from sdft_dist.config import Config, parse_config
-from sdft_dist.data import ProblemSet
 from sdft_dist.loop import train
+from sdft_dist.pieces import train_items
+from sdft_dist.problems import ProblemSet
 from sdft_dist.remote import Events
 from sdft_dist.runlog import RunLog
 from sdft_dist.types import Piece, Problem, Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan
@@ -54,19 +56,7 @@ class Teacher:
 
     def score(self, samples: Sequence[SampleRef]) -> Scored:
         now = time.time()
-        items = [
-            TrainItem(
-                key=s.key,
-                num_prompt_tokens=s.num_prompt_tokens,
-                num_completion_tokens=s.num_completion_tokens,
-                teacher_version=0,
-                policy_version=s.key.step,
-                sample=s.sample,
-                targets=s.sample,
-            )
-            for s in samples
-        ]
-        return Scored(items=items, span=Span("score", now, time.time()))
+        return Scored(items=train_items(samples, [s.sample for s in samples], 0), span=Span("score", now, time.time()))
 
 
 class Nothing:
@@ -89,9 +79,10 @@ def measure(config: Config, steps: int) -> tuple[list[list[float]], list[int]]:
     clocks = (time.perf_counter, time.process_time, time.thread_time)
     times: list[list[float]] = [[clock()] for clock in clocks]
     memory: list[int] = []
+    process = psutil.Process()
 
     def after_step(step: int) -> None:
-        memory.append(_resident_bytes())
+        memory.append(process.memory_info().rss)
         for clock, ends in zip(clocks, times, strict=True):
             ends.append(clock())
 
@@ -128,11 +119,6 @@ def main() -> None:
         tenth = args.memory_steps // 10
         print(f"driver's memory: {memory[tenth] / 2**20:.1f} MiB after {tenth} steps, "
               f"{memory[-1] / 2**20:.1f} MiB after {args.memory_steps}")  # fmt: skip
-
-
-def _resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
 
 
 if __name__ == "__main__":

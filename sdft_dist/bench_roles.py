@@ -22,15 +22,15 @@ from sdft_dist.account import Machine, accounts, mean_lengths
 from sdft_dist.bench import Ours, contestant, machine, new_folder, spans, spread, summary
 from sdft_dist.cluster import launch, ray_session
 from sdft_dist.config import Config
-from sdft_dist.data import ProblemSet
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.fleet import Fleet
 from sdft_dist.loop import batch_keys, demonstrations
+from sdft_dist.problems import ProblemSet
+from sdft_dist.topology import sizes
 from sdft_dist.types import Sample, SampleKey, SampleRef, TeacherTargets, TrainItem, VersionSpan
 
 WARM = 2  # batches that are not counted
-ENGINES = {"generator": ("generator",), "teacher": ("teacher",), "learner": ()}
 Batch = Callable[[int], int]  # does the work of one optimizer step; returns its completion tokens
 
 
@@ -64,10 +64,10 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     load = Load(
         role=role,
         batch=rollout.prompts_per_step,
-        rows=range(len(ours.problems)),
+        rows=range(len(ours.inputs.problems)),
         max_tokens=rollout.max_completion_tokens,
     )
-    start = launch(ours.config, ours.problems, ours.vocab_size, ours.stop_ids, engines=ENGINES[role])
+    start = launch(ours.config, ours.inputs, engines=(role,))
     with ray_session(config), start as fleet:
         (report,) = bench_loads(ours, fleet, [load], repeats)
     (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -78,7 +78,8 @@ def bench_loads(ours: Ours, fleet: Fleet, loads: Sequence[Load], repeats: int) -
     """`repeats` batches of each of `loads`, one load after the other; a report of each."""
     spent = [_work_on(ours, fleet, load, repeats) for load in loads]
     used = machine(fleet)
-    return [_report(ours.config, ours.problems, load, used, *found) for load, found in zip(loads, spent, strict=True)]
+    problems = ours.inputs.problems
+    return [_report(ours.config, problems, load, used, *found) for load, found in zip(loads, spent, strict=True)]
 
 
 def _work_on(ours: Ours, fleet: Fleet, load: Load, repeats: int) -> tuple[list[float], list[int]]:
@@ -99,7 +100,7 @@ def _report(
     config: Config, problems: ProblemSet, load: Load, used: Machine, taken: list[float], tokens: list[int]
 ) -> dict[str, Any]:
     cluster, batch = config.cluster, len(load.keys(config, 0))
-    actors = {"generator": cluster.generators, "teacher": cluster.teachers, "learner": config.learner.ranks}[load.role]
+    actors = sizes(config)[load.role].actors
     lengths = mean_lengths([problems[i] for i in load.rows], statistics.mean(tokens) / batch)
     processed = (
         lengths.completion
@@ -162,7 +163,7 @@ def _scoring(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     teachers = fleet.teachers.actors
 
     def batch(step: int) -> int:
-        refs, n = as_sampled(ours.config, ours.problems, load.keys(ours.config, step)), len(teachers)
+        refs, n = as_sampled(ours.config, ours.inputs.problems, load.keys(ours.config, step)), len(teachers)
         ray.get([actor.score.remote(refs[i::n]) for i, actor in enumerate(teachers)])
         return sum(ref.num_completion_tokens for ref in refs)
 
@@ -171,7 +172,7 @@ def _scoring(ours: Ours, fleet: Fleet, load: Load) -> Batch:
 
 def _learning(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     """Every step on the items of the first, which stay in the object store."""
-    config, problems = ours.config, ours.problems
+    config, problems = ours.config, ours.inputs.problems
     keys = load.keys(config, 0)
     if config.method == "sdft":
         fleet.learner.push(fleet.teachers, 0, 0)  # to nobody: the ranks keep the head that the targets go through
@@ -205,17 +206,7 @@ def as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) 
                 top_ids=top,
             )
         )
-    return [
-        SampleRef(
-            key=sample.key,
-            num_prompt_tokens=len(problems[sample.key.problem].prompt_ids),
-            num_completion_tokens=len(sample.completion_ids),
-            finish_reason="stop",
-            policy_versions=sample.policy_versions,
-            sample=piece,
-        )
-        for sample, piece in zip(samples, pieces.put(samples), strict=True)
-    ]
+    return pieces.sample_refs(samples, problems)
 
 
 def _as_scored(ours: Ours, refs: Sequence[SampleRef]) -> list[TrainItem]:
@@ -235,15 +226,4 @@ def _as_scored(ours: Ours, refs: Sequence[SampleRef]) -> list[TrainItem]:
             beliefs["logprobs"] = np.full((count, kept), -np.log(2 * kept), dtype=np.float32)
             beliefs["tail"] = np.full(count, -np.log(2), dtype=np.float32)
         targets.append(TeacherTargets(key=ref.key, teacher_version=0, dtype=dtype, **beliefs))
-    return [
-        TrainItem(
-            key=ref.key,
-            num_prompt_tokens=ref.num_prompt_tokens,
-            num_completion_tokens=ref.num_completion_tokens,
-            teacher_version=0,
-            policy_version=0,
-            sample=ref.sample,
-            targets=piece,
-        )
-        for ref, piece in zip(refs, pieces.put(targets), strict=True)
-    ]
+    return pieces.train_items(refs, pieces.put(targets), 0)

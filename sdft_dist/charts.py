@@ -13,8 +13,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Place = tuple[float, float]
-
 
 class Curve(NamedTuple):
     """Points to be joined; `low` and `high` are the ends of each point's interval, where there is one."""
@@ -139,8 +137,9 @@ def shares(runs: Mapping[str, Mapping[str, float]]) -> Any:
     return figure
 
 
-def timeline(trace: Path, out: Path, seconds: float = 2.0) -> None:
-    """A picture of who works and who waits: the last `seconds` of a trace before the rollouts end."""
+def timeline(trace: Path, out: Path) -> None:
+    """A picture of who works and who waits: the last two seconds of a trace before the rollouts end."""
+    seconds = 2.0
     events = json.loads(trace.read_text())
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     bars = [e for e in events if e.get("ph") == "X"]

@@ -259,12 +259,12 @@ def _train(args: argparse.Namespace) -> None:
 def _dry_run(config: Config) -> None:
     """On CUDA unless the recipe says otherwise: whoever asks is seldom on the machine that trains."""
     from sdft_dist.config import dump_config
-    from sdft_dist.topology import needs
+    from sdft_dist.topology import needs, num_gpus
 
     print(dump_config(config), end="")
     device = "cpu" if config.cluster.device == "cpu" else "cuda"
     wanted = needs(config, device)
-    print(f"# {', '.join(map(str, wanted))}: {sum(need.number * need.gpus for need in wanted)} GPUs on {device}")
+    print(f"# {', '.join(map(str, wanted))}: {num_gpus(wanted)} GPUs on {device}")
 
 
 def _preflight(args: argparse.Namespace) -> None:
@@ -272,14 +272,15 @@ def _preflight(args: argparse.Namespace) -> None:
 
     config = load_config(args.recipe, args.overrides)
     import json
+    from dataclasses import asdict
 
     from rich.console import Console
 
-    from sdft_dist.preflight import as_json, preflight, show
+    from sdft_dist.preflight import preflight, show
 
     found = preflight(config, args.rows)
     if args.json:
-        print(json.dumps(as_json(found), indent=2))
+        print(json.dumps(asdict(found), indent=2))
     else:
         show(found, Console())
 
@@ -299,7 +300,7 @@ def _bench(args: argparse.Namespace) -> None:
         layers, fields = (list(filter(which, overrides)) for which in (is_layer, lambda text: not is_layer(text)))
         there = load_config(args.recipe, [*layers, "model.path=.", "data.train=.", *fields])
         made = synthetic(args.out, args.synthetic_model, [args.lengths], 1024, there.model.dtype)
-        overrides = [*layers, *(f"{key}={value}" for key, value in made.items()), *fields]
+        overrides = [*layers, made, *fields]
     config = load_config(args.recipe, overrides)
     from rich.console import Console
 

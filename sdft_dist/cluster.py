@@ -16,9 +16,9 @@ from actors.pool import Pool
 from actors.stream import Stream
 from learner.group import LearnerGroup
 from sdft_dist.config import Config
-from sdft_dist.data import ProblemSet
 from sdft_dist.errors import ActorLost, Diverged, Fault, NotServing, Preempted, UserError, brief
 from sdft_dist.fleet import Fleet
+from sdft_dist.inputs import Inputs
 from sdft_dist.last_words import obituary
 from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
@@ -78,9 +78,7 @@ def resolve_device(config: Config) -> str:
 @contextmanager
 def launch(
     config: Config,
-    problems: ProblemSet,
-    vocab_size: int,
-    stop_ids: list[int],
+    inputs: Inputs,
     *,
     engines: Collection[str] = ("generator", "teacher"),
     on_span: OnSpan = lambda role, index, span: None,
@@ -100,7 +98,7 @@ def launch(
     device, actors = resolve_device(config), list[Any]()
     with placed(config, device, roles_of(config) & {"learner", *engines}, wait_for_nodes, stop, on_event) as places:
         try:
-            fleet = _build(config, problems, vocab_size, stop_ids, places, on_span, on_event, start, stop, actors)
+            fleet = _build(config, inputs, places, on_span, on_event, start, stop, actors)
             yield fleet
             fleet.learner.stop()
         except (UserError, Fault, Preempted, Diverged):
@@ -167,9 +165,7 @@ def _any_dead(actors: list[Any]) -> bool:
 
 def _build(
     config: Config,
-    problems: ProblemSet,
-    vocab_size: int,
-    stop_ids: list[int],
+    inputs: Inputs,
     places: Places,
     on_span: OnSpan,
     on_event: Callable[[str], None],
@@ -183,10 +179,10 @@ def _build(
     from actors.teacher import Teacher
     from learner.worker import LearnerRank
 
-    device = places.device
-    table, events = ray.put(problems), Events(stop, config.checkpoint.grace_s)
-    sdft, cluster, ranks = config.method == "sdft", config.cluster, config.learner.ranks
-    together = 2 if sdft and config.rollout.max_staleness else 1
+    device, vocab_size = places.device, inputs.vocab_size
+    table, events = ray.put(inputs.problems), Events(stop, config.checkpoint.grace_s)
+    cluster, ranks = config.cluster, config.learner.ranks
+    together = 2 if config.method == "sdft" and config.rollout.max_staleness else 1
 
     def start_actor(cls: type, role: str, sharing: int, args: tuple[Any, ...], index: int) -> Any:
         actor = ray.remote(cls).options(**places.options(role, index, sharing)).remote(*args)
@@ -208,7 +204,7 @@ def _build(
         Generator,
         cluster.generators,
         cluster.generator_tensor_parallel,
-        config, device, stop_ids, table, vocab_size,
+        config, device, inputs.stop_ids, table, vocab_size,
     )  # fmt: skip
     teachers = pool(
         "teacher", Teacher, cluster.teachers, cluster.teacher_tensor_parallel, config, device, vocab_size, table
@@ -233,11 +229,8 @@ def _build(
         teachers=teachers,
         learner=learner,
         rollouts=stream(config, generators, teachers, events, on_span),
+        config=config,
         start=start.step,
-        teacher_moves=config.teacher.kind != "base",
-        max_mends=cluster.max_restarts,
-        sleep=cluster.sleep,
-        rolls_out=sdft,
         on_event=on_event,
     )
     fleet.rollouts.mend = fleet.mend

@@ -5,11 +5,12 @@ Every field says what it does and in which unit. Cross-field rules are in `Confi
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -513,18 +514,22 @@ class Config(Section):
         return max(1, math.ceil(round(self.epochs * num_problems) / self.rollout.prompts_per_step))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML recipe and apply overrides, in order: `section.field=value` (values are YAML), or another YAML file,
-    whose fields replace those of the same name.
+Override = str | Mapping[str, Any]
+
+
+def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
+    """Read a YAML recipe and apply overrides, in order: `section.field=value` (values are YAML); another YAML file,
+    whose fields replace those of the same name; or values by the dotted names of their fields.
 
     Raises ConfigError with one line per mistake: field, value got, what is valid.
     """
     tree = load_yaml(path)
-    for text in overrides or []:
-        if is_layer(text):
-            _merge(tree, load_yaml(text))
-        else:
-            _override(tree, text)
+    for override in overrides:
+        if isinstance(override, str) and is_layer(override):
+            _merge(tree, load_yaml(override))
+            continue
+        for name, value in [_parse_override(override)] if isinstance(override, str) else override.items():
+            _set(tree, name, value)
     return parse(Config, tree)
 
 
@@ -589,6 +594,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The values, as JSON has them, by the dotted names of their fields."""
+
+    def leaves(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(leaves("", config.model_dump(mode="json")))
+
+
 def is_layer(text: str) -> bool:
     """Whether an override names a file."""
     return "=" not in text and text.endswith((".yaml", ".yml"))
@@ -602,17 +620,21 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
             tree[name] = value
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def _parse_override(text: str) -> tuple[str, Any]:
     key, sep, value = text.partition("=")
     if not sep or not key:
         raise ConfigError(f"{text!r}: an override reads section.field=value")
+    return key, _yaml_value(value, key)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node: Any = tree
     for name in parents:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {name} is a value, not a section")
-    node[leaf] = _yaml_value(value, key)
+    node[leaf] = copy.deepcopy(value)  # later overrides may write into it
 
 
 def _yaml_value(text: str, where: str) -> Any:

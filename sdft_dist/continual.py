@@ -24,7 +24,7 @@ from sdft_dist.config import Config, DataConfig, Section, load_config, load_yaml
 from sdft_dist.continual_results import write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
 from sdft_dist.errors import ConfigError
-from sdft_dist.rundir import refuse_changed, write_whole
+from sdft_dist.rundir import RunDir, refuse_other_settings, write_whole
 from sdft_dist.train import run
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # also the name of a folder
@@ -93,8 +93,8 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether it came to its end; the model is the last that a run writes."""
-        return (self.folder / "model").is_dir()
+        """Whether it came to its end."""
+        return RunDir(self.folder).finished
 
     @property
     def folder(self) -> Path:
@@ -131,7 +131,7 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
             "data.train": task.train,
             "eval.sets": sets,
         }
-        config = load_config(plan.recipe, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        config = load_config(plan.recipe, [values])
         if not config.eval.every:
             raise ConfigError(
                 f"eval.every: got 0 with methods.{method} and tasks.{name}, expected 1 or more: the results need every "
@@ -177,7 +177,7 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     where a stage was run with other settings before, DataError where a file is wrong: both before anything starts."""
     work = stages(plan)
     for stage in work:
-        refuse_changed(stage.config)
+        refuse_other_settings(stage.config)
     for rows, method in dict.fromkeys((stage.rows, stage.config.method) for stage in work):
         load_training_rows(rows, method)  # a mistake in the last file must not be found after days
     held_out = {f"tasks.{name}.eval": task.eval for name, task in plan.tasks.items()}

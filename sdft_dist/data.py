@@ -7,20 +7,15 @@ layouts are recognised by their columns; see LAYOUTS.
 from __future__ import annotations
 
 import json
-import random
 import re
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sdft_dist.config import DataConfig
 from sdft_dist.errors import DataError
-from sdft_dist.types import Problem
 
 Message = dict[str, str]
 # (column of the prompt, column of the demonstration), in the order in which they are looked for.
@@ -321,44 +316,3 @@ def _answer(column: str, value: Any) -> str:
 def _show(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
-
-
-class ProblemSet(Sequence[Problem]):
-    """Problems as columns of token ids; pickles without a copy, so every actor can hold all of them."""
-
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        columns: tuple[list[np.ndarray], ...] = ([], [], [])
-        for p in problems:
-            for column, ids in zip(columns, (p.prompt_ids, p.teacher_prompt_ids, p.demonstration_ids), strict=True):
-                column.append(np.asarray(ids, dtype=np.int32))
-        self._ids = [np.concatenate([*c, np.zeros(0, np.int32)]) for c in columns]
-        self._ends = [np.cumsum([0, *map(len, c)]) for c in columns]
-
-    def __len__(self) -> int:
-        return len(self._ends[0]) - 1
-
-    def __getitem__(self, i: int) -> Problem:  # type: ignore[override]  # no slices
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
-        prompt, teacher, demo = (ids[ends[i] : ends[i + 1]] for ids, ends in zip(self._ids, self._ends, strict=True))
-        return Problem(prompt_ids=prompt, teacher_prompt_ids=teacher, demonstration_ids=demo)
-
-
-def batch(step: int, *, num_problems: int, size: int, seed: int) -> list[int]:
-    """Problem indices of one optimizer step: a pure function, so that resuming needs no state.
-
-    Each epoch is a permutation of its own; a batch may span two epochs.
-    """
-    out: list[int] = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, num_problems)
-        out.append(_permutation(seed, epoch, num_problems)[place])
-    return out
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> list[int]:
-    order = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config, dump_config, load_config
-from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
 from sdft_dist.lab.teaching import RECIPE, write_teaching_set
 from sdft_dist.memory import PeakMemory
 from sdft_dist.report import report
+from sdft_dist.rundir import refuse_used
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -63,8 +63,7 @@ def demo(
     """Run all, with `overrides` over the lab's recipe, and print the table; writes `curves.png`, `report/` and the
     runs into `out`, which must be unused."""
     console, out = Console(), out or unused_folder()
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out: {out} is already in use: give another --out, or remove it")
+    refuse_used(out)
     base = out / "base" if rebuild_base else shipped_base()
     configs = [
         (seed, method, lab_config(out, base, seed, method, steps, overrides))
@@ -86,9 +85,10 @@ def demo(
             outcomes.append(measured(config))
     console.print(_table(outcomes, num_seeds))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    peak = f", peak memory of all processes {memory.gib:.1f} GiB" if memory.gib else ""
     console.print(
-        f"{len(configs)} runs in {minutes} min {seconds} s with starting and evaluating{peak}.", highlight=False
+        f"{len(configs)} runs in {minutes} min {seconds} s with starting and evaluating, peak memory of all processes "
+        f"{memory.gib:.1f} GiB.",
+        highlight=False,
     )
     picture = out / "curves.png"
     plot(outcomes, picture)
@@ -108,17 +108,16 @@ def demo(
 def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None, more: Sequence[str]) -> Config:
     """One run's configuration, also left as a recipe beside it."""
     data = out / f"seed-{seed}" / "data"
-    sets = {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)}
-    overrides = {
+    fields = {
         "method": method,
         "run_dir": str(out / f"seed-{seed}" / method),
         "seed": seed,
         "model.path": str(base),
         "data.train": str(data / "train.jsonl"),
-        **{f"eval.sets.{name}": path for name, path in sets.items()},
+        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)},
         **({"steps": steps} if steps else {}),
     }
-    config = load_config(RECIPE, [*(f"{key}={value}" for key, value in overrides.items()), *more])
+    config = load_config(RECIPE, [fields, *more])
     if not data.exists():
         write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
     (out / f"seed-{seed}" / f"{method}.yaml").write_text(dump_config(config))

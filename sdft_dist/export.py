@@ -11,7 +11,7 @@ from sdft_dist.commits import read_manifest
 from sdft_dist.config import Config, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.model_card import model_card
-from sdft_dist.rundir import RunDir
+from sdft_dist.rundir import RunDir, refuse_used
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +80,7 @@ def export_adapter(rundir: RunDir, out: Path, *, weights: str = "student", step:
 def _read(rundir: RunDir, out: Path, weights: str, step: int | None) -> tuple[Config, Shards, dict[str, Any]]:
     from learner.checkpoint import Shards
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is already in use")
+    refuse_used(out)
     checkpoint = rundir.checkpoint(step)
     facts = read_manifest(checkpoint)  # raises where it is not sound
     config, shards = load_config(rundir.path / "config.yaml"), Shards(checkpoint)
@@ -101,7 +100,11 @@ def checkpoint_model(config: Config, shards: Shards, kind: str) -> Any:
 
     source, lora = config.model, config.model.lora
     # The base whole: checkpoints hold what is trained, and not what a model keeps besides its parameters.
-    lm = AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, dtype=getattr(torch, source.dtype))
+    dtype = getattr(torch, source.dtype)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, dtype=dtype)
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.path: {source.path}: the model that the run began with cannot be loaded: {e}") from e
     named = dict(lm.named_parameters())
     if lora.rank:
         for name, (a, b) in _adapters(shards, kind, lora.rank).items():

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.config import Config
+from sdft_dist.config import Config, flat
 from sdft_dist.errors import ConfigError
 from sdft_dist.types import Problem
 
@@ -22,7 +22,7 @@ FIRST_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 20, 256, 4096
 def fingerprint(config: Config, problems: Iterable[Problem]) -> dict[str, Any]:
     """One entry for each setting that decides what is learned, a hash of the rows' token ids, and what tells the
     model, and a frozen teacher that is another, from any other one."""
-    entries = {key: value for key, value in _flat("", config.model_dump(mode="json")) if not _free(key)}
+    entries = {key: value for key, value in flat(config).items() if not _free(key)}
     if not config.model.lora.rank:  # settings of adapters that there are not, and that earlier runs did not write
         entries = {key: value for key, value in entries.items() if not key.startswith("model.lora.")}
     digest = hashlib.sha256()
@@ -35,7 +35,7 @@ def fingerprint(config: Config, problems: Iterable[Problem]) -> dict[str, Any]:
         models["teacher.anchor"] = (config.teacher.anchor, None)
     for name, place in models.items():
         entries |= {f"{name} ({what})": value for what, value in _identity(*place).items()}
-    return dict(json.loads(json.dumps(entries)))
+    return entries
 
 
 def _identity(path: str, revision: str | None) -> dict[str, Any]:
@@ -86,14 +86,6 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
 
 def _told(entries: dict[str, Any], key: str) -> str:
     return repr(entries[key]) if key in entries else "not noted"  # by an earlier version of this program
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}{name}.", value)
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _free(key: str) -> bool:

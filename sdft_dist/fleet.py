@@ -13,6 +13,7 @@ import numpy as np
 from actors.pool import Pool
 from actors.stream import Stream
 from learner.group import LearnerGroup
+from sdft_dist.config import Config
 from sdft_dist.errors import Fault, NotServing
 from sdft_dist.types import TrainItem
 
@@ -26,15 +27,17 @@ class Fleet:
     teachers: Pool
     learner: LearnerGroup
     rollouts: Stream
+    config: Config
     start: int  # the first version that is pushed
-    teacher_moves: bool  # false for a frozen base, which is pushed once, at the start
-    max_mends: int  # in one optimizer step
-    sleep: bool  # of the engines, while the learner works
-    rolls_out: bool  # generators do more than to answer in evaluations
     on_event: Callable[[str], None]
     version: int = -1  # of the student
     served: int = -1  # the version that was last pushed to the generators
     mends: int = 0  # since the last optimizer step
+
+    @property
+    def teacher_moves(self) -> bool:
+        """False for a frozen base, which is pushed once, at the start."""
+        return self.config.teacher.kind != "base"
 
     def to_generators(self, version: int) -> None:
         """Push the student; to generators that only evaluate, when they are asked. The first push is waited for, so
@@ -42,7 +45,7 @@ class Fleet:
         self.version, self.mends = version, 0
         if self.generators.lost:
             self._mend(self.generators)
-        elif self.generators.actors and (self.rolls_out or version == self.start):
+        elif self.generators.actors and (self.config.method == "sdft" or version == self.start):
             self._push_to_generators(wait=version == self.start)
 
     def complete(
@@ -78,7 +81,7 @@ class Fleet:
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step of the learner, for which engines that sleep give it their memory."""
-        if not self.sleep:
+        if not self.config.cluster.sleep:
             return self.learner.update(step, num_steps, items)
         for pool in (self.generators, self.teachers):
             pool.rest(True)
@@ -97,7 +100,7 @@ class Fleet:
     def _mend(self, pool: Pool) -> None:
         reasons = "; ".join(f"{pool.role} {i}: {why}" for i, why in sorted(pool.lost.items()))
         self.mends += 1
-        if self.mends > self.max_mends:
+        if self.mends > self.config.cluster.max_restarts:
             raise Fault(f"engines were lost {self.mends} times in one step, more than cluster.max_restarts: {reasons}")
         self.on_event(f"lost {reasons}")
         started = time.monotonic()
@@ -105,7 +108,7 @@ class Fleet:
         pool.replace_lost()
         self.learner.open_push(pool)
         if pool is self.generators:
-            self.learner.push(pool, self.version, self.version, wait=True)
+            self._push_to_generators(wait=True)
         else:
             self._push_to_teachers(self.version if self.teacher_moves else self.rollouts.teacher_version, wait=True)
         self.on_event(f"{pool.role} serve version {self.version} again, after {time.monotonic() - started:.1f} s")

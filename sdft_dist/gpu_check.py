@@ -159,15 +159,15 @@ def agreement(out: Path) -> Figures:
     from sdft_dist.bench import contestant
     from sdft_dist.bench_roles import as_sampled
     from sdft_dist.cluster import launch, ray_session
-    from sdft_dist.data import ProblemSet
     from sdft_dist.loop import batch_keys
     from sdft_dist.pieces import fetch
     from sdft_dist.preflight import logprob_differences
+    from sdft_dist.problems import ProblemSet
 
     ours = contestant(load_config(out / "lab" / "seed-0" / "sdft.yaml"), "sdft", out / "agreement", fixed=False)
-    config, problems = ours.config, ours.problems
+    config, problems = ours.config, ours.inputs.problems
     first = ProblemSet(problems[i] for i in range(64))
-    with ray_session(config), launch(config, problems, ours.vocab_size, ours.stop_ids) as fleet:
+    with ray_session(config), launch(config, ours.inputs) as fleet:
         fleet.to_generators(0)
         fleet.to_teachers(0)
         logprobs = logprob_differences(fleet, first, config)
@@ -217,7 +217,8 @@ def engines(out: Path, device: str, shape: str) -> Figures:
 
     config = recipe(out, device, shape, list(ENGINES))
     # Random weights end a completion only by chance.
-    ours = replace(contestant(config, "sdft", out / "engines", fixed=False), stop_ids=[])
+    ours = contestant(config, "sdft", out / "engines", fixed=False)
+    ours = replace(ours, inputs=replace(ours.inputs, stop_ids=[]))
     spans: dict[str, list[float]] = {}
 
     def note(role: str, index: int, span: Any) -> None:
@@ -226,7 +227,7 @@ def engines(out: Path, device: str, shape: str) -> Figures:
     decode = DECODE if device == "cuda" else SMALL_DECODE
     loads = [load("generator", length, batch) for length in LENGTHS for batch in decode[length]]
     loads += [load("teacher", length, 64) for length in LENGTHS]
-    start = launch(config, ours.problems, ours.vocab_size, ours.stop_ids, on_span=note)
+    start = launch(config, ours.inputs, on_span=note)
     with ray_session(config), start as fleet:
         for version in range(4):
             for pool in (fleet.generators, fleet.teachers):
@@ -269,7 +270,7 @@ def learner(
     if needed > there:
         raise UserError(f"{shape}: its optimizer needs {needed:.0f} GiB of host memory, {there:.0f} are there")
     loads = [load("learner", length, batch) for length in lengths]
-    start = launch(config, ours.problems, ours.vocab_size, ours.stop_ids, engines=())
+    start = launch(config, ours.inputs, engines=())
     with ray_session(config), start as fleet:
         reports = bench_loads(ours, fleet, loads, REPEATS)
     return {
@@ -377,11 +378,11 @@ def recipe(out: Path, device: str, shape: str, more: list[str]) -> Config:
         dtype = "bfloat16" if device == "cuda" else "float32"
         overrides = synthetic(made.parent, shape, list(LENGTHS.values()), ROWS, dtype)
         made.write_text(json.dumps(overrides))
-    fields = [f"{key}={value}" for key, value in json.loads(made.read_text()).items()]
+    fields = json.loads(made.read_text())
     if not RECIPE.is_file():
         raise UserError(f"{RECIPE}: is not there: run this in a clone of the repository")
     small = ["data.max_prompt_tokens=null", "learner.ranks=1", "learner.zero_stage=1"]
-    return load_config(RECIPE, [*fields, *small, *_shared(device), *more])
+    return load_config(RECIPE, [fields, *small, *_shared(device), *more])
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def harness(
         raise UserError("--tasks: humaneval runs code that the model has written; allow it with --run-code")
     manager = _manager(names, include)
     tokenizer = load_tokenizer(config)
-    ends = stop_ids(tokenizer, config.model.path, config.model.revision)
+    ends = stop_ids(tokenizer, config.model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ray_session(config), serving(config, ends) as engines, _reaching_the_hub():
         found = evaluator.simple_evaluate(

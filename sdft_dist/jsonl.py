@@ -13,9 +13,11 @@ from sdft_dist.errors import UserError
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, without a last line that is still being written or was cut by a kill.
-    Raises UserError where another one is damaged."""
-    records = []
+    """The objects of a file, without a last line that is still being written or was cut by a kill; none where there is
+    no file. Raises UserError where another one is damaged."""
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line.decode())

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Sequence, Sized
 from typing import Any, Protocol
 
-from sdft_dist import data
 from sdft_dist.config import Config
-from sdft_dist.data import ProblemSet
 from sdft_dist.errors import Diverged, UserError
+from sdft_dist.problems import ProblemSet, batch
 from sdft_dist.runlog import RunLog
 from sdft_dist.types import SampleKey, TrainItem
 
@@ -90,7 +89,7 @@ def train(
 def batch_keys(config: Config, problems: Sized, step: int) -> list[SampleKey]:
     """What optimizer step `step` trains on: a pure function of the seed and the step."""
     rollout = config.rollout
-    indices = data.batch(step, num_problems=len(problems), size=rollout.prompts_per_step, seed=config.seed)
+    indices = batch(step, num_problems=len(problems), size=rollout.prompts_per_step, seed=config.seed)
     copies = rollout.completions_per_prompt if config.method == "sdft" else 1
     # A small data set may hold a problem twice in a batch: those are further completions of it.
     seen: dict[int, int] = {}

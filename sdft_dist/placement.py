@@ -34,7 +34,7 @@ class Places:
         return any(role in need.roles for need in self.wanted)
 
     def options(self, role: str, index: int, sharing: int) -> dict[str, Any]:
-        """Ray options of actor `index` of a role; `sharing` as in `_environment`."""
+        """Ray options of actor `index` of a role; `sharing` as in `environment`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         spot = place(self.wanted, role, index)

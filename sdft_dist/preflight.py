@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from rich.table import Table
 
 from sdft_dist.cluster import launch, ray_session
 from sdft_dist.config import Config, parse_config
-from sdft_dist.data import ProblemSet, Row, load_training_rows
-from sdft_dist.evaluate import Scorer, check_answers, load_eval_sets, load_scorer
+from sdft_dist.data import Row
+from sdft_dist.evaluate import EvalSet, Scorer, check_answers, evaluate, load_eval_sets, load_scorer
 from sdft_dist.fleet import Fleet
-from sdft_dist.judge import Case
-from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
+from sdft_dist.inputs import read_inputs
+from sdft_dist.problems import ProblemSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,6 @@ class Preflight:
     max_length: int
     dropped: list[str]
     truncated: list[str]
-    generation_prompt_aligned: bool  # both views end alike, or the command would have refused
     logprob_difference_mean: float  # nats a token, generator against learner
     logprob_difference_max: float
     likelihood: Comparison  # nats a demonstration token
@@ -100,28 +99,25 @@ def verdict(likelihood: Comparison, accuracy: Comparison | None) -> str:
 def preflight(config: Config, num_rows: int = 64) -> Preflight:
     """Run all checks on the first `num_rows` rows. Raises UserError as a run would."""
     config = parse_config({**config.model_dump(), "method": "sdft"})
-    tokenizer = load_tokenizer(config)
-    rows = load_training_rows(config.data, config.method)
-    encoded = encode_problems(config, tokenizer, rows)
-    left_out = {line.split(": ")[0] for line in encoded.dropped}
-    kept = [row for row in rows if row.where not in left_out][:num_rows]
-    problems = ProblemSet(encoded.problems[i] for i in range(len(kept)))
-    load_eval_sets(config, tokenizer)  # raises where a run would
+    inputs = read_inputs(config)
+    left_out = {line.split(": ")[0] for line in inputs.dropped}
+    kept = [row for row in inputs.rows if row.where not in left_out][:num_rows]
+    problems = ProblemSet(inputs.problems[i] for i in range(len(kept)))
+    load_eval_sets(config, inputs.tokenizer)  # raises where a run would
     check_answers(config.eval, [row for row in kept if row.answer is not None])
     scorer = load_scorer(config.eval)
-    ends = stop_ids(tokenizer, config.model.path, config.model.revision)
-    with ray_session(config), launch(config, problems, len(tokenizer), ends, engines=("generator",)) as fleet:
+    start = launch(config, replace(inputs, problems=problems), engines=("generator",))
+    with ray_session(config), start as fleet:
         fleet.to_generators(0)
         difference = logprob_differences(fleet, problems, config)
         likelihood = _likelihood(fleet, problems, config.model.max_length)
-        accuracy = _accuracy(fleet, problems, kept, tokenizer, scorer, config.rollout.max_completion_tokens)
+        accuracy = _accuracy(fleet, problems, kept, inputs.tokenizer, scorer, config.rollout.max_completion_tokens)
     return Preflight(
-        rows=len(rows),
-        lengths=_lengths(encoded.problems),
+        rows=len(inputs.rows),
+        lengths=_lengths(inputs.problems),
         max_length=config.model.max_length,
-        dropped=encoded.dropped,
-        truncated=encoded.truncated,
-        generation_prompt_aligned=True,
+        dropped=inputs.dropped,
+        truncated=inputs.truncated,
         logprob_difference_mean=float(difference.mean()),
         logprob_difference_max=float(difference.max()),
         likelihood=likelihood,
@@ -156,18 +152,20 @@ def _accuracy(
     fleet: Fleet, problems: ProblemSet, rows: Sequence[Row], tokenizer: Any, scorer: Scorer, limit: int
 ) -> Comparison | None:
     """Greedy accuracy in both views, of the rows with an answer."""
-    known = [i for i, row in enumerate(rows) if row.answer is not None]
+    known = [(problem, row) for problem, row in zip(problems, rows, strict=True) if row.answer is not None]
     if not known:
         return None
-    found = []
-    for view in ("prompt_ids", "teacher_prompt_ids"):
-        completions = fleet.generators.complete([getattr(problems[i], view) for i in known], limit)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-        cases = [
-            Case(rows[i].messages[-1]["content"], t, rows[i].answer or "") for i, t in zip(known, texts, strict=True)
-        ]
-        found.append([float(right) for right in scorer(cases)])
-    return compare(*found)
+    views = [
+        EvalSet(
+            name=view,
+            prompts=[getattr(problem, view) for problem, _ in known],
+            questions=[row.messages[-1]["content"] for _, row in known],
+            answers=[row.answer or "" for _, row in known],
+        )
+        for view in ("prompt_ids", "teacher_prompt_ids")
+    ]
+    judged = evaluate(views, fleet, tokenizer, scorer, limit)
+    return compare(*([float(row.right) for row in judged[view.name]] for view in views))
 
 
 def _lengths(problems: ProblemSet) -> dict[str, dict[str, int]]:
@@ -181,11 +179,6 @@ def _lengths(problems: ProblemSet) -> dict[str, dict[str, int]]:
     }
 
 
-def as_json(found: Preflight) -> dict[str, Any]:
-    """Plain data of all findings."""
-    return asdict(found)
-
-
 def show(found: Preflight, console: Console) -> None:
     """A table of all findings, and the verdict."""
     table = Table(title=f"Preflight of {found.rows} rows", show_header=False)
@@ -196,7 +189,7 @@ def show(found: Preflight, console: Console) -> None:
         f"{found.max_length} tokens: {len(found.dropped)} rows dropped, "
         f"{len(found.truncated)} demonstrations shortened",
     )
-    table.add_row("both views end alike", "yes" if found.generation_prompt_aligned else "no")
+    table.add_row("both views end alike", "yes")  # or it would have been refused
     table.add_row(
         "generator − learner, nats a token",
         f"mean {found.logprob_difference_mean:.2e}, max {found.logprob_difference_max:.2e}",

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdft_dist.config import Config
-from sdft_dist.data import Message, ProblemSet, Row, few
+from sdft_dist.config import Config, ModelConfig
+from sdft_dist.data import Message, Row, few
 from sdft_dist.errors import DataError, UserError
+from sdft_dist.problems import ProblemSet
 from sdft_dist.types import Problem
 
 
@@ -44,13 +45,13 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def stop_ids(tokenizer: Any, model_path: str, revision: str | None = None) -> list[int]:
+def stop_ids(tokenizer: Any, model: ModelConfig) -> list[int]:
     """Token ids that end a completion: the tokenizer's and those of the model's generation settings."""
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id}
     try:
-        listed = GenerationConfig.from_pretrained(model_path, revision=revision).eos_token_id
+        listed = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
     except OSError:
         listed = None
     ids.update([listed] if isinstance(listed, int) else listed or [])

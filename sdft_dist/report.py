@@ -5,8 +5,6 @@ Two or more runs are compared; fields in which their settings differ come first.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -15,31 +13,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.charts import Curve, Point, curves, matrix, pareto, plt, shares
-from sdft_dist.config import Config, dump_config, load_config
+from sdft_dist.charts import Curve, Point, curves, matrix, pareto, shares
+from sdft_dist.config import Config, dump_config, flat, load_config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.jsonl import read_jsonl
-from sdft_dist.rundir import RunDir
+from sdft_dist.page import page, picture, side_by_side, table
+from sdft_dist.rundir import RunDir, refuse_used
 from sdft_dist.selection import exported
 
 ROWS = 4  # shown of each set
-STYLE = """
-:root { color-scheme: light; --line: #d8dce2; --soft: #5a6472; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1080px; padding: 1rem; color: #1c2128; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p { max-width: 75ch; } .soft { color: var(--soft); }
-.wide { overflow-x: auto; } .row { display: flex; flex-wrap: wrap; gap: .5rem; margin: .8rem 0; }
-.row img { width: 330px; flex: 1 1 300px; max-width: 460px; } img { max-width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem; max-width: 24rem; }
-.right { color: #116329; } .wrong { color: #a40e26; }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; }
-summary { cursor: pointer; }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +46,7 @@ def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
     """Write `out`/index.html about the runs in `paths`. `new` names the held-out set of what is taught, the
     first one unless it is given. Raises UserError where a folder is no run or holds a damaged file, or `out` is in
     use."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is already in use")
+    refuse_used(out)
     runs = _read(paths)
     names = list(dict.fromkeys(name for run in runs for name in run.sets))
     if new is not None and new not in names:
@@ -73,7 +55,7 @@ def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
         )
     new = new or (names[0] if names else None)
     out.mkdir(parents=True, exist_ok=True)
-    page = [
+    parts = [
         f"<h1>{escape(' · '.join(run.name for run in runs))}</h1>",
         _overview(runs),
         *_accuracy(runs, new, out),
@@ -84,10 +66,7 @@ def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
         *(_rows(run, new) for run in runs if run.evals),
         _settings(runs),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = escape(", ".join(run.name for run in runs))
-    html = f"<!doctype html>\n<html lang=en>{head}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(page)
-    (out / "index.html").write_text(html + "\n</html>\n")
+    (out / "index.html").write_text(page(", ".join(run.name for run in runs), parts))
     return out / "index.html"
 
 
@@ -140,7 +119,7 @@ def _overview(runs: Sequence[Run]) -> str:
         ]
         for run in runs
     ]
-    return _table(head, rows, numbers=range(3, 7))
+    return table(head, rows, numbers=range(3, 7))
 
 
 def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
@@ -171,8 +150,8 @@ def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
     return [
         "<h2>What was learned, what was kept</h2>",
         f"<p class=soft>{escape(' '.join(filter(None, notes)))}</p>",
-        _table(head, rows, numbers=range(1, len(head))),
-        _side_by_side(_learned_and_kept(judged, new, shared, out)),
+        table(head, rows, numbers=range(1, len(head))),
+        side_by_side(_learned_and_kept(judged, new, shared, out)),
     ]
 
 
@@ -186,7 +165,7 @@ def _learned_and_kept(judged: Sequence[Run], new: str, shared: Sequence[str], ou
         if shared and _spans(run, new)
     }
     if arrows:
-        pictures.insert(0, _picture(pareto(arrows, new), "pareto", "What was learned against what was kept", out))
+        pictures.insert(0, picture(pareto(arrows, new), "pareto", "What was learned against what was kept", out))
     if shared:
         means = {
             run.name: Curve([e["step"] for e in run.evals], [100 * _mean(e, shared) for e in run.evals])
@@ -229,12 +208,12 @@ def _retention(chain: Sequence[Run], out: Path) -> str:
         "the picture", "not measured at the start and after every run", set(chain[0].sets) - set(names)
     )
     text = f"{' → '.join(run.name for run in chain)}: accuracy, %. {left_out}".strip()
-    picture = ""
+    drawn = ""
     if names:
         figure = matrix({row: [100 * record[name] for name in names] for row, record in rows.items()}, names)
         title = f"retention-{chain[-1].name}".replace("/", "-")
-        picture = _picture(figure, title, "Accuracy on every set after every stage", out)
-    return f"<h2>What each stage kept</h2><p class=soft>{escape(text)}</p>{picture}"
+        drawn = picture(figure, title, "Accuracy on every set after every stage", out)
+    return f"<h2>What each stage kept</h2><p class=soft>{escape(text)}</p>{drawn}"
 
 
 def _training(runs: Sequence[Run], out: Path) -> list[str]:
@@ -245,7 +224,7 @@ def _training(runs: Sequence[Run], out: Path) -> list[str]:
     for title, field in (("loss", "loss"), ("gradient norm", "grad_norm"), ("completion", "completion_tokens_mean")):
         found = {run.name: Curve([m["step"] for m in run.train], [m[field] for m in run.train]) for run in trained}
         pictures.append(_curves(title, found, "tokens, mean" if title == "completion" else "", out))
-    return ["<h2>Training</h2>", _side_by_side(pictures)]
+    return ["<h2>Training</h2>", side_by_side(pictures)]
 
 
 def _positions(runs: Sequence[Run], out: Path) -> list[str]:
@@ -255,13 +234,13 @@ def _positions(runs: Sequence[Run], out: Path) -> list[str]:
         known = [m for m in run.train if m.get("divergence_by_position")]
         if run.config.method == "sdft" and known:
             chosen = {m["step"]: m for m in (known[0], known[len(known) // 2], known[-1])}
-            found = {
-                f"step {step}": Curve(*zip(*_numbers(m["divergence_by_position"]), strict=True))
-                for step, m in chosen.items()
-            }
+            found = {}
+            for step, m in chosen.items():
+                points = [(i, value) for i, value in enumerate(m["divergence_by_position"]) if value is not None]
+                found[f"step {step}"] = Curve(*zip(*points, strict=True))
             title = f"divergence by position, {run.name}"
             pictures.append(_curves(title, found, "nats", out, "position: first tokens, then tenths of the rest"))
-    return ["<h2>Divergence by position</h2>", _side_by_side(pictures)] if pictures else []
+    return ["<h2>Divergence by position</h2>", side_by_side(pictures)] if pictures else []
 
 
 def _time(runs: Sequence[Run], out: Path) -> list[str]:
@@ -273,7 +252,7 @@ def _time(runs: Sequence[Run], out: Path) -> list[str]:
             busy[run.name] = {w.removeprefix("busy/"): sum(m.get(w, 0.0) for m in run.train) / wall for w in what}
     if not busy:
         return []
-    return ["<h2>Where the time went</h2>", _picture(shares(busy), "time", "Share of the wall clock", out)]
+    return ["<h2>Where the time went</h2>", picture(shares(busy), "time", "Share of the wall clock", out)]
 
 
 def _rows(run: Run, new: str | None) -> str:
@@ -303,12 +282,12 @@ def _rows(run: Run, new: str | None) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    flat = [_flat(run.config.model_dump(mode="json")) for run in runs]
-    differing = [key for key in flat[0] if len({json.dumps(f.get(key)) for f in flat}) > 1]
+    fields = [flat(run.config) for run in runs]
+    differing = [key for key in fields[0] if len({json.dumps(f.get(key)) for f in fields}) > 1]
     parts = ["<h2>Settings</h2>"]
     if len(runs) > 1:
-        rows = [[key, *(json.dumps(f.get(key)) for f in flat)] for key in differing]
-        parts.append(_table(["differs", *(run.name for run in runs)], rows))
+        rows = [[key, *(json.dumps(f.get(key)) for f in fields)] for key in differing]
+        parts.append(table(["differs", *(run.name for run in runs)], rows))
     for run in runs:
         parts.append(
             f"<details><summary>{escape(run.name)}, all settings</summary><pre>{escape(dump_config(run.config))}</pre>"
@@ -340,17 +319,6 @@ def _mean(record: Mapping[str, Any], names: Sequence[str]) -> float:
     return statistics.mean(record[name] for name in names)
 
 
-def _numbers(values: Sequence[float | None]) -> list[tuple[int, float]]:
-    return [(i, value) for i, value in enumerate(values) if value is not None]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
-
-
 def _mark(right: bool) -> str:
     return "right" if right else "wrong"
 
@@ -365,27 +333,4 @@ def _curves(
     percent: bool = False,
 ) -> str:
     name = "".join(c if c.isalnum() else "-" for c in title.lower())
-    return _picture(curves(title, runs, xlabel, ylabel, percent=percent), name, f"{title} against {xlabel}", out)
-
-
-def _side_by_side(pictures: Sequence[str]) -> str:
-    return f"<div class=row>{''.join(pictures)}</div>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i in numbers else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{line('th', head)}</tr>{body}</table></div>"
-
-
-def _picture(figure: Any, name: str, alt: str, out: Path) -> str:
-    """The figure as a PNG file, and within the page."""
-    raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=110)
-    plt.close(figure)
-    (out / f"{name}.png").write_bytes(raw.getvalue())
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
+    return picture(curves(title, runs, xlabel, ylabel, percent=percent), name, f"{title} against {xlabel}", out)

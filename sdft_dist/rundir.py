@@ -94,6 +94,11 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether a run came to its end here: the model is the last that it writes."""
+        return (self.path / "model").is_dir()
+
     def owner(self) -> str | None:
         """Who writes into it now; None where nobody does."""
         try:
@@ -129,8 +134,7 @@ class RunDir:
         """What `note_evaluation` wrote, in its order; empty where nothing was evaluated at that step. Raises UserError
         where a line is damaged."""
         judged: dict[str, list[Judged]] = {}
-        path = self._evaluation(step)
-        for row in read_jsonl(path) if path.is_file() else []:
+        for row in read_jsonl(self._evaluation(step)):
             fields = {name: row[name] for name in Judged._fields if name in row}
             judged.setdefault(row["set"], []).append(Judged(**fields))
         return judged
@@ -178,7 +182,7 @@ class RunDir:
             return other > step or step == 0  # what is measured at the start is measured again, too
 
         metrics = self.path / "metrics.jsonl"
-        records = read_jsonl(metrics) if metrics.exists() else []
+        records = read_jsonl(metrics)
         kept = [record for record in records if not left(record["step"])]
         judged = [path for at, path in self._evaluations() if left(at)]
         if judged or len(kept) < len(records) or any(map(left, self.commits.steps())):
@@ -241,7 +245,7 @@ class RunDir:
         self._lock = lock
 
 
-def refuse_changed(config: Config, ignore: Collection[str] = ()) -> None:
+def refuse_other_settings(config: Config, ignore: Collection[str] = ()) -> None:
     """Raises UserError where `config.run_dir` was begun with other settings, in sections besides `ignore`."""
     path = Path(config.run_dir) / "config.yaml"
     if not path.is_file():
@@ -250,6 +254,12 @@ def refuse_changed(config: Config, ignore: Collection[str] = ()) -> None:
     differing = [name for name in now if name not in ignore and before[name] != now[name]]
     if differing:
         raise UserError(f"{path.parent}: was run with another {', '.join(differing)}: give another `out`, or remove it")
+
+
+def refuse_used(out: Path) -> None:
+    """Raises UserError where `--out` is no unused folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is already in use: give another, or remove it")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -133,6 +133,6 @@ def _strict(value: Any) -> Any:
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind from a run's metrics.jsonl, in order; without a line that is still being written.
-    Raises UserError where one is damaged."""
+    """The records of one kind from a run's metrics.jsonl, in order; without a line that is still being written, and
+    none of a run that has written nothing yet. Raises UserError where one is damaged."""
     return [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == kind]

@@ -18,6 +18,7 @@ from rich.table import Table
 from sdft_dist.config import Config
 from sdft_dist.dimensions import Dimensions
 from sdft_dist.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan, token_seconds
+from sdft_dist.topology import sizes
 
 SLICE_TOKENS = 16
 PUSH_EXPOSED_S = 0.1  # gathering and copying, during which the learner does not train
@@ -44,17 +45,14 @@ class _Generator:
 
 
 class _Run:
-    def __init__(self, config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, steps: int, seed: int) -> None:
+    def __init__(self, config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, steps: int) -> None:
         self.config, self.m, self.n, self.gpu, self.plan, self.steps = config, m, n, gpu, plan, steps
         self.batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
-        self.rng = random.Random(seed)
+        self.rng = random.Random(0)
         self.now, self.order = 0.0, 0
         self.events: list[tuple[float, int, str, int]] = []
         # GPUs that an engine spans divide its work.
-        self.spans = {
-            "generator": config.cluster.generator_tensor_parallel,
-            "teacher": config.cluster.teacher_tensor_parallel,
-        }
+        self.spans = {role: size.gpus for role, size in sizes(config).items()}
         self.generators = [_Generator() for _ in range(plan.split["generator"] // self.spans["generator"])]
         self.teachers = [0.0] * (plan.split["teacher"] // self.spans["teacher"])  # when each is free
         self.scored = [0] * (steps + 1)
@@ -154,11 +152,9 @@ class _Run:
         )
 
 
-def simulate(
-    config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, *, steps: int = 20, seed: int = 0
-) -> Outcome:
+def simulate(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, *, steps: int = 20) -> Outcome:
     """`steps` optimizer steps on the split of `plan`, which needs 3 GPUs or more."""
-    return _Run(config, m, n, gpu, plan, steps, seed).run()
+    return _Run(config, m, n, gpu, plan, steps).run()
 
 
 def show(plans: list[Plan], outcomes: list[Outcome], console: Console) -> None:

@@ -22,11 +22,10 @@ def status(path: Path) -> dict[str, Any]:
     # An attempt's settings hold its number of steps, also where the recipe gives epochs.
     attempts = sorted(path.glob("attempts/*/config.yaml"))
     config, owner = load_config(attempts[-1] if attempts else path / "config.yaml"), rundir.owner()
-    written = (path / "metrics.jsonl").is_file()
-    train, evals = (read_metrics(path, kind) if written else [] for kind in ("train", "eval"))
+    train, evals = (read_metrics(path, kind) for kind in ("train", "eval"))
     recent, commits = train[-RECENT:], rundir.commits.steps()
     log = (path / "run.log").read_text().splitlines() if (path / "run.log").is_file() else []
-    state = f"running ({owner})" if owner else "finished" if (path / "model").is_dir() else "not running"
+    state = f"running ({owner})" if owner else "finished" if rundir.finished else "not running"
     found: dict[str, Any] = {
         "run": str(path),
         "method": config.method,

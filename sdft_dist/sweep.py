@@ -25,11 +25,11 @@ from rich.console import Console
 from sdft_dist.cluster import ray_session, resolve_device
 from sdft_dist.config import MEAN, Config, Section, load_config, load_yaml, parse
 from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
-from sdft_dist.rundir import RunDir, refuse_changed, write_whole
+from sdft_dist.rundir import RunDir, refuse_other_settings, write_whole
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
 from sdft_dist.stop import LOOK_S, sigterm_told
-from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs
+from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs, num_gpus
 
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
 TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
@@ -106,7 +106,7 @@ class Sweep(Section):
         "grid", description="grid: all combinations. random and optuna: `trials` of each method."
     )
     trials: int | None = Field(None, ge=1, description="Trials of each method, for random and optuna.")
-    seed: int = Field(0, ge=0, description="Of random and optuna; the trials' own seed is the recipe's.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of random and optuna; the trials' own seed is the recipe's.")
     new: str | None = Field(None, description="Held-out set of what is taught; default: the recipe's first.")
     metric: str = Field(MEAN, description="What optuna and asha go by: a held-out set, or mean of all.")
     asha: Asha | None = Field(None, description="Stop trials that are behind.")
@@ -157,7 +157,7 @@ class Trial:
     @property
     def state(self) -> str:
         """finished, stopped (by asha), running, interrupted or waiting."""
-        if (self.run / "model").is_dir():  # the last that a run writes
+        if RunDir(self.run).finished:
             return "finished"
         if (self.folder / STOPPED).exists():
             return "stopped"
@@ -167,7 +167,7 @@ class Trial:
 
     def records(self) -> list[dict[str, Any]]:
         """Its evaluations so far."""
-        return read_metrics(self.run, "eval") if (self.run / "metrics.jsonl").is_file() else []
+        return read_metrics(self.run, "eval")
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -180,9 +180,8 @@ def make_trial(sweep: Sweep, method: str, values: dict[str, Any]) -> Trial:
     fields = {**sweep.methods[method].set, **values}
     digest = hashlib.blake2b(json.dumps([method, sorted(fields.items())]).encode(), digest_size=4).hexdigest()
     folder = Path(sweep.out).absolute() / f"{method}-{digest}"
-    overrides = [f"{key}={json.dumps(value)}" for key, value in {**fields, "run_dir": str(folder / "run")}.items()]
     try:
-        config = load_config(sweep.recipe, overrides)
+        config = load_config(sweep.recipe, [fields, {"run_dir": str(folder / "run")}])
     except ConfigError as e:
         raise ConfigError(f"methods.{method} with {json.dumps(values)}: {e}") from e
     if not config.eval.every:
@@ -253,7 +252,7 @@ def at_a_time(sweep: Sweep, configs: list[Config], device: str, nodes: list[dict
         missing = None if config.cluster.autoscaling else lacking(wanted, nodes)
         if missing:
             raise UserError(f"cluster: a trial {missing}")
-        worst = max(worst, sum(need.number * need.gpus for need in wanted))
+        worst = max(worst, num_gpus(wanted))
     if not worst:
         return sweep.concurrent
     if sweep.gpus is None and any(config.cluster.autoscaling for config in configs):
@@ -275,7 +274,7 @@ def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
         if sweep.search == "optuna":
             _refuse_misfits(sweep, first)
         for trial in first:
-            refuse_changed(trial.config, ignore=("cluster",))
+            refuse_other_settings(trial.config, ignore=("cluster",))
         probes = [*first, *(corners(sweep) if sweep.search == "optuna" else ())]
         with ray_session(probes[0].config):
             told()  # takes SIGTERM from Ray

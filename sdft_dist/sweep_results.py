@@ -12,7 +12,7 @@ from sdft_dist.config import load_config
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported
 from sdft_dist.sweep import Sweep, Trial, trials
-from sdft_dist.topology import needs
+from sdft_dist.topology import needs, num_gpus
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ def _row(sweep: Sweep, trial: Trial) -> Row:
     record = exported(config.eval, records) if trial.state == "finished" else records[-1] if records else None
     new = sweep.new or next(iter(config.eval.sets))
     others = [name for name in config.eval.sets if name != new]
-    gpus = sum(need.number * need.gpus for need in needs(config, _device(trial)))
+    gpus = num_gpus(needs(config, _device(trial)))
     hours = _hours(trial.run)
     return {
         "trial": trial.name,
@@ -51,8 +51,6 @@ def _device(trial: Trial) -> str:
 
 def _hours(run: Path) -> float:
     """Wall clock of all attempts of a run, from each one's start to the last of it that counts."""
-    if not (run / "metrics.jsonl").is_file():
-        return 0.0
     ends: dict[int, float] = {}
     for kind in ("train", "eval"):
         for record in read_metrics(run, kind):

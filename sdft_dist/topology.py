@@ -37,20 +37,37 @@ def roles_of(config: Config) -> set[str]:
     return {"learner"} | ({"generator"} if sdft or config.eval.every else set()) | ({"teacher"} if sdft else set())
 
 
+class Size(NamedTuple):
+    """Of a role: its actors, and the GPUs of each."""
+
+    actors: int
+    gpus: int
+
+
+def sizes(config: Config) -> dict[str, Size]:
+    """Of each role that a run may have."""
+    cluster = config.cluster
+    return {
+        "learner": Size(config.learner.ranks, 1),
+        "generator": Size(cluster.generators, cluster.generator_tensor_parallel),
+        "teacher": Size(cluster.teachers, cluster.teacher_tensor_parallel),
+    }
+
+
+def num_gpus(wanted: Sequence[Need]) -> int:
+    """That all bundles take together."""
+    return sum(need.number * need.gpus for need in wanted)
+
+
 def needs(config: Config, device: str, roles: Collection[str] | None = None) -> list[Need]:
     """The bundles on `device` ("cuda" or "cpu") of these roles, or of all that the run is made of."""
     cluster, there = config.cluster, roles_of(config) if roles is None else set(roles)
-    size = {
-        "learner": (config.learner.ranks, 1),
-        "generator": (cluster.generators, cluster.generator_tensor_parallel),
-        "teacher": (cluster.teachers, cluster.teacher_tensor_parallel),
-    }
     shared = {"none": (), "teachers": ("generator", "teacher"), "all": tuple(PLURAL)}[cluster.colocate]
     groups = [tuple(r for r in shared if r in there), *((r,) for r in PLURAL if r in there and r not in shared)]
     found = []
     for group in groups:
         if group:
-            number, gpus = size[group[0]]
+            number, gpus = sizes(config)[group[0]]
             pinned = f"sdft_{group[0]}" if cluster.pin_roles else None
             found.append(Need(group, number, gpus if device == "cuda" else 0, pinned))
     return sorted(found, key=lambda need: list(PLURAL).index(need.roles[0]))
@@ -129,8 +146,7 @@ def lacking(wanted: Sequence[Need], nodes: Sequence[Mapping[str, Any]]) -> str |
 
 
 def _shortage(wanted: Sequence[Need], need: Need, total: float, nodes: int, left: float) -> str:
-    asked = sum(n.number * n.gpus for n in wanted)
     parts = ", ".join(str(n) for n in wanted if n.gpus)
     together = f", {need.gpus} of them on one node" if need.gpus > 1 else ""
     where = f"; {left:g} are left for {PLURAL[need.roles[0]]}" if need.resource or need.gpus > 1 else ""
-    return f"needs {asked} GPUs ({parts}){together}, the cluster has {total:g} on {nodes} nodes{where}"
+    return f"needs {num_gpus(wanted)} GPUs ({parts}){together}, the cluster has {total:g} on {nodes} nodes{where}"

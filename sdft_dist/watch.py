@@ -31,16 +31,13 @@ def item_metrics(step: int, items: Sequence[TrainItem]) -> dict[str, Any]:
     return {
         "completion_tokens_mean": mean(lengths) if lengths else 0.0,
         "empty_share": mean(n <= 1 for n in lengths) if items else 0.0,
-        **(
-            {"staleness_mean": mean(lags), "staleness_max": max(lags), "staleness_counts": _counts(lags)}
-            if lags
-            else {}
-        ),
+        **(_staleness(lags) if lags else {}),
     }
 
 
-def _counts(lags: Sequence[int]) -> list[int]:
-    return [lags.count(lag) for lag in range(1 + max(lags))]
+def _staleness(lags: Sequence[int]) -> dict[str, Any]:
+    counts = [lags.count(lag) for lag in range(1 + max(lags))]
+    return {"staleness_mean": mean(lags), "staleness_max": max(lags), "staleness_counts": counts}
 
 
 class Watch:

@@ -32,7 +32,7 @@ def plan_buckets(weights: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], bu
 
 def bucket_bytes(bucket: Bucket) -> int:
     """Payload bytes of a bucket; a multiple of 8."""
-    return _padded(sum(size for _, _, _, size in _layout(bucket)))
+    return -(-sum(size for _, _, _, size in _layout(bucket)) // 8) * 8
 
 
 def pack(bucket: Bucket, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -78,7 +78,3 @@ def _layout(bucket: Bucket) -> Iterator[tuple[str, torch.dtype, tuple[int, ...],
     for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
         dtype: torch.dtype = getattr(torch, dtype_name)
         yield name, dtype, shape, prod(shape) * dtype.itemsize
-
-
-def _padded(size: int) -> int:
-    return -(-size // 8) * 8

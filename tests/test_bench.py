@@ -133,7 +133,7 @@ def test_plain_fine_tuning_pays_for_no_average(tmp_path):
     made = synthetic(tmp_path / "inputs", "lab", ["12/7/5"], 4, "float32")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("teacher: {kind: ema}\nrollout: {max_completion_tokens: 5}\n")
-    config = load_config(recipe, [f"{key}={value}" for key, value in made.items()])
+    config = load_config(recipe, [made])
     kinds = {m: contestant(config, m, tmp_path, fixed=True).config.teacher.kind for m in ("sdft", "sft")}
     assert kinds == {"sdft": "ema", "sft": "base"}
 
@@ -143,7 +143,7 @@ def test_samples_are_counted_as_each_method_takes_them(tmp_path):
     made = synthetic(tmp_path / "inputs", "lab", ["12/7/5"], 4, "float32")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rollout: {prompts_per_step: 2, completions_per_prompt: 8}\ncluster: {device: cpu}\n")
-    config = load_config(recipe, [f"{key}={value}" for key, value in made.items()])
+    config = load_config(recipe, [made])
     used = Machine(
         device="cpu", product_flops=1e11, bandwidth=1e10, peak_gib=dict.fromkeys(("learner", "generator", "teacher"), 1)
     )

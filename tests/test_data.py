@@ -10,8 +10,9 @@ import pytest
 from helpers import write_jsonl
 
 from sdft_dist.config import DataConfig
-from sdft_dist.data import ProblemSet, batch, load_rows, load_training_rows
+from sdft_dist.data import load_rows, load_training_rows
 from sdft_dist.errors import DataError
+from sdft_dist.problems import ProblemSet, batch
 from sdft_dist.types import Problem
 
 USER = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]

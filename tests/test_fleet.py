@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from sdft_dist.cluster import _reach
+from sdft_dist.config import parse_config
 from sdft_dist.errors import Fault, NotServing, UserError
 from sdft_dist.fleet import Fleet
 
@@ -44,11 +45,14 @@ class Part:
         return prompts
 
 
-def fleet(log, *, sleep=False, rolls_out=True, losses=0, max_mends=2):
+def fleet(log, *, sleep=False, method="sdft", losses=0):
+    shared = {"colocate": "all", "sleep": True} if sleep else {}
+    config = parse_config(
+        {"model": {"path": "m"}, "data": {"train": "d"}, "method": method, "cluster": {"max_restarts": 2, **shared}}
+    )
     return Fleet(
         generators=Part("generators", log, losses), teachers=Part("teachers", log), learner=Part("learner", log),
-        rollouts=Part("rollouts", log), start=0, teacher_moves=True, max_mends=max_mends, sleep=sleep,
-        rolls_out=rolls_out, on_event=log.append,
+        rollouts=Part("rollouts", log), config=config, start=0, on_event=log.append,
     )  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def test_they_stay_awake_otherwise():
 
 def test_generators_that_only_evaluate_get_the_student_when_they_are_asked():
     log = []
-    one = fleet(log, rolls_out=False)
+    one = fleet(log, method="sft")
     for version in range(4):
         one.to_generators(version)
     assert log == ["push 0"], "the first, which fails before any work is lost"

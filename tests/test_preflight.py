@@ -7,9 +7,9 @@ import pytest
 from helpers import config_of, tiny_model, write_jsonl
 
 from sdft_dist import preflight
-from sdft_dist.data import ProblemSet
 from sdft_dist.errors import UserError
 from sdft_dist.preflight import compare, interval, verdict
+from sdft_dist.problems import ProblemSet
 from sdft_dist.types import Problem
 
 

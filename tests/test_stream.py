@@ -245,7 +245,7 @@ def test_a_late_answer_of_a_replaced_teacher_is_not_taken():
     path.submit(keys(0))
     events.run(events.pending[0])
     late = events.pending[0]
-    path._teacher_failed(0, slow, RuntimeError("silent"))
+    path._failed(path._teachers, 0, slow, RuntimeError("silent"))
     assert len(path.take(keys(0))) == 4
     (_, work), handler, _ = late
     handler(work())

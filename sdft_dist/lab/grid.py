@@ -23,6 +23,7 @@ from sdft_dist.demo import DOMAIN, WORD
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import RECIPE, write_teaching_set
+from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -64,13 +65,13 @@ def main() -> None:
     table, out = TABLES[args.table], args.out or Path("runs") / args.table
     cases = _products(table.rows | table.columns)
     recipes = [
-        load_config(RECIPE, _overrides(out, case | table.fixed, _run_dir(out, case, seed), seed, args.steps))
+        load_config(RECIPE, [_fields(out, case | table.fixed, _run_dir(out, case, seed), seed, args.steps)])
         for seed in range(args.seeds)
         for case in cases
     ]
     with ray_session(recipes[0]):
         for config in recipes:
-            if not (Path(config.run_dir) / "model").exists():
+            if not RunDir(Path(config.run_dir)).finished:
                 shutil.rmtree(config.run_dir, ignore_errors=True)  # what an interrupted run has left
                 run(config, title=Path(config.run_dir).name, console=Console(), advice="")
     text = _markdown(table, out, args.seeds, args.steps)
@@ -86,21 +87,20 @@ def _run_dir(out: Path, case: dict[str, Any], seed: int) -> Path:
     return out / ("-".join(map(str, case.values())) + f"-seed{seed}")
 
 
-def _overrides(out: Path, case: dict[str, Any], run_dir: Path, seed: int, steps: int) -> list[str]:
+def _fields(out: Path, case: dict[str, Any], run_dir: Path, seed: int, steps: int) -> dict[str, Any]:
     data = out / f"data-{seed}"
     if not data.exists():
         write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
-    values = {
+    return {
         **case,
-        "run_dir": run_dir,
+        "run_dir": str(run_dir),
         "seed": seed,
         "steps": steps,
-        "model.path": shipped_base(),
-        "data.train": data / "train.jsonl",
+        "model.path": str(shipped_base()),
+        "data.train": str(data / "train.jsonl"),
         "eval.every": steps,
-        **{f"eval.sets.{name}": data / f"eval-{name}.jsonl" for name in ("new", *world.OLD_SKILLS)},
+        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)},
     }
-    return [f"{key}={value}" for key, value in values.items()]
 
 
 def _markdown(table: Table, out: Path, seeds: int, steps: int) -> str:

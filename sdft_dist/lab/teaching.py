@@ -20,8 +20,8 @@ def write_sequence(folder: Path, base: Path, plan: str = "final") -> Path:
     for word, domain in zip(world.TAUGHT, world.DOMAINS, strict=True):
         write_teaching_set(folder / word, word, domain, seed=0, num_eval=150)
     first = folder / next(iter(world.TAUGHT))
-    files = {"data.train": first / "train.jsonl", "eval.sets.new": first / "eval-new.jsonl"}
-    recipe = load_config(RECIPE, [f"{key}={value}" for key, value in {"model.path": base, **files}.items()])
+    files = {"model.path": base, "data.train": first / "train.jsonl", "eval.sets.new": first / "eval-new.jsonl"}
+    recipe = load_config(RECIPE, [{name: str(path) for name, path in files.items()}])
     (folder / "recipe.yaml").write_text(dump_config(recipe))
     (folder / "plan.yaml").write_text(PLANS[plan].read_text().replace("FOLDER", str(folder)))
     return folder / "plan.yaml"
@@ -31,9 +31,8 @@ def write_sweep(folder: Path, base: Path) -> Path:
     """Write SWEEP for the model `base`, and all files that it names, into `folder`; returns the sweep's path."""
     write_teaching_set(folder / "data", *next(iter(zip(world.TAUGHT, world.DOMAINS, strict=True))), seed=0)
     sets = {name: str(folder / "data" / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)}
-    fields = {"model.path": base, "data.train": folder / "data" / "train.jsonl", "eval.sets": json.dumps(sets)}
-    fields |= {"steps": 100, "eval.every": 25, "checkpoint.every": 25}
-    recipe = load_config(RECIPE, [f"{key}={value}" for key, value in fields.items()])
+    fields = {"model.path": str(base), "data.train": str(folder / "data" / "train.jsonl"), "eval.sets": sets}
+    recipe = load_config(RECIPE, [fields, {"steps": 100, "eval.every": 25, "checkpoint.every": 25}])
     (folder / "recipe.yaml").write_text(dump_config(recipe))
     (folder / "sweep.yaml").write_text(SWEEP.read_text().replace("FOLDER", str(folder)))
     return folder / "sweep.yaml"

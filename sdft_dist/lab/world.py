@@ -74,8 +74,8 @@ def _question(rng: random.Random) -> Indices:
     return tuple(rng.randrange(SYMBOLS_PER_DOMAIN) for _ in range(QUESTION_LENGTH))
 
 
-def rows(skill: str, domain: str, count: int, seed: int, style: str = TEACHING_STYLE) -> list[Row]:
-    """`count` questions of one skill in one domain, answered in `style`.
+def rows(skill: str, domain: str, count: int, seed: int) -> list[Row]:
+    """`count` questions of one skill in one domain, answered in TEACHING_STYLE.
 
     `skill` is an old skill or a word of `TAUGHT`. The same arguments give the same rows.
     """
@@ -85,7 +85,7 @@ def rows(skill: str, domain: str, count: int, seed: int, style: str = TEACHING_S
     for _ in range(count):
         xs = _question(rng)
         answer = _spell(domain, apply(xs))
-        out.append(Row(f"{skill} {_spell(domain, xs)}", style.format(answer=answer), answer))
+        out.append(Row(f"{skill} {_spell(domain, xs)}", TEACHING_STYLE.format(answer=answer), answer))
     return out
 
 

@@ -1,13 +1,14 @@
 """The preflight on the lab, where the demonstration is known to help."""
 
 import json
+from dataclasses import asdict
 
 from helpers import write_jsonl
 
 from sdft_dist.config import parse_config
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
-from sdft_dist.preflight import as_json, preflight, show
+from sdft_dist.preflight import preflight, show
 
 
 def test_the_lab_is_found_fit_for_sdft(ray_cluster, tmp_path):
@@ -35,7 +36,7 @@ def test_the_lab_is_found_fit_for_sdft(ray_cluster, tmp_path):
     # in which likelihood misleads and accuracy decides.
     assert found.likelihood.gain.high < 0
     assert found.verdict.startswith("SDFT is likely to help")
-    assert json.loads(json.dumps(as_json(found)))["accuracy"]["gain"]["rows"] == 32
+    assert json.loads(json.dumps(asdict(found)))["accuracy"]["gain"]["rows"] == 32
 
     from rich.console import Console
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.pool import Pool
 from actors.rollout import Generator
-from sdft_dist.data import ProblemSet
 from sdft_dist.pieces import fetch
+from sdft_dist.problems import ProblemSet
 from sdft_dist.types import Problem, SampleKey
 
 COPIES, TOKENS, SLOTS, VOCAB, TEMPERATURE = 6000, 8, 1024, 12, 1.5

@@ -1,0 +1,95 @@
+"""What a run does between two optimizer steps: it evaluates, saves, and stops where it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from sdft_dist.config import Config
+from sdft_dist.errors import Preempted
+from sdft_dist.evaluate import accuracy, evaluate, interval, pass_at
+from sdft_dist.fleet import Fleet
+from sdft_dist.judge import Judge
+from sdft_dist.prepare import Prepared
+from sdft_dist.rundir import RunDir
+from sdft_dist.runlog import RunLog, read_metrics
+from sdft_dist.selection import best, exhausted
+
+
+class BetweenSteps:
+    """Of one attempt that begins at step `start`; `asked` says whether the run was asked to stop."""
+
+    def __init__(self, prepared: Prepared, rundir: RunDir, log: RunLog, asked: Callable[[], bool], start: int) -> None:
+        self._prepared, self._rundir, self._log, self._asked = prepared, rundir, log, asked
+        self._config = prepared.config
+        self._saved = set(rundir.commits.steps())
+        self.step = start  # optimizer steps done
+        rundir.commits.kept = best_step(self._config, rundir, self._saved)
+
+    def told(self) -> bool:
+        """Whether to stop here: after a step between two pushes to the teachers, a resumed run had another one."""
+        return self._asked() and self.step % self._config.teacher.sync_every == 0
+
+    def tell(self, text: str) -> None:
+        """Into run.log, and its first line beside the progress bar."""
+        self._rundir.say(text)
+        self._log.say(text.splitlines()[0])
+
+    def after_step(self, fleet: Fleet, step: int) -> bool:
+        """As `loop.train` asks for it. Raises Preempted where the run was asked to stop."""
+        self.step = step
+        config, commits = self._config, self._rundir.commits
+        every, last = config.eval.every, step == self._prepared.num_steps
+        if every and (step % every == 0 or last):
+            self._evaluate(fleet)
+            commits.kept = best_step(config, self._rundir, self._saved | {step})
+            if not last and exhausted(config.eval, read_metrics(self._rundir.path, "eval")):
+                metric, patience = config.eval.metric, config.eval.patience
+                self.tell(f"stops early: eval.{metric} was no better for {patience} evaluations")
+                last = True
+        every = config.checkpoint.every
+        if last or step == commits.kept or (every and step and step % every == 0):
+            with self._log.timer("checkpoint"):
+                commits.start(fleet.learner, step)
+            self._saved.add(step)
+        self.finish_saving(fleet, wait=last)
+        if self.told() and not last:
+            raise Preempted
+        return last
+
+    def finish_saving(self, fleet: Fleet, *, wait: bool) -> None:
+        """Commit the checkpoint that is being written, if it is, or with `wait` when it is."""
+        folder = self._rundir.commits.finish(fleet.learner, wait=wait)
+        if folder is not None:
+            self._rundir.say(f"committed {folder.name}")
+
+    def save_now(self, fleet: Fleet) -> None:
+        """Commit the state as it is."""
+        commits = self._rundir.commits
+        commits.finish(fleet.learner, wait=True)
+        if self.step not in commits.steps():
+            commits.start(fleet.learner, self.step)
+            commits.finish(fleet.learner, wait=True)
+        self._rundir.say(f"asked to stop: committed step {self.step}")
+
+    def _evaluate(self, fleet: Fleet) -> None:
+        """Judge every held-out row, and write down all that came of it."""
+        prepared, step = self._prepared, self.step
+        scorer, samples = prepared.scorer, self._config.eval.samples
+        limit = self._config.rollout.max_completion_tokens
+        judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, scorer, limit, samples)
+        self._rundir.note_evaluation(step, judged)
+        found = {name: accuracy(rows) for name, rows in judged.items()}
+        intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
+        passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
+        cost = scorer.cost() if isinstance(scorer, Judge) else {}
+        place = {"num_steps": prepared.num_steps}  # who reads the record later knows then whether it was the last
+        self._log.write("eval", step, {**place, **found, **intervals, **passes, **cost})
+        prepared.on_evaluation({**place, **found, "step": step})
+
+
+def best_step(config: Config, rundir: RunDir, saved: Collection[int]) -> int | None:
+    """The step of the best evaluation so far, of those whose weights are `saved`, where `eval.keep_best` asks for it:
+    a resumed run may ask for it later than the first."""
+    records = [record for record in read_metrics(rundir.path, "eval") if record["step"] in saved]
+    found = best(config.eval, records) if config.eval.keep_best else None
+    return None if found is None else int(found["step"])

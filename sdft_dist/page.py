@@ -1,0 +1,63 @@
+"""One HTML page that holds everything: its style, tables, and pictures, which are PNG files beside it too."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sdft_dist.charts import plt
+
+STYLE = """
+:root { color-scheme: light; --line: #d8dce2; --soft: #5a6472; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1080px; padding: 1rem; color: #1c2128; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { max-width: 75ch; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; } .row { display: flex; flex-wrap: wrap; gap: .5rem; margin: .8rem 0; }
+.row img { width: 330px; flex: 1 1 300px; max-width: 460px; } img { max-width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem; max-width: 24rem; }
+.right { color: #116329; } .wrong { color: #a40e26; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+summary { cursor: pointer; }
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """The whole page; `parts` are HTML, the title is text."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    body = "\n".join(parts)
+    return f"<!doctype html>\n<html lang=en>{head}\n{body}\n</html>\n"
+
+
+def side_by_side(pictures: Sequence[str]) -> str:
+    """Pictures in a row, as many as the window holds."""
+    return f"<div class=row>{''.join(pictures)}</div>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """Cells of text under `head`; `numbers` are the columns that are flush right."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if i in numbers else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
+        )
+
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{line('th', head)}</tr>{body}</table></div>"
+
+
+def picture(figure: Any, name: str, alt: str, out: Path) -> str:
+    """The figure as a PNG file, and within the page."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=110)
+    plt.close(figure)
+    (out / f"{name}.png").write_bytes(raw.getvalue())
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
