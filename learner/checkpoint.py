@@ -69,7 +69,8 @@ class ShardWriter:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ShardFile:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():  # the driver has made it
+        raise OSError(f"{path.parent}: is not on this rank's machine: run_dir must be on a file system that all share")
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as e:

@@ -20,6 +20,7 @@ from sdft_dist.logits import LogitTransform, log_softmax_, log_tail
 # Of one fp32 [chunk, V] buffer. With every chunk the whole gradient of the head is read and written, which on a GPU
 # takes as long as a product of some hundred tokens.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+ALIGNED = 64  # rows of the head
 Kind = Literal["full", "chosen", "policy_gradient", "cross_entropy", "dft"]
 
 
@@ -96,17 +97,18 @@ class _WeightedLoss(torch.autograd.Function):
         objective: Objective,
         vocab_size: int,
     ) -> tuple[torch.Tensor, ...]:
-        head, n = head_VD[:vocab_size], len(states_TD)
+        head, n = _aligned(head_VD, vocab_size), len(states_TD)
         grad_states = torch.zeros_like(states_TD)
         frozen = not ctx.needs_input_grad[1]
         grad_head = torch.zeros(0 if frozen else head_VD.shape, dtype=torch.float32, device=head_VD.device)
         per_token, label_logprobs, importance = torch.zeros(3, n, device=states_TD.device).unbind()
         importance.fill_(1.0)
         if objective.importance == "sequence":
-            importance.copy_(_sequence_importance(states_TD, head, targets, objective))
+            importance.copy_(_sequence_importance(states_TD, head, targets, objective, vocab_size))
         for span in _spans(states_TD, vocab_size):
             z = _transformed(states_TD[span], head, objective)
             slope = objective.transform.slope(z)
+            _hide_padding(z, vocab_size)
             if objective.compiled and objective.kind == "full":
                 teacher = _teacher_logits(targets, span, objective, vocab_size)
                 compiled = _compiled(objective.divergence, objective.temperature, head.dtype)
@@ -116,7 +118,7 @@ class _WeightedLoss(torch.autograd.Function):
                 logp = log_softmax_(z, objective.temperature)
                 del z  # a buffer of its own on a GPU
                 own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
-                value, grad = _value_and_grad(logp, targets, span, objective, head, own)
+                value, grad = _value_and_grad(logp, targets, span, objective, vocab_size, own)
             label_logprobs[span], per_token[span] = own, value
             if objective.importance == "token":
                 importance[span] = _ratio(own, targets, span, objective)
@@ -131,7 +133,7 @@ class _WeightedLoss(torch.autograd.Function):
             grad, weight = grad.to(head.dtype), weight.unsqueeze(-1)
             grad_states[span] = (grad @ head) * weight
             if not frozen:
-                _add_product(grad_head[:vocab_size], grad.T, states_TD[span].float() * weight)
+                _add_product(grad_head[: len(head)], grad.T, states_TD[span].float() * weight)
         ctx.save_for_backward(grad_states, grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(per_token, label_logprobs, importance)
         counted = per_token if objective.token_clip is None else per_token.clamp(max=objective.token_clip)
@@ -167,6 +169,19 @@ def _spans(states_TD: torch.Tensor, vocab_size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
+def _aligned(head_VD: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The head's first `vocab_size` rows and as many of its padding as make them a multiple of ALIGNED: tensor cores
+    are slow where rows of logits start at odd addresses, and a tokenizer has 151,669 ids. Padding has no probability.
+    """
+    return head_VD[: -(-vocab_size // ALIGNED) * ALIGNED]
+
+
+def _hide_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """In place."""
+    logits[:, vocab_size:] = FLOOR
+    return logits
+
+
 def _transformed(states: torch.Tensor, head: torch.Tensor, objective: Objective) -> torch.Tensor:
     """fp32 logits [chunk, V] as the model gives them."""
     if _in_tensor_cores(states):
@@ -194,17 +209,17 @@ def _teacher_logits(targets: Targets, span: slice, objective: Objective, vocab_s
     for end, head in targets.heads:
         if start < min(end, span.stop):
             states = targets.states_TD[start : min(end, span.stop)]
-            parts.append(_transformed(states, head[:vocab_size], objective))
+            parts.append(_hide_padding(_transformed(states, _aligned(head, vocab_size), objective), vocab_size))
             start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _value_and_grad(
-    logp: torch.Tensor, targets: Targets, span: slice, objective: Objective, head: torch.Tensor, own: torch.Tensor
+    logp: torch.Tensor, targets: Targets, span: slice, objective: Objective, vocab_size: int, own: torch.Tensor
 ) -> ValueAndGrad:
     """Loss [chunk] and its gradient by the student's tempered logits [chunk, V]; overwrites `logp`."""
     if objective.kind == "full":
-        teacher = log_softmax_(_teacher_logits(targets, span, objective, len(head)), objective.temperature)
+        teacher = log_softmax_(_teacher_logits(targets, span, objective, vocab_size), objective.temperature)
         return objective.divergence(logp, teacher)
     if objective.kind == "chosen":
         return _chosen(logp, targets, span, objective)
@@ -253,13 +268,14 @@ def _ratio(own: torch.Tensor, targets: Targets, span: slice, objective: Objectiv
 
 
 def _sequence_importance(
-    states_TD: torch.Tensor, head: torch.Tensor, targets: Targets, objective: Objective
+    states_TD: torch.Tensor, head: torch.Tensor, targets: Targets, objective: Objective, vocab_size: int
 ) -> torch.Tensor:
     """The mean of a sequence's truncated token weights, at each of its tokens; one more pass of the head."""
     assert targets.sequence_T is not None
     ratios = torch.zeros(len(states_TD), device=states_TD.device)
-    for span in _spans(states_TD, len(head)):
-        logp = log_softmax_(_transformed(states_TD[span], head, objective), objective.temperature)
+    for span in _spans(states_TD, vocab_size):
+        logits = _hide_padding(_transformed(states_TD[span], head, objective), vocab_size)
+        logp = log_softmax_(logits, objective.temperature)
         own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
         ratios[span] = _ratio(own, targets, span, objective)
     count = int(targets.sequence_T.max()) + 1 if len(ratios) else 0

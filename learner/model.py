@@ -19,6 +19,7 @@ from learner.fused import Losses, Objective, Targets
 from sdft_dist.adapters import plain_name
 from sdft_dist.config import LearnerConfig, ModelConfig
 from sdft_dist.errors import UserError
+from sdft_dist.logits import LogitTransform
 from sdft_dist.vector_math import settle
 
 ONE_ROW = ("flash_attention_2", varlen.NAME)  # implementations that are given where sequences start and end
@@ -79,14 +80,17 @@ class Student(nn.Module):
 
 
 def load_causal_lm(config: ModelConfig) -> Any:
-    """The model of `config.path` in training mode. Raises UserError where the folder holds none."""
-    from transformers import AutoModelForCausalLM
+    """The model of `config.path` in training mode, without dropout. Raises UserError where the folder holds none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settle()
     varlen.register()
     try:
+        settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        zero_dropout(settings)
         lm = AutoModelForCausalLM.from_pretrained(
             config.path,
+            config=settings,
             revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -101,6 +105,32 @@ def load_causal_lm(config: ModelConfig) -> Any:
             f"model.attention: this model caps attention logits, which {config.attention} cannot: use eager"
         )
     return lm.train()
+
+
+def check_head(lm: Any, transform: LogitTransform, path: str) -> None:
+    """Raises UserError where the model makes other logits of its decoder's states than `transform` of the output head's
+    product: the loss would be another model's."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    decoder, head = lm.get_decoder(), lm.get_output_embeddings().weight
+    states = torch.randn(1, 8, head.shape[1], dtype=head.dtype, device=head.device)
+    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)
+    try:
+        with torch.no_grad():
+            theirs = lm(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=head.device)).logits.float()
+            ours = transform((states @ head.T).float())
+    finally:
+        del decoder.forward
+    if (ours - theirs).abs().max() > 0.05 * theirs.abs().max():
+        raise UserError(f"model.path: {path}: the output head of {type(lm).__name__} does more than is known here")
+
+
+def zero_dropout(settings: Any) -> None:
+    """The student that is trained must be the one that samples, and a resumed run the one that was interrupted."""
+    for part in (settings, settings.get_text_config()):
+        for name, value in vars(part).items():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+                setattr(part, name, 0.0)
 
 
 def tune(lm: Any, config: LearnerConfig) -> None:

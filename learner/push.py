@@ -6,6 +6,7 @@ its EMA; see `WeightSource`.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -96,7 +97,16 @@ class Sender:
             held = sum(not sent.done() for sent in self._sending)
             if held * message.numel() > HELD_BYTES:
                 self._sending[-held].exception()  # waits for the oldest to leave
-        self._sending.append(self._thread.submit(self._transport.send, message))
+        self._sending.append(self._thread.submit(self._leave, message))
+
+    def _leave(self, message: torch.Tensor) -> None:
+        assert self._transport is not None
+        try:
+            self._transport.send(message)
+        except Exception:
+            traceback.print_exc()  # why; receivers only see that the connection is gone
+            self._transport.close()  # so that they do not wait
+            raise
 
     def flush(self) -> None:
         """Waits until everything has left, so that no more than one push is held in memory. What did not

@@ -22,7 +22,7 @@ from learner.ema import Ema
 from learner.fused import Kind, Objective
 from learner.lora import attach
 from learner.microbatch import TrainSequence, build, token_weight
-from learner.model import ONE_ROW, Student, load_causal_lm, tune
+from learner.model import ONE_ROW, Student, check_head, load_causal_lm, tune
 from learner.objective import divergence
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source, together
 from learner.roofline import Roofline, measure
@@ -72,8 +72,7 @@ class LearnerRank:
         # ever. It serves DeepSpeed's inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        # Before the driver loses patience: who is still silent when the others have given up is the one that hangs.
-        timeout = timedelta(seconds=0.8 * self.config.cluster.timeout_s)
+        timeout = timedelta(seconds=0.8 * self.config.cluster.start_timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
         if self.device.type == "cuda" and self.config.learner.offload == "optimizer":
@@ -89,16 +88,23 @@ class LearnerRank:
                 for name, param in lm.named_parameters():
                     if param.requires_grad:
                         param.copy_(shards.full("master", name, tuple(param.shape)))
-        self.student = Student(lm, self.vocab_size, objective(self.config, logit_transform(lm.config)))
+        transform = logit_transform(lm.config.get_text_config())
+        check_head(lm, transform, self.config.model.path)
+        self.student = Student(lm, self.vocab_size, objective(self.config, transform))
         named = self.student.named_weights()
         one_row = self.config.model.attention in ONE_ROW
         self._layout = one_after_another if one_row else partial(rows, width=lm.config.get_text_config().hidden_size)
         self._shapes = {name: tuple(p.shape) for name, p in named}
         self._named = {name: p for name, p in named if p.requires_grad}
+        settings = deepspeed_config(self.config)
+        if self.config.learner.zero_stage == 3:  # shard by shard: `initialize` would put all of it on the GPU first
+            deepspeed.zero.Init(module=self.student, config_dict_or_path=settings)
+        deepspeed.comm.barrier()  # ranks load at different speeds, and DeepSpeed's own groups wait for ten minutes
         self.engine, *_ = deepspeed.initialize(
-            model=self.student, model_parameters=list(self._named.values()), config=deepspeed_config(self.config)
+            model=self.student, model_parameters=list(self._named.values()), config=settings
         )
-        set_timeouts(timeout)
+        # Before the driver loses patience: who is still silent when the others have given up is the one that hangs.
+        set_timeouts(timedelta(seconds=0.8 * self.config.cluster.timeout_s))
         self._frozen = {name: p for name, p in named if not p.requires_grad}
         self._moved, teacher = resume is not None, self.config.teacher  # whether the student is at model.path
         self.ema, anchor = None, checkpoint.anchor(self.config, shards)
@@ -202,7 +208,7 @@ class LearnerRank:
         if keep is not None:
             if head is None:  # a frozen one, which came with the first push
                 head = next(iter(self._teacher_heads.values()))
-            self._teacher_heads[version] = head
+            self._teacher_heads[version] = head.to(self.device)  # a frozen teacher's weights are in host memory
             for old in [v for v in self._teacher_heads if v < oldest_in_flight]:
                 del self._teacher_heads[old]
         return Span("gather weights", started, time.time())

@@ -103,13 +103,12 @@ def _stage3_fragment(engine: Any, name: str, param: Any, rank: int) -> Fragment:
     share = param.ds_tensor.ds_numel
     start = rank * share
     size = max(0, min(share, param.ds_numel - start))  # the last rank's share may end in padding
+    # DeepSpeed's own `get_local_fp32_param` gives a copy on the GPU of what is offloaded.
     optimizer = engine.optimizer
-    master = optimizer.get_local_fp32_param(param)
-    group, _, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-    state_of = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
-    keys = [k for k in state_of if k != "step"]
-    state = {k: optimizer.get_local_fp32_param(param, k)[:size] for k in keys}
-    return Fragment(name=name, start=start, master=master[:size], state=state)
+    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+    flat, own = optimizer.fp32_partitioned_groups_flat[group], slice(offset, offset + size)
+    state = {k: v[own] for k, v in optimizer.optimizer.state.get(flat, {}).items() if k != "step"}
+    return Fragment(name=name, start=start, master=flat[own], state=state)
 
 
 def step_and_norm(engine: Any) -> float:

@@ -406,6 +406,8 @@ class Config(Section):
                 f"learner.tokens_per_microbatch: {self.learner.tokens_per_microbatch} is below "
                 f"model.max_length={self.model.max_length}, so one long row may not fit"
             )
+        if self.model.attention in ("varlen", "flash_attention_2") and self.model.dtype != "bfloat16":
+            raise ValueError(f"model.attention: {self.model.attention} needs model.dtype=bfloat16; or use sdpa")
         self._check_loss()
         if self.teacher.reanchor == (self.teacher.anchor is not None):
             raise ValueError("teacher.anchor: is where the teacher starts when teacher.reanchor is false: give both")

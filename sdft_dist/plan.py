@@ -22,7 +22,7 @@ from rich.table import Table
 from sdft_dist.config import Config
 from sdft_dist.dimensions import Dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan_memory import host_gib, learner_gib, memory_gib
+from sdft_dist.plan_memory import host_gib, learner_gib, memory_gib, saving_gib
 from sdft_dist.topology import needs
 
 
@@ -129,7 +129,8 @@ class Plan:
     bottleneck: str
     idle_share: dict[str, float]
     memory_gib: dict[str, float]  # of one GPU of the role
-    host_gib: float  # of one learner rank, for learner.offload
+    host_gib: float  # of one learner rank, for learner.offload and a checkpoint that is being written
+    checkpoint_gib: float  # on disk
     fits: bool
 
 
@@ -210,7 +211,8 @@ def _plan(
         bottleneck=max(times, key=lambda role: times[role]),
         idle_share={role: 1 - t / step_s for role, t in times.items()},
         memory_gib=memory,
-        host_gib=host_gib(config, m, split["learner"]),
+        host_gib=host_gib(config, m, split["learner"]) + saving_gib(config, m, split["learner"]),
+        checkpoint_gib=saving_gib(config, m, 1),
         fits=room > 0 and max(held) <= usable,
     )
 
@@ -242,9 +244,12 @@ def show(plans: list[Plan], console: Console) -> None:
         row = (p.gpus, split, f"{p.decode_batch:.0f}", f"{p.step_s:.2f}", f"{p.ratio_with_waiting:.2f}", p.bottleneck)
         table.add_row(*map(str, row), sizes, "yes" if p.fits else "NO")
     console.print(table)
-    if any(p.host_gib for p in plans):
-        sizes = ", ".join(f"{p.host_gib:.0f}" for p in plans)
-        console.print(f"Host memory for each learner rank's optimizer: {sizes} GiB", highlight=False)
+    sizes = ", ".join(f"{p.host_gib:.0f}" for p in plans)
+    console.print(
+        f"Host memory of each learner rank, with a checkpoint being written: {sizes} GiB. A checkpoint on disk: "
+        f"{first.checkpoint_gib:.0f} GiB",
+        highlight=False,
+    )
     console.print(
         "batch: requests that one generator decodes at a time. "
         "SDFT/SFT: GPU-seconds per sample with waiting counted in.",

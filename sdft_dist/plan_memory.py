@@ -33,7 +33,7 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
     weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
     gradients = 2 * trained / (ranks if stage >= 2 else 1)
     owned = trained / (ranks if stage >= 1 else 1)
-    states = (12 + (4 if config.teacher.kind == "ema" else 0)) * owned
+    states = _state_bytes(config) * owned
     step = 6 * (min(owned, SUBGROUP) if stage == 3 else owned)
     if learner.offload == "optimizer":
         states, step = 0, 0
@@ -50,11 +50,19 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
 def host_gib(config: Config, m: Dimensions, ranks: int) -> float:
     """What a learner rank keeps in host memory for `learner.offload`: fp32 master weights, moments and EMA; and
     DeepSpeed's gradients there, in fp32, and a bf16 copy."""
-    learner, rank = config.learner, config.model.lora.rank
-    if learner.offload == "none":
-        return 0.0
-    each = 12 + 4 + 2 + (4 if config.teacher.kind == "ema" else 0)
-    return each * (m.adapters(rank) if rank else m.total) / ranks / 2**30
+    return 0.0 if config.learner.offload == "none" else saving_gib(config, m, ranks) * (1 + 6 / _state_bytes(config))
+
+
+def saving_gib(config: Config, m: Dimensions, ranks: int) -> float:
+    """What a learner rank needs of host memory besides, from a checkpoint's start until it is written: a copy of its
+    master weights, moments and EMA, which is what the rank's part of a checkpoint takes on disk, too."""
+    rank = config.model.lora.rank
+    return _state_bytes(config) * (m.adapters(rank) if rank else m.total) / ranks / 2**30
+
+
+def _state_bytes(config: Config) -> int:
+    """Of one trained parameter, in fp32."""
+    return 12 + (4 if config.teacher.kind == "ema" else 0)
 
 
 def backward_bytes(m: Dimensions, learner: LearnerConfig, *, frozen_head: bool) -> int:

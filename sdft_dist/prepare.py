@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -41,6 +42,8 @@ def prepare(
         raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
     if device == "cpu" and config.cluster.sleep:
         raise ConfigError("cluster.sleep: there is no GPU's memory to give up; set it to false")
+    if config.loss.kernel == "liger" and find_spec("liger_kernel") is None:
+        raise ConfigError("loss.kernel: liger needs the package: pip install liger-kernel; or use auto")
     push_transport(config, device)  # raises where there is no such way
     inputs = read_inputs(config)
     return Prepared(

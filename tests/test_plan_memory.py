@@ -12,7 +12,7 @@ from learner.model import MicroBatch, Student, tune
 from sdft_dist import plan_memory
 from sdft_dist.config import LearnerConfig
 from sdft_dist.dimensions import dimensions
-from sdft_dist.plan_memory import backward_bytes, host_gib, kept_for_backward, memory_gib
+from sdft_dist.plan_memory import backward_bytes, host_gib, kept_for_backward, memory_gib, saving_gib
 from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
@@ -43,6 +43,13 @@ def test_what_an_optimizer_takes_of_the_host():
     assert host_gib(config_of(learner=offload), large, 2) == pytest.approx(22 * 8.19e9 / 2 / 2**30, rel=0.01)
     assert host_gib(config_of(learner=offload, teacher={"kind": "base"}), large, 1) == pytest.approx(137, rel=0.01)
     assert host_gib(config_of(), large, 1) == 0
+
+
+def test_a_checkpoint_is_copied_before_it_is_written():
+    """16 bytes of 8.19 B parameters: master weights, two moments and EMA in fp32."""
+    large = dimensions(SHAPES["qwen3-8b"])
+    assert saving_gib(config_of(), large, 4) == pytest.approx(16 * 8.19e9 / 4 / 2**30, rel=0.01)
+    assert saving_gib(config_of(teacher={"kind": "base"}), large, 1) == pytest.approx(91.5, rel=0.01)
 
 
 def test_the_chunk_is_the_losss_own():

@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 
+from learner.push import Sender
 from sdft_dist.transport import connect
+from sdft_dist.types import Bucket
 
 RECEIVER = """
 import sys
@@ -68,3 +70,24 @@ def test_every_receiver_gets_every_message(kind, shared, devices):
         with pytest.raises(RuntimeError):  # they have gone
             end.send(messages[1])
     end.close()
+
+
+def test_a_sender_that_fails_says_why_and_lets_nobody_wait(capsys):
+    closed = []
+
+    class Broken:
+        device = torch.device("cpu")
+
+        def send(self, message):
+            raise RuntimeError("CUDA error: invalid argument")
+
+        def close(self):
+            closed.append(True)
+
+    sender = Sender("127.0.0.1", 1, 5.0, "gloo", torch.device("cpu"))
+    sender._transport = Broken()
+    sender.send(Bucket(names=("w",), dtypes=("float32",), shapes=((2,),)), {"w": torch.zeros(2)})
+    sender.flush()
+    assert closed
+    assert "CUDA error: invalid argument" in capsys.readouterr().err
+    sender.close()

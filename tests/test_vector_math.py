@@ -1,6 +1,7 @@
 """Vector functions are settled before anything is computed from a model's weights."""
 
 import pytest
+from helpers import tiny_model
 
 from sdft_dist import vector_math
 from sdft_dist.config import parse_config
@@ -14,7 +15,7 @@ def test_settling_takes_every_function_through_both_types(monkeypatch):
     assert seen == [(1, "torch.float32"), (1, "torch.float64")]
 
 
-def test_a_learner_settles_before_it_loads(monkeypatch):
+def test_a_learner_settles_before_it_loads(monkeypatch, tmp_path):
     import transformers
 
     from learner import model
@@ -27,7 +28,7 @@ def test_a_learner_settles_before_it_loads(monkeypatch):
         raise OSError("enough")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    config = parse_config({"model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x"})
+    config = parse_config({"model": {"path": str(tiny_model(tmp_path))}, "data": {"train": "x"}, "run_dir": "x"})
     with pytest.raises(ValueError, match="enough"):
         model.load_causal_lm(config.model)
     assert order == ["settle", "load"]

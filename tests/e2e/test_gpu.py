@@ -23,6 +23,7 @@ pytestmark = [
         ({"zero_stage": 2, "gradient_checkpointing": "selective"}, {"push_transport": "gloo"}),
         ({"zero_stage": 3}, {"push_transport": "ipc"}),
         ({"zero_stage": 1, "offload": "optimizer"}, {"push_transport": "ipc"}),
+        ({"zero_stage": 3, "offload": "optimizer"}, {"push_transport": "ipc"}),
     ],
     ids=str,
 )

@@ -1,0 +1,79 @@
+"""How a model is taken in as the student: without dropout, and only where its head is understood."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import config_of, tiny_model
+
+from learner.fused import Objective
+from learner.microbatch import TrainSequence, build
+from learner.model import Student, check_head, load_causal_lm
+from learner.worker import LearnerRank, objective
+from sdft_dist.batching import one_after_another
+from sdft_dist.config import parse_config
+from sdft_dist.errors import UserError
+from sdft_dist.logits import LogitTransform, logit_transform
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def made(family, **settings):
+    torch.manual_seed(0)
+    lm = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return lm
+
+
+@pytest.mark.parametrize("settings", [{"final_logit_softcapping": 3.0, "head_dim": 16}, {"head_dim": 16}])
+def test_a_head_that_is_understood_passes(settings):
+    lm = made("Gemma2", **SIZES, **settings)
+    check_head(lm, logit_transform(lm.config.get_text_config()), "m")
+    assert "forward" not in vars(lm.get_decoder()), "the decoder computes again"
+
+
+def test_a_head_that_does_more_is_refused():
+    lm = made("FalconH1", **SIZES, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16)
+    with pytest.raises(UserError, match="m: the output head of FalconH1ForCausalLM does more than is known here"):
+        check_head(lm, logit_transform(lm.config.get_text_config()), "m")
+    capped = made("Gemma2", **SIZES, head_dim=16, final_logit_softcapping=3.0)
+    with pytest.raises(UserError, match="does more"):
+        check_head(capped, LogitTransform(), "m")
+
+
+def test_a_cap_in_the_settings_of_the_text_model_is_seen():
+    settings = transformers.Gemma3nConfig(text_config={"final_logit_softcapping": 7.0})
+    assert logit_transform(settings.get_text_config()).softcap == 7.0
+
+
+def test_dropout_is_off(tmp_path):
+    settings = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.5)
+    transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path)
+    student = Student(load_causal_lm(config_of(model={"path": str(tmp_path)}).model), 96, Objective(kind="dft"))
+    ids = np.arange(8, dtype=np.int32)
+    batch = build(
+        [TrainSequence(prompt_ids=ids, completion_ids=ids)], [1.0], 0, teacher_heads=None, layout=one_after_another,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert student.lm.training
+    assert torch.equal(student(batch).label_logprobs, student(batch).label_logprobs)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_head_of_a_frozen_teacher_is_where_the_student_is(tmp_path, moved):
+    """The device "meta" stands for a GPU, and `moved` for a run that goes on: its teacher is read from the folder."""
+    config = parse_config(
+        {"model": {"path": str(tiny_model(tmp_path, tied=False))}, "data": {"train": "d"}, "teacher": {"kind": "base"}}
+    )
+    rank = LearnerRank(config, 0, 1, "cpu", 102, [])
+    rank.device = torch.device("meta")
+    rank.student = Student(load_causal_lm(config.model).to("meta"), 102, objective(config, LogitTransform()))
+    rank._named = dict(rank.student.lm.named_parameters())
+    rank._shapes = {name: tuple(p.shape) for name, p in rank._named.items()}
+    rank._frozen, rank.ema, rank._moved = {}, None, moved
+    rank.push("teachers", 0, True, 0)
+    assert rank._teacher_heads[0].device == rank.device
