@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it sets up.
+# Everything runs in .venv, which the first target that needs it sets up (for CPU; `make gpu` wants one of your own).
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
@@ -15,9 +15,14 @@ help: ## show the targets
 
 setup: $(VENV)/.installed ## make .venv with everything pinned (CPU)
 
+# Packages for CPU would break an environment that somebody else has made, such as one for GPUs. `.begun` tells one
+# that was left half-way.
 $(VENV)/.installed: pyproject.toml deploy/requirements-cpu.txt
+	@test ! -e $(VENV)/bin/python || test -e $@ || test -e $(VENV)/.begun || { echo "$(VENV) was not set up by make, \
+so nothing is installed into it: run $(VENV)/bin/sdft demo or $(VENV)/bin/python -m pytest, or give another VENV="; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; give one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@mkdir -p $(VENV) && touch $(VENV)/.begun
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing about 190 packages (2 GB, some minutes) ..."
 	$(PIP) "torch==2.13.0+cpu" || $(PIP) --extra-index-url $(TORCH_INDEX) "torch==2.13.0+cpu"
