@@ -7,7 +7,9 @@ weights, and serves nothing between a failed push and the next whole one.
 from __future__ import annotations
 
 import os
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +18,7 @@ from pydantic import ValidationError
 
 from actors import drafts, plugin
 from sdft_dist.config import Config
-from sdft_dist.errors import NotServing, UserError
+from sdft_dist.errors import NotServing, UserError, is_broken_device
 from sdft_dist.types import Span, VersionSpan, WeightManifest
 
 
@@ -153,7 +155,7 @@ class Engine:
         for name, tokens in zip(names, sequences, strict=True):
             engine.add_request(name, {"prompt_token_ids": tokens.tolist(), "cache_salt": str(version)}, how)
         while engine.has_unfinished_requests():
-            found.update({o.request_id: o.prompt_logprobs for o in engine.step() if o.finished})
+            found.update({o.request_id: o.prompt_logprobs for o in self._engine_step() if o.finished})
         scores = []
         for name, tokens, start in zip(names, sequences, starts, strict=True):
             own = [place[int(token)] for place, token in zip(found[name][start:], tokens[start:], strict=True)]
@@ -205,11 +207,22 @@ class Engine:
         return found
 
     def _step(self) -> None:
-        for output in self._llm.llm_engine.step():
+        for output in self._engine_step():
             completion, request = output.outputs[0], self._under_way[output.request_id]
             request.num_tokens = len(completion.token_ids)
             if output.finished:
                 self._done[output.request_id] = _completion(completion, self._under_way.pop(output.request_id))
+
+    def _engine_step(self) -> Any:
+        """Ends this process where the engine cannot go on: then its actor is replaced."""
+        try:
+            return self._llm.llm_engine.step()
+        except Exception as e:
+            if is_broken_device(e) or getattr(self._llm.llm_engine.model_executor, "is_failed", False):
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            raise
 
     def _catch_up(self) -> None:
         """Take in the step that vLLM has begun before the last one was answered, as it does on CUDA (asynchronous
@@ -250,7 +263,7 @@ class Engine:
             how = PoolingParams(task="token_embed", skip_reading_prefix_cache=not reuse)
             engine.add_request(request_id, prompt, how)
         while engine.has_unfinished_requests():
-            outputs.update({o.request_id: o.outputs.data for o in engine.step() if o.finished})
+            outputs.update({o.request_id: o.outputs.data for o in self._engine_step() if o.finished})
         return [outputs[i] for i in ids]
 
     def join_push(self, init_info: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from sdft_dist.last_words import obituary
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, TransportKind, WeightManifest
 
+CALL = 512  # pieces of work in one call at most, so that no answer takes as long as a hang would
+
 
 class Pool:
     """Actors of one role ("generators" or "teachers")."""
@@ -152,19 +154,24 @@ class Pool:
 
     def _spread(self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str) -> list[Any]:
         """Raises NotServing where an actor is lost by it, which `lost` tells of then."""
-        n = max(1, min(len(self.actors), len(work)))
-        parts = [work[i::n] for i in range(n)]
-        sent = [send(actor, part) for actor, part in zip(self.actors[:n], parts, strict=True)]
+        sent = []
+        for i, actor in enumerate(self.actors):
+            own = range(i, len(work), len(self.actors))
+            for part in (own[first : first + CALL] for first in range(0, len(own), CALL)):
+                sent.append((i, part, send(actor, [work[k] for k in part])))
         out: list[Any] = [None] * len(work)
-        reasons = []
-        for i, ref in enumerate(sent):
+        reasons = {}
+        for i, part, ref in sent:
             try:
-                (out[i::n],) = self._wait([ref], what)
+                (found,) = self._wait([ref], what)
             except Exception as error:
                 self.lose(i, error)  # raises what is not its end
-                reasons.append(f"{i}: {self.lost[i]}")
+                reasons[i] = self.lost[i]
+                continue
+            for k, answer in zip(part, found, strict=True):
+                out[k] = answer
         if reasons:
-            raise NotServing(f"{self.role}, {what}: {'; '.join(reasons)}")
+            raise NotServing(f"{self.role}, {what}: {'; '.join(f'{i}: {why}' for i, why in reasons.items())}")
         return out
 
     def _wait_ready(self, actors: Sequence[Any], what: str) -> None:

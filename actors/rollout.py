@@ -1,7 +1,6 @@
 """Generator: a Ray actor's class that samples student completions from the plain prompt.
 
-Consumes sample keys; produces Samples, put into the object store here, so that the driver sees
-references and metadata only.
+Consumes sample keys; produces Samples, of which the driver opens the metadata only.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.memory import own_peak_gib
-from sdft_dist.pieces import fetch, sample_refs
-from sdft_dist.types import Rollout, Sample, SampleKey, SampleRef, Span, WeightManifest
+from sdft_dist.pieces import sample_refs
+from sdft_dist.types import Rollout, Sample, SampleKey, Span, WeightManifest
 
 
 def sample_seed(run_seed: int, key: SampleKey) -> int:
@@ -48,7 +47,9 @@ class Generator:
             raise self._refused
         return True
 
-    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None, max_tokens: int | None = None) -> Rollout:
+    def rollout(
+        self, keys: Sequence[SampleKey], slice_s: float | None, max_tokens: int | None = None
+    ) -> tuple[Rollout, list[Sample]]:
         """Take on `keys`, decode for `slice_s` seconds but at least one step (None: until everything is
         finished), and return what is finished. Between two calls the engine may be given new weights. A completion is
         cut at `max_tokens`, without it at the recipe's `rollout.max_completion_tokens`."""
@@ -70,12 +71,13 @@ class Generator:
             if slice_s is not None and time.time() >= started + slice_s:
                 break
         done = [(self._keys.pop(name), self._finished.pop(name)) for name in [*self._keys] if name in self._finished]
-        return Rollout(samples=self._refs(done), span=Span("decode", started, time.time()))
+        samples = [_sample(key, completion) for key, completion in done]
+        answer = Rollout(samples=sample_refs(samples, self.problems), span=Span("decode", started, time.time()))
+        return answer, samples
 
     def sample(self, problems: Sequence[int]) -> list[Sample]:
         """One completion for each problem index, as the records themselves; for checks, not for training."""
-        done = self.rollout([SampleKey(0, i, 0) for i in problems], None)
-        return fetch([ref.sample for ref in done.samples])
+        return self.rollout([SampleKey(0, i, 0) for i in problems], None)[1]
 
     def complete(
         self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
@@ -120,16 +122,13 @@ class Generator:
         """Take in one whole push."""
         return self.engine.receive(manifest)
 
-    def _refs(self, done: Sequence[tuple[SampleKey, Completion]]) -> list[SampleRef]:
-        samples = [
-            Sample(
-                key=key,
-                completion_ids=completion.token_ids,
-                logprobs=completion.logprobs,
-                finish_reason=completion.finish_reason,
-                policy_versions=completion.versions,
-                top_ids=completion.top_ids,
-            )
-            for key, completion in done
-        ]
-        return sample_refs(samples, self.problems)
+
+def _sample(key: SampleKey, completion: Completion) -> Sample:
+    return Sample(
+        key=key,
+        completion_ids=completion.token_ids,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        policy_versions=completion.versions,
+        top_ids=completion.top_ids,
+    )

@@ -14,9 +14,11 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from actors.pool import Pool
+from sdft_dist.pieces import bound
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, Rollout, SampleKey, SampleRef, Scored, TrainItem
 
+LIST_BYTES = 8 << 20  # of targets, which a rank fetches whole for any one of them
 AHEAD = 2  # calls under way at each actor, so that none waits for the driver
 
 
@@ -84,7 +86,7 @@ class Stream:
             self._dispatch()
             try:
                 self._events.run_until(
-                    lambda: self._all_there(keys) or self._lost(),
+                    lambda: self._all_there(keys) or self._lost() or bool(self._homeless),
                     timeout_s=self._timeout_s,
                     who=lambda: self._who([key for key in keys if key not in self._items]),
                 )
@@ -152,12 +154,14 @@ class Stream:
         self._rolling[g] += 1
         actor = self._generators.actors[g]
         failed = partial(self._failed, self._generators, g, actor)
-        self._events.on(actor.rollout.remote(keys, self._slice_s), partial(self._rolled, g), failed)
+        answer, *lists = actor.rollout.options(num_returns=2).remote(keys, self._slice_s)
+        self._events.on(answer, partial(self._rolled, g, lists), failed)
 
-    def _rolled(self, g: int, rollout: Rollout) -> None:
+    def _rolled(self, g: int, lists: Sequence[Any], rollout: Rollout) -> None:
         self._rolling[g] -= 1
         self._on_span("generator", g, rollout.span)
-        samples = [sample for sample in rollout.samples if sample.key in self._decoding[g]]  # each once
+        found = bound(rollout.samples, "sample", lists)
+        samples = [sample for sample in found if sample.key in self._decoding[g]]  # each once
         self._decoding[g] -= {sample.key for sample in samples}
         if self._slice_s is not None and self._decoding[g]:
             while self._rolling[g] < AHEAD:
@@ -203,16 +207,33 @@ class Stream:
         self._scoring[t].append(call)
         self._held += sum(sample.num_completion_tokens for sample in samples)
         actor = self._teachers.actors[t]
-        failed = partial(self._failed, self._teachers, t, actor)
-        self._events.on(actor.score.remote(samples), partial(self._scored, t, call), failed)
+        size = self._target_bytes * sum(sample.num_completion_tokens for sample in samples)
+        number = min(len(samples), 1 + size // LIST_BYTES)
+        answer, *lists = actor.score.options(num_returns=1 + number).remote(samples, number)
+        self._events.on(answer, partial(self._scored, t, call, lists), partial(self._unscored, t, actor, call))
 
-    def _scored(self, t: int, call: Call, scored: Scored) -> None:
+    def _scored(self, t: int, call: Call, lists: Sequence[Any], scored: Scored) -> None:
+        if self._take_back(t, call):
+            self._on_span("teacher", t, scored.span)
+            self._items |= {item.key: item for item in bound(scored.items, "targets", lists)}
+            self._dispatch()
+
+    def _unscored(self, t: int, actor: Any, call: Call, error: Exception) -> None:
+        """Samples are gone with the node that they were on; or the teacher itself is lost."""
+        from ray.exceptions import ObjectLostError
+
+        if not isinstance(getattr(error, "cause", None), ObjectLostError):
+            self._failed(self._teachers, t, actor, error)
+        elif self._take_back(t, call):
+            self._held -= sum(sample.num_completion_tokens for sample in call.samples)
+            self._homeless += [sample.key for sample in call.samples]
+
+    def _take_back(self, t: int, call: Call) -> bool:
+        """Whether the teacher still had it: it may have been given to another one since."""
         if call not in self._scoring[t]:
-            return  # given to another teacher since
+            return False
         self._scoring[t].remove(call)
-        self._on_span("teacher", t, scored.span)
-        self._items |= {item.key: item for item in scored.items}
-        self._dispatch()
+        return True
 
     def _who(self, missing: Sequence[SampleKey]) -> str:
         """Where the missing samples are."""

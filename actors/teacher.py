@@ -1,7 +1,7 @@
 """Teacher: a Ray actor's class that reads prompt + demonstration + completion and returns what it
 believes at each completion position, as final hidden states.
 
-Consumes references to Samples; produces TeacherTargets, put into the object store here.
+Consumes references to Samples; produces TeacherTargets, of which the driver opens the metadata only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 from sdft_dist.memory import own_peak_gib
-from sdft_dist.pieces import fetch, put, train_items
+from sdft_dist.pieces import fetch, split, train_items
 from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, WeightManifest
 
 
@@ -41,8 +41,8 @@ class Teacher:
             raise self._refused
         return True
 
-    def score(self, refs: Sequence[SampleRef]) -> Scored:
-        """Read each sample under the teacher's prompt; the items refer to the targets."""
+    def score(self, refs: Sequence[SampleRef], lists: int = 1) -> tuple[Any, ...]:
+        """Read each sample under the teacher's prompt. Returns a Scored, and the TeacherTargets in as many lists."""
         started = time.time()
         samples: list[Sample] = fetch([r.sample for r in refs])
         prompts = [self.problems[s.key.problem].teacher_prompt_ids for s in samples]
@@ -56,8 +56,9 @@ class Teacher:
             TeacherTargets(key=s.key, teacher_version=version, dtype=dtype, **self._beliefs(s, rows))
             for s, rows in zip(samples, states, strict=True)
         ]
-        items = train_items(refs, put(targets), version)
-        return Scored(items=items, span=Span("score", started, time.time()))
+        places, parts = split(targets, lists)
+        items = train_items(refs, places, version)
+        return Scored(items=items, span=Span("score", started, time.time())), *parts
 
     def _beliefs(self, sample: Sample, states: np.ndarray) -> dict[str, np.ndarray]:
         """The fields of TeacherTargets that `loss.support` asks for, from the states [C, D]."""

@@ -19,9 +19,12 @@ from learner.roofline import Roofline
 from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
+from sdft_dist.errors import UserError
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, ShardFile, Span, TrainItem, TransportKind, WeightManifest
 from sdft_dist.wire import bucket_bytes
+
+SLOW_DISK = 50e6  # bytes/s at which a checkpoint may be written, however short `cluster.timeout_s` is
 
 
 class Receivers(Protocol):
@@ -43,6 +46,7 @@ class LearnerGroup:
     def __init__(self, config: Config, ranks: Sequence[Any], events: Events, on_span: OnSpan) -> None:
         self.config, self.ranks, self._events, self._on_span = config, list(ranks), events, on_span
         self._manifests: dict[bool, WeightManifest] = {}  # of whole pushes, and of what is trained
+        self._state_bytes = 0
         self._pushed = 0  # bytes, since the last update
         self._whole: set[str] = set()  # roles whose receivers hold the weights that are not trained
 
@@ -113,6 +117,8 @@ class LearnerGroup:
         Targets of teachers older than `oldest_in_flight` must not come any more. Without `wait`, a
         receiver's failure is noted by `receivers`.
         """
+        if receivers.transport == "nccl" and not self._all_alive(receivers, must=wait):
+            return  # a broadcast to one that is gone never ends
         whole = receivers.role not in self._whole
         if whole not in self._manifests:
             (self._manifests[whole],) = self._wait([self.ranks[0].manifest.remote(version, whole)], "learner manifest")
@@ -130,13 +136,36 @@ class LearnerGroup:
         if wait:
             self._wait(receiving, what)
 
+    def _all_alive(self, receivers: Receivers, *, must: bool) -> bool:
+        from ray.exceptions import RayActorError
+
+        for i, actor in enumerate(receivers.actors):
+            try:
+                self._wait([actor.__ray_ready__.remote()], f"{receivers.role} before a push")
+            except RayActorError as error:
+                if must:
+                    raise
+                receivers.push_failed(i, actor, error)
+                return False
+        return True
+
     def _received(self, role: str, index: int, spans: Sequence[Span]) -> None:
         for span in spans:
             self._on_span(role.removesuffix("s"), index, span)
 
+    def must_see(self, path: Path) -> None:
+        """Raises UserError where a rank does not see that file of the run directory, in which it shall write."""
+        blind = [rank for rank, sees in enumerate(self._all("sees", str(path))) if not sees]
+        if blind:
+            raise UserError(
+                f"run_dir: {path.parent} is not there for learner ranks {', '.join(map(str, blind))}: give a folder on "
+                "a file system that all nodes share"
+            )
+
     def state_bytes(self) -> int:
         """Size of a checkpoint."""
-        return sum(self._all("state_bytes"))
+        self._state_bytes = sum(self._all("state_bytes"))
+        return self._state_bytes
 
     def start_saving(self, folder: Path) -> None:
         """Copy the state and begin to write its shards into `folder`, while training goes on."""
@@ -145,7 +174,8 @@ class LearnerGroup:
     def finish_saving(self, *, wait: bool) -> list[ShardFile] | None:
         """The files of the checkpoint; None while some are being written and `wait` is false. Raises what
         writing raised."""
-        files = self._all("finish_saving", wait)
+        limit = max(self.config.cluster.timeout_s, self._state_bytes / SLOW_DISK)
+        files = self._all("finish_saving", wait, timeout_s=limit)
         return None if None in files else files
 
     def roofline(self) -> Roofline:
@@ -161,8 +191,8 @@ class LearnerGroup:
         """End the ranks' process group."""
         self._all("stop")
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        return self._wait([getattr(rank, method).remote(*args) for rank in self.ranks], f"learner {method}")
+    def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        return self._wait([getattr(rank, method).remote(*args) for rank in self.ranks], f"learner {method}", timeout_s)
 
     def _wait(self, refs: list[Any], what: str, timeout_s: float | None = None) -> list[Any]:
         return self._events.wait_all(refs, timeout_s=timeout_s or self.config.cluster.timeout_s, what=what)

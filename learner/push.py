@@ -6,6 +6,7 @@ its EMA; see `WeightSource`.
 
 from __future__ import annotations
 
+import socket
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,8 +79,12 @@ class Sender:
     ) -> None:
         self._kind, self._device = kind, device
         self._size, self._timeout = num_receivers + 1, timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
-        self.port = self._store.port
+        listener = socket.create_server((host, 0))  # on this address alone; the store would listen on all
+        self.port = int(listener.getsockname()[1])
+        self._store = dist.TCPStore(
+            host, self.port, is_master=True, wait_for_workers=False, timeout=self._timeout,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
         self._transport: Transport | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._sending: list[Future[None]] = []

@@ -213,6 +213,10 @@ class LearnerRank:
                 del self._teacher_heads[old]
         return Span("gather weights", started, time.time())
 
+    def sees(self, path: str) -> bool:
+        """Whether a file of the driver's is there for this rank too."""
+        return Path(path).is_file()
+
     def start_saving(self, folder: str) -> None:
         """Copy this rank's state and begin to write it into `folder`."""
         step, anchor = optimizer_step(self.engine), self.config.teacher.anchor

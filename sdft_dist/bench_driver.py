@@ -25,7 +25,7 @@ from rich.console import Console
 from sdft_dist.cluster import ray_session, stream
 from sdft_dist.config import Config, parse_config
 from sdft_dist.loop import train
-from sdft_dist.pieces import train_items
+from sdft_dist.pieces import split, train_items
 from sdft_dist.problems import ProblemSet
 from sdft_dist.remote import Events
 from sdft_dist.runlog import RunLog
@@ -35,7 +35,7 @@ from sdft_dist.types import Piece, Problem, Rollout, SampleKey, SampleRef, Score
 class Generator:
     """Answers with one sample for each key, of no content."""
 
-    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None) -> Rollout:
+    def rollout(self, keys: Sequence[SampleKey], slice_s: float | None) -> tuple[Rollout, list[Any]]:
         now = time.time()
         samples = [
             SampleRef(
@@ -44,19 +44,20 @@ class Generator:
                 num_completion_tokens=400,
                 finish_reason="stop",
                 policy_versions=(VersionSpan(key.step, 0, 400),),
-                sample=Piece(None, 0),
+                sample=Piece(0, row),
             )
-            for key in keys
+            for row, key in enumerate(keys)
         ]
-        return Rollout(samples=samples, span=Span("decode", now, time.time()))
+        return Rollout(samples=samples, span=Span("decode", now, time.time())), []
 
 
 class Teacher:
     """Answers with one item for each sample."""
 
-    def score(self, samples: Sequence[SampleRef]) -> Scored:
+    def score(self, samples: Sequence[SampleRef], lists: int) -> tuple[Any, ...]:
         now = time.time()
-        return Scored(items=train_items(samples, [s.sample for s in samples], 0), span=Span("score", now, time.time()))
+        places, parts = split(samples, lists)
+        return Scored(items=train_items(samples, places, 0), span=Span("score", now, time.time())), *([] for _ in parts)
 
 
 class Nothing:

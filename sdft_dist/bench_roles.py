@@ -150,7 +150,8 @@ def _generating(ours: Ours, fleet: Fleet, load: Load) -> Batch:
 
     def batch(step: int) -> int:
         keys, n = load.keys(ours.config, step), len(generators)
-        done = ray.get([actor.rollout.remote(keys[i::n], None, load.max_tokens) for i, actor in enumerate(generators)])
+        calls = [(actor.rollout.options(num_returns=2), keys[i::n]) for i, actor in enumerate(generators)]
+        done = ray.get([rollout.remote(mine, None, load.max_tokens)[0] for rollout, mine in calls])
         return sum(sample.num_completion_tokens for rollout in done for sample in rollout.samples)
 
     return batch
@@ -164,7 +165,7 @@ def _scoring(ours: Ours, fleet: Fleet, load: Load) -> Batch:
 
     def batch(step: int) -> int:
         refs, n = as_sampled(ours.config, ours.inputs.problems, load.keys(ours.config, step)), len(teachers)
-        ray.get([actor.score.remote(refs[i::n]) for i, actor in enumerate(teachers)])
+        ray.get([actor.score.options(num_returns=2).remote(refs[i::n])[0] for i, actor in enumerate(teachers)])
         return sum(ref.num_completion_tokens for ref in refs)
 
     return batch
@@ -189,6 +190,8 @@ def _learning(ours: Ours, fleet: Fleet, load: Load) -> Batch:
 
 def as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) -> list[SampleRef]:
     """The demonstrations of `keys` as if the student had sampled them; several of one prompt differ from the start."""
+    import ray
+
     loss = config.loss
     samples = []
     for key in keys:
@@ -206,11 +209,13 @@ def as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) 
                 top_ids=top,
             )
         )
-    return pieces.sample_refs(samples, problems)
+    return pieces.bound(pieces.sample_refs(samples, problems), "sample", [ray.put(samples)])
 
 
 def _as_scored(ours: Ours, refs: Sequence[SampleRef]) -> list[TrainItem]:
     """Items with random targets of the shape that `loss.support` asks for."""
+    import ray
+
     loss, dtype, rng = ours.config.loss, ours.config.model.dtype, np.random.default_rng(0)
     width = read_dimensions(ours.config).width
     targets = []
@@ -226,4 +231,5 @@ def _as_scored(ours: Ours, refs: Sequence[SampleRef]) -> list[TrainItem]:
             beliefs["logprobs"] = np.full((count, kept), -np.log(2 * kept), dtype=np.float32)
             beliefs["tail"] = np.full(count, -np.log(2), dtype=np.float32)
         targets.append(TeacherTargets(key=ref.key, teacher_version=0, dtype=dtype, **beliefs))
-    return pieces.train_items(refs, pieces.put(targets), 0)
+    places, lists = pieces.split(targets, 1 + len(targets) // 8)
+    return pieces.bound(pieces.train_items(refs, places, 0), "targets", [ray.put(own) for own in lists])

@@ -16,7 +16,16 @@ from actors.pool import Pool
 from actors.stream import Stream
 from learner.group import LearnerGroup
 from sdft_dist.config import Config
-from sdft_dist.errors import ActorLost, Diverged, Fault, NotServing, Preempted, UserError, brief
+from sdft_dist.errors import (
+    ActorLost,
+    Diverged,
+    Fault,
+    NotServing,
+    Preempted,
+    UserError,
+    brief,
+    is_broken_device,
+)
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import Inputs
 from sdft_dist.last_words import obituary
@@ -44,7 +53,8 @@ def ray_session(config: Config) -> Iterator[None]:
     if config.cluster.address is None:
         # A port of the dashboard without a token is remote code execution (CVE-2023-48022).
         options["include_dashboard"] = False
-        options["object_store_memory"] = 1 << 30
+        if resolve_device(config) == "cpu":  # on GPUs Ray's own choice: states of a large model take gigabytes
+            options["object_store_memory"] = 1 << 30
     else:
         _reach(config.cluster.address)
     # Without "local", Ray would join a cluster that somebody has started on this machine.
@@ -56,8 +66,11 @@ def ray_session(config: Config) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Raises UserError where nobody answers at HOST:PORT, for which Ray would wait without a word."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Raises UserError where nobody answers at HOST:PORT, for which Ray would wait without a word, and for a
+    connection through Ray's client, which knows nothing of the cluster's nodes."""
+    if address.startswith("ray://"):
+        raise UserError(f"cluster.address: got {address}: give the head's HOST:PORT, on a node of the cluster")
+    host, _, port = address.rpartition(":")
     if not port.isdecimal():
         return  # "auto", which Ray resolves
     try:
@@ -95,7 +108,7 @@ def launch(
     """
     import ray
 
-    device, actors = resolve_device(config), list[Any]()
+    device, actors = resolve_device(config), dict[tuple[str, int], Any]()  # by role and index
     with placed(config, device, roles_of(config) & {"learner", *engines}, wait_for_nodes, stop, on_event) as places:
         try:
             fleet = _build(config, inputs, places, on_span, on_event, start, stop, actors)
@@ -104,12 +117,12 @@ def launch(
         except (UserError, Fault, Preempted, Diverged):
             raise
         except Exception as error:
-            explained = explain(error, actors)
+            explained = explain(error, list(actors.values()))
             if explained is None:
                 raise
             raise explained from error
         finally:
-            for actor in actors:
+            for actor in actors.values():
                 ray.kill(actor)
 
 
@@ -144,7 +157,8 @@ def explain(error: Exception, actors: list[Any]) -> Exception | None:
     if isinstance(error, OutOfDiskError | ObjectStoreFullError):
         return Fault(f"Ray's object store is full and has no disk to spill to; checkpoints are intact: {brief(error)}")
     # The third is what a process group says when a rank hangs; the error's note names the rank.
-    if isinstance(error, TimeoutError | NotServing) or "timed out" in str(error).lower() or _any_dead(actors):
+    lost = isinstance(error, TimeoutError | NotServing) or "timed out" in str(error).lower()
+    if lost or is_broken_device(getattr(error, "cause", None)) or _any_dead(actors):
         return ActorLost(obituary(error))
     return None
 
@@ -171,7 +185,7 @@ def _build(
     on_event: Callable[[str], None],
     start: Start,
     stop: Callable[[], bool],
-    actors: list[Any],
+    actors: dict[tuple[str, int], Any],
 ) -> Fleet:
     import ray
 
@@ -186,7 +200,7 @@ def _build(
 
     def start_actor(cls: type, role: str, sharing: int, args: tuple[Any, ...], index: int) -> Any:
         actor = ray.remote(cls).options(**places.options(role, index, sharing)).remote(*args)
-        actors.append(actor)
+        actors[role, index] = actor  # a new one in the place of a lost one
         return actor
 
     def pool(role: str, cls: type, size: int, workers: int, *args: Any) -> Pool:

@@ -39,6 +39,13 @@ class Diverged(RuntimeError):
 OURS = (UserError, NotServing, ActorLost, Preempted, Fault, Diverged)
 
 
+def is_broken_device(error: object) -> bool:
+    """Whether a GPU's driver has failed under a process, which can compute nothing any more."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError)
+
+
 def brief(error: BaseException) -> str:
     """One line: the first of our own errors; the first sentence of the last line of others (Ray's go on for a
     page), with their notes; the type where it says nothing."""

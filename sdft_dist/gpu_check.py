@@ -160,7 +160,6 @@ def agreement(out: Path) -> Figures:
     from sdft_dist.bench_roles import as_sampled
     from sdft_dist.cluster import launch, ray_session
     from sdft_dist.loop import batch_keys
-    from sdft_dist.pieces import fetch
     from sdft_dist.preflight import logprob_differences
     from sdft_dist.problems import ProblemSet
 
@@ -172,9 +171,8 @@ def agreement(out: Path) -> Figures:
         fleet.to_teachers(0)
         logprobs = logprob_differences(fleet, first, config)
         refs = as_sampled(config, problems, batch_keys(config, problems, 0))
-        scored = ray.get(fleet.teachers.actors[0].score.remote(refs)).items
-        targets = fetch([item.targets for item in scored])
-    states = _state_differences(config, [problems[item.key.problem] for item in scored], targets)
+        scored, targets = ray.get(fleet.teachers.actors[0].score.remote(refs))
+    states = _state_differences(config, [problems[item.key.problem] for item in scored.items], targets)
     return {
         "log-probs mean": float(logprobs.mean()),
         "log-probs max": float(logprobs.max()),

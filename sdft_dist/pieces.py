@@ -1,33 +1,29 @@
-"""Records into Ray's object store and out of it, and what the driver holds of them: small ones share an object,
-because each costs a fixed price."""
+"""Lists of records that an actor answers with, and what the driver holds of each record.
+
+An actor returns its answer and, as further return values, the lists: so the driver owns them, never opens them, and
+they outlive the actor that made them. Whoever works on a record fetches its list.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
-
-import numpy as np
 
 from sdft_dist.types import Piece, Problem, Sample, SampleRef, TrainItem
 
-OBJECT_BYTES = 1 << 20  # an object is closed when it holds this much
+
+def split(records: Sequence[Any], number: int) -> tuple[list[Piece], list[list[Any]]]:
+    """`records` in `number` lists of about equal length, and the place of each one."""
+    ends = [len(records) * i // number for i in range(number + 1)]
+    lists = [list(records[start:end]) for start, end in pairwise(ends)]
+    return [Piece(i, row) for i, own in enumerate(lists) for row in range(len(own))], lists
 
 
-def put(records: Sequence[Any]) -> list[Piece]:
-    """One Piece for each record (a dataclass with numpy fields), in order."""
-    import ray
-
-    pieces: list[Piece] = []
-    pending: list[Any] = []
-    size = 0
-    for i, record in enumerate(records):
-        pending.append(record)
-        size += _num_bytes(record)
-        if size >= OBJECT_BYTES or i == len(records) - 1:
-            ref = ray.put(pending)
-            pieces += [Piece(ref, row) for row in range(len(pending))]
-            pending, size = [], 0
-    return pieces
+def bound(handles: Sequence[Any], field: str, refs: Sequence[Any]) -> list[Any]:
+    """The SampleRefs ("sample") or TrainItems ("targets") of an answer, with `refs` to the lists that came with it."""
+    places = (getattr(handle, field) for handle in handles)
+    return [h._replace(**{field: Piece(refs[at.ref], at.row)}) for h, at in zip(handles, places, strict=True)]
 
 
 def fetch(pieces: Sequence[Piece]) -> list[Any]:
@@ -40,7 +36,7 @@ def fetch(pieces: Sequence[Piece]) -> list[Any]:
 
 
 def sample_refs(samples: Sequence[Sample], problems: Sequence[Problem]) -> list[SampleRef]:
-    """Put `samples`; what the driver holds of each."""
+    """What the driver holds of `samples`, which are one list."""
     return [
         SampleRef(
             key=sample.key,
@@ -48,9 +44,9 @@ def sample_refs(samples: Sequence[Sample], problems: Sequence[Problem]) -> list[
             num_completion_tokens=len(sample.completion_ids),
             finish_reason=sample.finish_reason,
             policy_versions=sample.policy_versions,
-            sample=piece,
+            sample=Piece(0, row),
         )
-        for sample, piece in zip(samples, put(samples), strict=True)
+        for row, sample in enumerate(samples)
     ]
 
 
@@ -69,8 +65,3 @@ def train_items(refs: Sequence[SampleRef], targets: Sequence[Piece], teacher_ver
         )
         for ref, piece in zip(refs, targets, strict=True)
     ]
-
-
-def _num_bytes(record: Any) -> int:
-    values = (getattr(record, name) for name in record.__dataclass_fields__)
-    return sum(value.nbytes for value in values if isinstance(value, np.ndarray))

@@ -52,7 +52,8 @@ class Events:
             if ready is None:
                 asked = time.monotonic() < deadline
                 waited = f"{self._grace_s:g} s after being asked to stop" if asked else f"in {timeout_s:g} s"
-                raise TimeoutError(f"{what}: no answer {waited} from {silent()}")
+                advice = "" if asked else "; where the work takes that long, raise cluster.timeout_s"
+                raise TimeoutError(f"{what}: no answer {waited} from {silent()}{advice}")
             waiting.discard(ready)
             try:
                 self._handle(ready)
@@ -73,7 +74,7 @@ class Events:
                 self._handle(ready)
                 deadline = time.monotonic() + timeout_s
             elif time.monotonic() >= deadline or not self._handlers:
-                raise TimeoutError(f"nothing came for {timeout_s:g} s: {who()}")
+                raise TimeoutError(f"nothing came for {timeout_s:g} s (cluster.timeout_s): {who()}")
 
     def _handle(self, ref: Any) -> None:
         import ray

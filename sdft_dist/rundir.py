@@ -106,7 +106,7 @@ class RunDir:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return None
-        except OSError:
+        except BlockingIOError:
             return (self.path / "lock").read_text().strip() or "another process"
         return None
 
@@ -234,11 +234,14 @@ class RunDir:
         lock = (self.path / "lock").open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip()
             lock.close()
             raise UserError(f"run_dir: {self.path} is being written to by {owner or 'another process'}") from None
+        except OSError as e:
+            lock.close()
+            raise UserError(f"run_dir: {self.path}: its file system has no locks ({e.strerror}): use another") from e
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -251,7 +254,7 @@ def refuse_other_settings(config: Config, ignore: Collection[str] = ()) -> None:
     if not path.is_file():
         return
     before, now = load_config(path).model_dump(), config.model_dump()
-    differing = [name for name in now if name not in ignore and before[name] != now[name]]
+    differing = [name for name in now if name not in ("run_dir", *ignore) and before[name] != now[name]]
     if differing:
         raise UserError(f"{path.parent}: was run with another {', '.join(differing)}: give another `out`, or remove it")
 

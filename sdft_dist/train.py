@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +44,7 @@ def run(
     Raises UserError before anything starts where configuration, data or model folder are wrong; Preempted when it is
     asked to stop, with the state saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
     """
+    config = config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute())})  # for ranks elsewhere
     try:
         with asked_to_stop(stop) as asked:
             prepared = prepare(config, on_evaluation, title, console)
@@ -131,6 +133,7 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             stop=between.told,
             wait_for_nodes=wait_for_nodes,
         ) as fleet:
+            fleet.learner.must_see(rundir.path / "config.yaml")
             after_step = partial(between.after_step, fleet)
             try:
                 train(config, problems, fleet.rollouts, fleet, fleet, log, after_step=after_step, start=start.step)

@@ -10,6 +10,7 @@ Messages are uint8 [n]. All ends send and receive the same ones in the same orde
 from __future__ import annotations
 
 import json
+import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -55,7 +56,11 @@ class Gloo:
     device = torch.device("cpu")
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        self.group: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timeout
+        # Left to itself it takes what this host's name resolves to, which is often 127.0.1.1.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(store))]
+        self.group: Any = dist.ProcessGroupGloo(store, rank, size, options)
 
     def send(self, message: torch.Tensor) -> None:
         self.group.broadcast(message, 0).wait()
@@ -133,6 +138,14 @@ class Ipc:
 
     def close(self) -> None:
         self._gloo.close()
+
+
+def _own_address(store: Any) -> str:
+    """Of this machine on the way to the store."""
+    family, kind, protocol, _, place = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as way:
+        way.connect(place)  # sends nothing
+        return str(way.getsockname()[0])
 
 
 def _as_message(fields: list[Any]) -> torch.Tensor:

@@ -36,7 +36,7 @@ class VersionSpan(NamedTuple):
 class Piece(NamedTuple):
     """One record among those that share an object of Ray's store: small records travel together."""
 
-    ref: Any  # ObjectRef of a list of records
+    ref: Any  # ObjectRef of a list of records; in an actor's answer the number of that list, see pieces.py
     row: int
 
 

@@ -98,5 +98,7 @@ def test_a_head_that_does_not_answer_is_named():
         with pytest.raises(UserError, match=f"cluster.address: nobody answers at 127.0.0.1:{port}"):
             _reach(f"127.0.0.1:{port}")
         there.listen()
-        _reach(f"ray://127.0.0.1:{port}")
+        _reach(f"127.0.0.1:{port}")
         _reach("auto")
+        with pytest.raises(UserError, match=r"got ray://.*: give the head's HOST:PORT"):
+            _reach(f"ray://127.0.0.1:{port}")

@@ -65,3 +65,19 @@ def test_a_start_may_take_longer_than_work():
     one.lose(0, RayActorError())
     one.replace_lost()
     assert allowed == {"teachers start": 60.0, "teachers start anew": 60.0, "teachers forget": 1.0}
+
+
+def test_work_goes_out_in_calls_of_a_limited_size_and_comes_back_in_order(monkeypatch):
+    """A call whose answer takes longer than a hang may would be taken for one."""
+    monkeypatch.setattr("actors.pool.CALL", 3)
+    one, sizes = pool(2), []
+
+    def complete(prompts, max_tokens, seeds):
+        sizes.append(len(prompts))
+        return [10 * prompt for prompt in prompts]
+
+    for actor in one.actors:
+        actor.complete = SimpleNamespace(remote=complete)
+    assert one.complete(list(range(11)), 4) == [10 * i for i in range(11)]
+    assert sizes == [3, 3, 3, 2]
+    assert one.complete([5], 4) == [50]

@@ -4,9 +4,10 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import ObjectLostError
 
 from actors.stream import Stream
-from sdft_dist.types import Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan
+from sdft_dist.types import Piece, Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan
 
 NOTHING = Span("work", 0.0, 0.0)
 
@@ -44,11 +45,18 @@ class FakeActor:
 
     def __init__(self, name, work):
         self.calls = []
-        setattr(self, name, SimpleNamespace(remote=lambda *args: self._call(work, *args)))
+        setattr(self, name, method(lambda *args: self._call(work, *args)))
 
     def _call(self, work, *args):
         self.calls.append(args)
         return self, lambda: work(*args)
+
+
+def method(remote):
+    """As Ray's handle on a method, which gives a reference to each of `num_returns` values."""
+    return SimpleNamespace(options=lambda num_returns: SimpleNamespace(
+        remote=lambda *args: [remote(*args), *(f"list {i} of {args}" for i in range(num_returns - 1))]
+    ), remote=remote)  # fmt: skip
 
 
 def generator(per_call=None):
@@ -61,7 +69,7 @@ def generator(per_call=None):
         samples = [
             SampleRef(
                 key=key, num_prompt_tokens=5, num_completion_tokens=10, finish_reason="stop",
-                policy_versions=(VersionSpan(0, 0, 10),), sample=None,
+                policy_versions=(VersionSpan(0, 0, 10),), sample=Piece(0, 0),
             )
             for key in done
         ]  # fmt: skip
@@ -71,11 +79,14 @@ def generator(per_call=None):
 
 
 def teacher(version=lambda: 0):
-    def score(samples):
+    def score(samples, lists):
         items = [
-            TrainItem(key=s.key, num_prompt_tokens=5, num_completion_tokens=10, teacher_version=version())
-            for s in samples
-        ]
+            TrainItem(
+                key=s.key, num_prompt_tokens=5, num_completion_tokens=10, teacher_version=version(),
+                targets=Piece(i * lists // len(samples), 0),
+            )
+            for i, s in enumerate(samples)
+        ]  # fmt: skip
         return Scored(items=items, span=NOTHING)
 
     return FakeActor("score", score)
@@ -114,7 +125,7 @@ def dying(actor, name, after):
         calls.append(args)
         return (actor, lambda: (_ for _ in ()).throw(RuntimeError("killed"))) if len(calls) > after else work(*args)
 
-    setattr(actor, name, SimpleNamespace(remote=die_or_work))
+    setattr(actor, name, method(die_or_work))
     return actor
 
 
@@ -141,7 +152,7 @@ def test_every_sample_arrives_once_and_in_order(slice_s, newest_first):
         path.submit(keys(step))
     for step in range(3):
         assert [item.key for item in path.take(keys(step))] == keys(step)
-    scored = [sample.key for t in teachers for (samples,) in t.calls for sample in samples]
+    scored = [sample.key for t in teachers for samples, _ in t.calls for sample in samples]
     assert len(scored) == len(set(scored)) == 12
 
 
@@ -161,7 +172,7 @@ def test_without_slices_batches_depend_on_the_keys_only():
         path = stream([generator(), generator()], teachers, FakeEvents(newest_first=newest_first), slice_s=None)
         path.submit(keys(0, problems=8))
         path.take(keys(0, problems=8))
-        return [sorted(tuple(s.key for s in samples) for (samples,) in t.calls) for t in teachers]
+        return [sorted(tuple(s.key for s in samples) for samples, _ in t.calls) for t in teachers]
 
     assert batches(False) == batches(True)
 
@@ -176,7 +187,7 @@ def test_later_steps_wait_while_too_many_bytes_are_held_and_the_due_step_never_d
     path.take(keys(0))
     while events.pending:
         events.run(events.pending[0])
-    scored = {s.key for (samples,) in one.calls for s in samples}
+    scored = {s.key for samples, _ in one.calls for s in samples}
     assert len(scored) == 4 + 5, "the due step, and what fits beside it once that is taken"
     assert len(path.take(keys(1))) == 4
     assert len(path.take(keys(2))) == 4
@@ -190,9 +201,9 @@ def test_calls_to_a_teacher_are_bounded_in_tokens_and_sorted_by_prompt():
     path = stream([generator()], [one], max_call_tokens=30)  # two samples of 15 tokens
     path.submit(keys(0, problems=6))
     path.take(keys(0, problems=6))
-    sizes = [len(samples) for (samples,) in one.calls]
+    sizes = [len(samples) for samples, _ in one.calls]
     assert max(sizes) <= 2
-    order = [s.key.problem for (samples,) in one.calls for s in samples]
+    order = [s.key.problem for samples, _ in one.calls for s in samples]
     assert order == sorted(order)
 
 
@@ -226,7 +237,7 @@ def test_samples_of_a_lost_generator_are_sampled_again_and_none_arrives_twice(sl
         path.submit(keys(step))
     for step in range(3):
         assert [item.key for item in path.take(keys(step))] == keys(step)
-    scored = [sample.key for (samples,) in one.calls for sample in samples]
+    scored = [sample.key for samples, _ in one.calls for sample in samples]
     assert sorted(scored) == sorted(key for step in range(3) for key in keys(step))
 
 
@@ -236,6 +247,24 @@ def test_a_lost_teachers_samples_are_scored_again():
     path.submit(keys(0, problems=6))
     assert [item.key for item in path.take(keys(0, problems=6))] == keys(0, problems=6)
     assert path._held == 0
+
+
+@pytest.mark.fault("samples gone with their node", "a teacher cannot fetch them", "sampled again; the teacher goes on")
+def test_samples_that_a_teacher_cannot_fetch_are_sampled_again():
+    one, first = teacher(), iter([True])
+    score = one.score.remote
+
+    def score_or_miss(*args):
+        error = RuntimeError("the owner has died")
+        error.cause = ObjectLostError("ab" * 14, "", "")
+        return (one, lambda: (_ for _ in ()).throw(error)) if next(first, False) else score(*args)
+
+    one.score = method(score_or_miss)
+    path = stream([generator()], [one])
+    path.submit(keys(0))
+    assert [item.key for item in path.take(keys(0))] == keys(0)
+    assert path._held == 0
+    assert not path.pools[1].lost
 
 
 @pytest.mark.fault("sample delivered twice", "late answer of a replaced teacher", "taken once")
@@ -277,7 +306,7 @@ def test_what_is_known_to_be_lost_before_its_calls_fail_is_sampled_again():
 def test_an_engine_that_hangs_is_ended_and_its_samples_are_done_by_another():
     """Its calls are never answered: after the deadline it is killed, and mended like a dead one."""
     events, hanging = FakeEvents(), generator()
-    hanging.rollout = SimpleNamespace(remote=lambda *args: (hanging, None))
+    hanging.rollout = method(lambda *args: (hanging, None))
     on = events.on
     events.on = lambda call, *handlers: None if call[1] is None else on(call, *handlers)
     path = mending(stream([hanging], [teacher()], events), generator=generator)

@@ -6,7 +6,6 @@ import ray
 from harness import EVENTS, ReusableGenerator, config_for, cpu_options, demonstration_items, rollouts
 
 from actors.pool import Pool
-from sdft_dist.pieces import fetch
 from sdft_dist.types import SampleKey
 
 
@@ -49,16 +48,16 @@ def test_a_push_of_the_same_weights_changes_no_token_and_is_on_record(served, ra
     group.push(generators, 1, 1)
     (actor,) = generators.actors
     keys = [SampleKey(0, i, copy) for i in range(len(problems)) for copy in range(4)]
-    whole = {s.key: s for s in fetch([r.sample for r in ray.get(actor.rollout.remote(keys, None)).samples])}
+    whole = {s.key: s for s in ray.get(actor.rollout.remote(keys, None))[1]}
 
-    refs = ray.get(actor.rollout.remote(keys, 0.0)).samples
+    samples = ray.get(actor.rollout.remote(keys, 0.0))[1]
     version = 1
-    while len(refs) < len(keys):
+    while len(samples) < len(keys):
         version += 1
         group.push(generators, version, version)
-        refs += ray.get(actor.rollout.remote([], 0.0)).samples
+        samples += ray.get(actor.rollout.remote([], 0.0))[1]
     group.stop()
-    cut = {s.key: s for s in fetch([r.sample for r in refs])}
+    cut = {s.key: s for s in samples}
     assert cut.keys() == whole.keys()
     for key, sample in cut.items():
         assert sample.completion_ids.tolist() == whole[key].completion_ids.tolist()
@@ -78,15 +77,15 @@ def test_a_step_begun_before_the_push_is_the_old_weights(served, ahead, ranks, p
     (actor,) = ahead.actors
     ray.get(actor.configure.remote(config))
     keys = [SampleKey(0, i, copy) for i in range(len(problems)) for copy in range(4)]
-    old = {s.key: s for s in fetch([r.sample for r in ray.get(actor.rollout.remote(keys, None)).samples])}
-    refs = [r for part in range(4) for r in ray.get(actor.rollout.remote(keys if part == 0 else [], 0.0)).samples]
+    old = {s.key: s for s in ray.get(actor.rollout.remote(keys, None))[1]}
+    samples = [s for part in range(4) for s in ray.get(actor.rollout.remote(keys if part == 0 else [], 0.0))[1]]
     assert ray.get(actor.ahead.remote())
     group.update(0, 3, demonstration_items(problems))
     group.push(ahead, 1, 1, wait=True)
     assert not ray.get(actor.ahead.remote())
-    refs += ray.get(actor.rollout.remote([], None)).samples
+    samples += ray.get(actor.rollout.remote([], None))[1]
     group.stop()
-    both = [s for s in fetch([r.sample for r in refs]) if len(s.policy_versions) == 2]
+    both = [s for s in samples if len(s.policy_versions) == 2]
     assert both
     for sample in both:
         before, after = sample.policy_versions

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from actors.pool import Pool
 from actors.rollout import Generator
-from sdft_dist.pieces import fetch
 from sdft_dist.problems import ProblemSet
 from sdft_dist.types import Problem, SampleKey
 
@@ -39,14 +38,14 @@ def sampled(ray_cluster, ranks, tmp_path_factory):
     group.open_push(pool)
     group.push(pool, 0, 0, wait=True)
     group.stop()
-    refs = ray.get(actor.rollout.remote([SampleKey(0, 0, copy) for copy in range(COPIES)], 0.0)).samples
+    samples = ray.get(actor.rollout.remote([SampleKey(0, 0, copy) for copy in range(COPIES)], 0.0))[1]
     steps = 1
-    while not refs:
-        refs += ray.get(actor.rollout.remote([], 0.0)).samples
+    while not samples:
+        samples += ray.get(actor.rollout.remote([], 0.0))[1]
         steps += 1
-    refs += ray.get(actor.rollout.remote([], None)).samples
+    samples += ray.get(actor.rollout.remote([], None))[1]
     ray.kill(actor)
-    return model, prompt, fetch([r.sample for r in refs]), steps
+    return model, prompt, samples, steps
 
 
 def logprobs_after(model, prompt, continuations):

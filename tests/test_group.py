@@ -1,0 +1,68 @@
+"""The driver's handle on the ranks, with fakes of them and of the engines."""
+
+from types import SimpleNamespace
+
+import pytest
+from helpers import config_of
+from ray.exceptions import RayActorError
+
+from learner import group
+from learner.group import LearnerGroup
+from sdft_dist.errors import UserError
+from sdft_dist.types import ShardFile, WeightManifest
+
+
+class Events:
+    """Calls answer at once; notes how long each was given."""
+
+    def __init__(self):
+        self.allowed = {}
+
+    def wait_all(self, refs, *, timeout_s, what):
+        self.allowed[what] = timeout_s
+        for ref in refs:
+            if isinstance(ref, Exception):
+                raise ref
+        return refs
+
+    def on(self, ref, handler, failed):
+        pass
+
+
+def actor(**answers):
+    return SimpleNamespace(
+        **{name: SimpleNamespace(remote=lambda *args, found=found: found) for name, found in answers.items()}
+    )
+
+
+def made(*ranks):
+    return LearnerGroup(config_of(cluster={"timeout_s": 10}), ranks, Events(), lambda *_: None)
+
+
+def test_ranks_that_do_not_see_the_run_directory_are_named(tmp_path):
+    made(actor(sees=True)).must_see(tmp_path / "run" / "config.yaml")
+    with pytest.raises(UserError, match=r"run_dir: .*run is not there for learner ranks 1, 2: give a folder on a file"):
+        made(actor(sees=True), actor(sees=False), actor(sees=False)).must_see(tmp_path / "run" / "config.yaml")
+
+
+def test_a_checkpoint_may_take_as_long_as_a_slow_disk_needs():
+    one = made(actor(state_bytes=100 * group.SLOW_DISK, finish_saving=ShardFile(name="a", bytes=1, sha256="")))
+    one.state_bytes()
+    assert one.finish_saving(wait=True)
+    assert one._events.allowed["learner finish_saving"] == 100
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_nothing_is_broadcast_between_gpus_where_a_receiver_is_gone(gone):
+    """NCCL would wait for it for ever."""
+    empty = WeightManifest(version=0, buckets=())
+    pushed, failed = [], []
+    rank = actor(manifest=empty)
+    rank.push = SimpleNamespace(remote=lambda *args: pushed.append(args) or SimpleNamespace())
+    receivers = SimpleNamespace(
+        role="generators", transport="nccl", workers=1, receive=lambda manifest: [None, None],
+        actors=[actor(__ray_ready__=True), actor(__ray_ready__=RayActorError() if gone else True)],
+        push_failed=lambda index, actor, error: failed.append(index),
+    )  # fmt: skip
+    made(rank).push(receivers, 1, 1)
+    assert (len(pushed), failed) == ((0, [1]) if gone else (1, []))
