@@ -28,6 +28,7 @@ from sdft_dist.errors import UserError
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import Inputs, read_inputs
 from sdft_dist.loop import batch_keys, train
+from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.topology import needs, num_gpus, sizes
@@ -175,6 +176,7 @@ def new_folder(out: Path) -> None:
 def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
     """One of our methods on the recipe's rows; one without a teacher keeps no average. With `fixed` all completions
     have `rollout.max_completion_tokens`, and the demonstrations that are imitated too."""
+    check_device(config)
     inputs = read_inputs(config)
     if fixed:
         problems = _imitating(inputs.problems, config.rollout.max_completion_tokens)

@@ -65,8 +65,9 @@ def demo(
     console, out = Console(), out or unused_folder()
     refuse_used(out)
     base = out / "base" if rebuild_base else shipped_base()
+    fields = [*_sharing(), *overrides]
     configs = [
-        (seed, method, lab_config(out, base, seed, method, steps, overrides))
+        (seed, method, lab_config(out, base, seed, method, steps, fields))
         for seed in range(num_seeds)
         for method in METHODS
     ]
@@ -103,6 +104,13 @@ def demo(
         highlight=False,
     )
     return outcomes
+
+
+def _sharing() -> list[str]:
+    """Where there are fewer GPUs than roles, all share one."""
+    import torch
+
+    return ["cluster.colocate=all"] if 0 < torch.cuda.device_count() < 3 else []
 
 
 def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None, more: Sequence[str]) -> Config:

@@ -23,7 +23,7 @@ def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights
     step, digest = manifest["step"], manifest["fingerprint"]["data (token ids)"]
     base = config.model.path
     head = ["library_name: transformers", "tags: [sdft]"]
-    if not Path(base).is_absolute() and not base.startswith("."):
+    if not base.startswith((".", "/")) and not Path(base).exists():  # a hub id
         head.insert(0, f"base_model: {base}")
     which = "its moving average" if weights == "ema" else "the student"
     return "\n".join(

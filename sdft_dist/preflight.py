@@ -23,6 +23,7 @@ from sdft_dist.data import Row
 from sdft_dist.evaluate import EvalSet, Scorer, check_answers, evaluate, load_eval_sets, load_scorer
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import read_inputs
+from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
 
 
@@ -99,6 +100,7 @@ def verdict(likelihood: Comparison, accuracy: Comparison | None) -> str:
 def preflight(config: Config, num_rows: int = 64) -> Preflight:
     """Run all checks on the first `num_rows` rows. Raises UserError as a run would."""
     config = parse_config({**config.model_dump(), "method": "sdft"})
+    check_device(config)
     inputs = read_inputs(config)
     left_out = {line.split(": ")[0] for line in inputs.dropped}
     kept = [row for row in inputs.rows if row.where not in left_out][:num_rows]

@@ -35,16 +35,7 @@ def prepare(
     config: Config, on_evaluation: Callable[[dict[str, Any]], None], title: str | None, console: Console | None
 ) -> Prepared:
     """Read and check all that the run needs. Raises UserError where configuration, data or model folder are wrong."""
-    device = resolve_device(config)
-    if device == "cpu" and config.model.dtype == "bfloat16":
-        raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
-    if device == "cpu" and config.model.attention in ("varlen", "flash_attention_2"):
-        raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
-    if device == "cpu" and config.cluster.sleep:
-        raise ConfigError("cluster.sleep: there is no GPU's memory to give up; set it to false")
-    if config.loss.kernel == "liger" and find_spec("liger_kernel") is None:
-        raise ConfigError("loss.kernel: liger needs the package: pip install liger-kernel; or use auto")
-    push_transport(config, device)  # raises where there is no such way
+    check_device(config)
     inputs = read_inputs(config)
     return Prepared(
         config=config,
@@ -56,3 +47,17 @@ def prepare(
         title=title or config.method,
         console=console,
     )
+
+
+def check_device(config: Config) -> None:
+    """Raises ConfigError where the device cannot do what the configuration asks for, or a package is missing."""
+    device = resolve_device(config)
+    if device == "cpu" and config.model.dtype == "bfloat16":
+        raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
+    if device == "cpu" and config.model.attention in ("varlen", "flash_attention_2"):
+        raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
+    if device == "cpu" and config.cluster.sleep:
+        raise ConfigError("cluster.sleep: there is no GPU's memory to give up; set it to false")
+    if config.loss.kernel == "liger" and find_spec("liger_kernel") is None:
+        raise ConfigError("loss.kernel: liger needs the package: pip install liger-kernel; or use auto")
+    push_transport(config, device)  # raises where there is no such way

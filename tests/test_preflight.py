@@ -60,6 +60,8 @@ def test_what_a_run_would_refuse_is_refused_before_engines_start(tmp_path, monke
     ]:
         with pytest.raises(UserError, match=message):
             preflight.preflight(config_of(**sections, eval=evaluation))
+    with pytest.raises(UserError, match="bfloat16 needs a GPU"):
+        preflight.preflight(config_of(**sections | {"model": {**sections["model"], "dtype": "bfloat16"}}))
 
 
 def test_a_demonstration_is_compared_as_far_as_the_context_holds_it():

@@ -12,8 +12,7 @@ from learner.checkpoint import Shards
 from learner.model import Student, load_causal_lm
 from learner.worker import LearnerRank, objective
 from sdft_dist.logits import LogitTransform
-from sdft_dist.pieces import put
-from sdft_dist.types import Sample, SampleKey, TeacherTargets, TrainItem
+from sdft_dist.types import Piece, Sample, SampleKey, TeacherTargets, TrainItem
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +73,17 @@ def scored_items(problems):
                 key=key, teacher_version=0, dtype="float32", ids=ids[:, None], logprobs=logprobs[:, None], tail=tail
             )
         )
+    of_samples, of_targets = ray.put(samples), ray.put(targets)
     return [
         TrainItem(
             key=s.key,
             num_prompt_tokens=len(problems[i].prompt_ids),
             num_completion_tokens=len(s.completion_ids),
             teacher_version=0,
-            sample=sample,
-            targets=target,
+            sample=Piece(of_samples, i),
+            targets=Piece(of_targets, i),
         )
-        for i, (s, sample, target) in enumerate(zip(samples, put(samples), put(targets), strict=True))
+        for i, s in enumerate(samples)
     ]
 
 
