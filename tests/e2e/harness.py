@@ -120,6 +120,10 @@ class ReusableRank(LearnerRank):
 class ReusableTeacher(Teacher):
     """A teacher that also reads sequences of the test's own."""
 
+    def pid(self) -> int:
+        """Of the actor's process."""
+        return os.getpid()
+
     def read(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         return self.engine.states(sequences, starts, [""] * len(sequences))
 
@@ -258,6 +262,7 @@ def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] =
 
 def save(group: LearnerGroup, folder: Path) -> None:
     """Write a checkpoint's shards and wait for them."""
+    folder.mkdir(parents=True, exist_ok=True)
     group.start_saving(folder)
     group.finish_saving(wait=True)
 

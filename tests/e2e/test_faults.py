@@ -44,6 +44,7 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
         "training is done",
     ):
         assert expected in log
+    assert log.count("starting anew") == 1, "for the learner; what engines had made outlived them"
     assert nothing_left(mark)
 
 
@@ -159,7 +160,9 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path, record
     assert [m["step"] for m in records] == list(range(1, STEPS + 1))
     assert {(m["samples"], m["dropped"]) for m in records} == {(8, 0)}
     assert max(m["staleness_max"] for m in records) <= 2
-    assert (run / "run.log").read_text().count("generators serve version") >= 2
+    log = (run / "run.log").read_text()
+    assert log.count("generators serve version") >= 2
+    assert "starting anew" not in log, "what they had made outlived them"
     assert nothing_left(mark)
 
 

@@ -12,6 +12,7 @@ from chaos import wait_until
 from harness import config_for, demonstration_items, engine_pools, exported
 from helpers import tiny_model
 from processes import lab_config
+from ray.exceptions import RayActorError
 from test_push import greedy
 
 from sdft_dist.runlog import read_metrics
@@ -64,6 +65,10 @@ def test_a_whole_run_with_them(ray_cluster, tmp_path):
     assert max(record["logprob_difference_max"] for record in records) < 1e-4, "generator and learner agree"
 
 
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def children(pid):
     """Pids below a process, by Linux's /proc."""
     found = []
@@ -76,6 +81,18 @@ def children(pid):
             if parent == pid:
                 found += [int(folder.name), *children(int(folder.name))]
     return found
+
+
+@pytest.mark.fault("half of an engine killed", "SIGKILL to a worker of vLLM's", "its actor ends, and is replaced")
+def test_an_engine_that_loses_a_half_ends(spanning, problems):
+    """It would raise errors of vLLM's for ever, and no actor would be known to be lost."""
+    _, _, teachers = spanning
+    workers = [pid for pid in children(ray.get(teachers.actors[0].pid.remote())) if b"Worker" in command(pid)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    sequences = [p.teacher_prompt_ids for p in problems]
+    with pytest.raises(RayActorError):
+        ray.get(teachers.actors[0].read.remote(sequences, [1] * len(sequences)), timeout=60)
 
 
 def test_a_killed_engine_takes_its_processes_along(spanning):
