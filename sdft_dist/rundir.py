@@ -25,6 +25,9 @@ from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import refuse_changes
 from sdft_dist.jsonl import read_jsonl
 
+# What a start leaves that failed before any step, besides metrics.jsonl without a line.
+LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events"}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -221,11 +224,20 @@ class RunDir:
         return Start(int(commits.read_manifest(folder)["step"]), folder)
 
     def _refuse_used(self) -> None:
+        """Raises UserError where something is in the folder but what a start leaves that failed before any step."""
         if not self.path.exists():
             return
-        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"lock", "config.yaml.new"}:
+        if not self.path.is_dir():
+            raise UserError(f"run_dir: {self.path} is a file, expected a folder")
+        if owner := self.owner():
+            raise UserError(f"run_dir: {self.path} is being written to by {owner}")
+        names = {p.name for p in self.path.iterdir() if p.name != "metrics.jsonl" or p.stat().st_size}
+        is_run, steps = {"lock", "config.yaml"} <= names, self.commits.steps()
+        if names <= {"lock", "config.yaml.new"} or (is_run and names <= LEFT_BY_A_START):
             return
-        steps = self.commits.steps()
+        if not is_run and not steps:
+            first = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise UserError(f"run_dir: {self.path} holds files that are not a run's ({first}): give another run_dir=…")
         ways = f"go on from step {steps[-1]} with --resume auto, " if steps else "remove it, as it has no checkpoint, "
         raise UserError(f"run_dir: {self.path} is already in use: {ways}or give another run_dir=…")
 

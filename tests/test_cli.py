@@ -90,7 +90,7 @@ def no_template(tmp_path, model):
         ("model.path={plain}", "has no chat template: give one with prompt.chat_template=FILE"),
         ("model.path={tmp}/nowhere", "nowhere: no such folder"),
         ("learner.zero_stag=1", "learner.zero_stag: no such field; did you mean learner.zero_stage?"),
-        ("run_dir={tmp}/used", "used is already in use"),
+        ("run_dir={tmp}/used", "used holds files that are not a run's (precious.txt): give another run_dir=…"),
         ("eval.scorer=nothing:here", "eval.scorer: 'nothing:here' is not a function"),
         ("model.dtype=bfloat16", "cluster.device=cpu"),
     ],
@@ -193,7 +193,7 @@ def test_a_scorer_may_be_a_module_in_the_current_folder(recipe, tmp_path, monkey
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
     fields = ["eval.scorer=own_scorer:right", "cluster.device=cpu", f"run_dir={tmp_path / 'used'}"]
     assert main(["train", str(recipe), *fields]) == 2
-    assert "used is already in use" in capsys.readouterr().err, "what is looked at after the scorer"
+    assert "used holds files that are not a run's" in capsys.readouterr().err, "what is looked at after the scorer"
 
 
 def test_a_recipe_that_is_not_there(capsys):

@@ -57,8 +57,37 @@ def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
 
 def test_resume_auto_does_not_take_a_folder_that_is_no_runs(tmp_path):
     (tmp_path / "thesis.tex").write_text("words")
-    with pytest.raises(UserError, match="already in use: remove it, as it has no checkpoint, or give another"):
+    with pytest.raises(UserError, match=r"holds files that are not a run's \(thesis.tex\): give another run_dir=…"):
         claim(config_in(tmp_path), "auto")
+    for name in "abc":
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds files that are not a run's \(a, b, c, …\): give"):
+        claim(config_in(tmp_path))
+    with pytest.raises(UserError, match="a is a file, expected a folder"):
+        claim(config_in(tmp_path / "a"))
+
+
+def test_a_start_that_failed_before_any_step_does_not_use_its_folder(tmp_path):
+    config = config_in(tmp_path / "run")
+    run, _ = claim(config)
+    run.new_attempt(config)
+    run.say("ended: UserError: too few GPUs")
+    (run.path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="is being written to by process"):
+        claim(config)
+    run.release()
+    run, start = claim(config)
+    assert start == Start()
+    (run.path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    run.release()
+    with pytest.raises(UserError, match="already in use: remove it, as it has no checkpoint, or give another"):
+        claim(config)
+
+
+def test_a_folder_with_a_recipe_of_the_users_own_is_not_taken(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {path: m}  # mine\n")
+    with pytest.raises(UserError, match=r"not a run's \(config.yaml\)"):
+        claim(config_in(tmp_path))
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
