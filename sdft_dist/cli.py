@@ -1,8 +1,4 @@
-"""The `sdft` command. Heavy imports happen after parsing, so that --help is instant.
-
-Exit codes: 0 done, 2 configuration or data error, 3 asked to stop and saved, 4 machines or disks failed,
-5 diverged, 130 interrupted.
-"""
+"""The `sdft` command. Heavy imports happen after parsing, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -16,11 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft_dist import __version__
+from sdft_dist.lab.base import BaseSettings
+from sdft_dist.lab.world import DOMAINS, TAUGHT
+from sdft_dist.synthetic import SHAPES
 
 if TYPE_CHECKING:
     from sdft_dist.config import Config
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a bench worse than its --baseline, a damaged checkpoint, or a fault of this program; "
+    "2 configuration or data error; 3 asked to stop and saved; 4 machines or disks failed; 5 diverged; 130 interrupted."
+)
+LENGTHS = "300/400/400"
+A_LENGTH = "prompt/demonstration/completion, tokens (default: %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +80,9 @@ def _fail(error: BaseException, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sdft", description="Self-Distillation Fine-Tuning (arXiv 2601.19897) on a Ray cluster."
+        prog="sdft",
+        description="Self-Distillation Fine-Tuning (arXiv 2601.19897) on a Ray cluster.",
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"sdft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -86,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=what)
+
+
 def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="YAML file; see deploy/recipes/")
     what = "fields to override, or further YAML files whose fields replace the recipe's"
@@ -94,8 +106,12 @@ def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _add_training(commands: Commands) -> None:
+    dry_run = (
+        "print the resolved settings and what they ask of Ray; settings only: rows, model and scorer are read when a "
+        "run or preflight starts"
+    )
     for name, what in (("train", "train as a recipe says"), ("sft", "train on the same rows with plain SFT")):
-        sub = _with_recipe(commands.add_parser(name, help=what, description=what))
+        sub = _with_recipe(_command(commands, name, what))
         sub.add_argument(
             "--resume",
             metavar="FROM",
@@ -103,24 +119,23 @@ def _add_training(commands: Commands) -> None:
             "another run's folder or checkpoint",
         )
         sub.add_argument("--allow-changes", action="store_true", help="resume although settings or data have changed")
-        sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and what they ask of Ray")
+        sub.add_argument("--dry-run", action="store_true", help=dry_run)
         sub.set_defaults(command=_train, method="sft" if name == "sft" else None)
 
 
 def _add_measuring(commands: Commands) -> None:
-    check = _with_recipe(commands.add_parser("preflight", help="check data and model before any training"))
+    check = _with_recipe(_command(commands, "preflight", "check data and model before any training"))
     check.add_argument("--rows", type=_positive, default=64, help="rows to measure on (default: %(default)s)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     check.set_defaults(command=_preflight)
 
-    bench = _with_recipe(commands.add_parser("bench", help="measure throughput: SDFT beside SFT, taking turns"))
+    bench = _with_recipe(_command(commands, "bench", "measure throughput: SDFT beside SFT, taking turns"))
     bench.add_argument("--out", type=_folder, required=True, help="new folder for bench.json, traces and timeline.png")
     bench.add_argument("--pairs", type=_positive, default=5, help="counted segments of each (default: %(default)s)")
     bench.add_argument("--segment", type=_positive, default=20, help="steps in a segment (default: %(default)s)")
-    bench.add_argument(
-        "--synthetic-model", metavar="SHAPE", help="lab, qwen3-0.6b, qwen3-4b or qwen3-8b, random weights"
-    )
-    bench.add_argument("--lengths", default="300/400/400", help="with it: prompt/demonstration/completion, tokens")
+    what = f"random weights in the place of model.path, and rows of random words: {', '.join(SHAPES)}"
+    bench.add_argument("--synthetic-model", metavar="SHAPE", choices=SHAPES, help=what)
+    bench.add_argument("--lengths", default=LENGTHS, help=f"with --synthetic-model: {A_LENGTH}")
     only = bench.add_mutually_exclusive_group()
     only.add_argument("--peer", choices=["trl", "sync"], help="also TRL's SDFTTrainer, or SDFT at max_staleness 0")
     for role in ("generator", "teacher", "learner"):
@@ -131,13 +146,13 @@ def _add_measuring(commands: Commands) -> None:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
 
-    page = commands.add_parser("report", help="one page about a run, or that compares several")
+    page = _command(commands, "report", "one page about a run, or that compares several")
     page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     page.add_argument("--out", type=_folder, required=True, help="new folder for index.html and its pictures")
     page.add_argument("--new", metavar="SET", help="the held-out set of what is taught (default: the first)")
     page.set_defaults(command=_report)
 
-    other = _with_recipe(commands.add_parser("harness", help="lm-evaluation-harness on the model of a recipe"))
+    other = _with_recipe(_command(commands, "harness", "lm-evaluation-harness on the model of a recipe"))
     other.add_argument("--tasks", default="paper", help="comma-separated; paper is the paper's six (default)")
     other.add_argument("--include", type=Path, metavar="DIR", help="folder with task files of your own")
     other.add_argument("--limit", type=_positive, help="only the first rows of each task")
@@ -146,11 +161,12 @@ def _add_measuring(commands: Commands) -> None:
     other.add_argument("--out", type=_folder, required=True, help="folder for results.json and every row")
     other.set_defaults(command=_harness)
 
-    sequence = commands.add_parser("continual", help="teach tasks one after another, with several methods")
+    sequence = _command(commands, "continual", "teach tasks one after another, with several methods")
     sequence.add_argument("plan", type=Path, help="YAML file; `sdft lab sequence` writes one")
     sequence.set_defaults(command=_continual)
 
-    sweep = commands.add_parser("sweep", help="whole runs over a space of settings, on Ray Tune")
+    sweep = _command(commands, "sweep", "whole runs over a space of settings, on Ray Tune")
+    sweep.usage = "%(prog)s [-h] [--dry-run] [status | report] SWEEP.yaml"
     sweep.add_argument(
         "words", nargs="+", metavar="[status | report] SWEEP.yaml", help="run what is missing of it, or look at it"
     )
@@ -158,71 +174,73 @@ def _add_measuring(commands: Commands) -> None:
     sweep.set_defaults(command=_sweep)
 
     what = "predict cost, memory and the split of GPUs, without starting anything"
-    plan = _with_recipe(commands.add_parser("plan", help=what))
+    plan = _with_recipe(_command(commands, "plan", what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
     plan.add_argument(
         "--gpus", nargs="+", default=[], metavar="N", help="the best split of N GPUs (default: the recipe's own)"
     )
-    plan.add_argument(
-        "--shape", help="instead of model.path: lab, qwen3-0.6b, -4b or -8b, qwen2.5-7b, llama-3.1-8b or olmo-3-7b"
-    )
-    plan.add_argument("--lengths", default="300/400/400", help="prompt/demonstration/completion, tokens")
+    what = f"instead of model.path: {', '.join(SHAPES)}"
+    plan.add_argument("--shape", metavar="SHAPE", choices=SHAPES, help=what)
+    plan.add_argument("--lengths", default=LENGTHS, help=A_LENGTH)
     plan.add_argument("--simulate", action="store_true", help="also run a discrete-event simulation of each split")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(command=_plan)
 
 
 def _add_lab(commands: Commands) -> None:
-    demo = commands.add_parser("demo", help="teach a small model a new word with SDFT and with SFT")
+    demo = _command(commands, "demo", "teach a small model a new word with SDFT and with SFT")
     demo.add_argument("--out", type=_folder, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
-    demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run")
+    demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run (default: the recipe's)")
     demo.add_argument("--rebuild-base", action="store_true", help="train the base anew instead of the shipped one")
     demo.add_argument(
         "overrides", nargs="*", default=[], metavar="section.field=value", help="fields of the lab's recipe"
     )
     demo.set_defaults(command=_demo)
 
-    lab = commands.add_parser("lab", help="the small world for trying things without pretrained weights")
+    lab = _command(commands, "lab", "the small world for trying things without pretrained weights")
     lab_commands = lab.add_subparsers(required=True, metavar="COMMAND")
-    build = lab_commands.add_parser("build", help="train the lab's base model (about 3 minutes on two cores)")
+    build = _command(lab_commands, "build", "train the lab's base model (about 3 minutes on two cores)")
     build.add_argument("--out", type=_folder, default=None, help="folder (default: a cache keyed by the settings)")
-    build.add_argument("--seed", type=int, default=0)
-    build.add_argument("--steps", type=_positive, default=None)
+    build.add_argument("--seed", type=int, default=BaseSettings.seed, help="of weights and rows (default: %(default)s)")
+    build.add_argument(
+        "--steps", type=_positive, default=BaseSettings.steps, help="optimizer steps (default: %(default)s)"
+    )
     build.set_defaults(command=_lab_build)
-    teach = lab_commands.add_parser("data", help="write the files that teach one new word")
-    teach.add_argument("--out", type=_folder, required=True)
-    teach.add_argument("--word", default="t35", help="t35, t36 or t37 (default: %(default)s)")
-    teach.add_argument("--domain", default="a", help="a, b or c (default: %(default)s)")
-    teach.add_argument("--seed", type=int, default=0)
+    teach = _command(lab_commands, "data", "write the files that teach one new word")
+    teach.add_argument("--out", type=_folder, required=True, help="new folder")
+    teach.add_argument("--word", choices=TAUGHT, default="t35", help="what is taught (default: %(default)s)")
+    teach.add_argument("--domain", choices=DOMAINS, default="a", help="whose symbols (default: %(default)s)")
+    teach.add_argument("--seed", type=int, default=0, help="of the rows to train on (default: %(default)s)")
     teach.set_defaults(command=_lab_data)
-    sequence = lab_commands.add_parser("sequence", help="write a plan for `sdft continual`: three words in sequence")
-    sequence.add_argument("--out", type=_folder, required=True)
+    sequence = _command(lab_commands, "sequence", "write a plan for `sdft continual`: three words in sequence")
+    sequence.add_argument("--out", type=_folder, required=True, help="new folder, or one with the same plan")
     sequence.add_argument("--sweep", action="store_true", help="the sweep that its settings were chosen by")
     sequence.set_defaults(command=_lab_sequence)
-    settings = lab_commands.add_parser("sweep", help="write a sweep for `sdft sweep`: one word, twelve settings")
-    settings.add_argument("--out", type=_folder, required=True)
+    settings = _command(lab_commands, "sweep", "write a sweep for `sdft sweep`: one word, twelve settings")
+    settings.add_argument("--out", type=_folder, required=True, help="new folder")
     settings.set_defaults(command=_lab_sweep)
 
 
 def _add_checkpoints(commands: Commands) -> None:
-    state = commands.add_parser("status", help="how far a run is")
+    state = _command(commands, "status", "how far a run is")
     state.add_argument("run", type=Path, help="run directory")
     state.add_argument("--json", action="store_true", help="print JSON instead of text")
     state.set_defaults(command=_status)
 
-    ckpt = commands.add_parser("ckpt", help="checkpoints of a run")
+    ckpt = _command(commands, "ckpt", "checkpoints of a run")
     ckpt_commands = ckpt.add_subparsers(required=True, metavar="COMMAND")
-    listing = ckpt_commands.add_parser("ls", help="list a run's checkpoints")
+    listing = _command(ckpt_commands, "ls", "list a run's checkpoints")
     listing.add_argument("run", type=Path, help="run directory")
     listing.set_defaults(command=_list_checkpoints)
-    verify = ckpt_commands.add_parser("verify", help="read and hash every file of a run's checkpoints")
+    verify = _command(ckpt_commands, "verify", "read and hash every file of a run's checkpoints")
     verify.add_argument("run", type=Path, help="run directory")
     verify.set_defaults(command=_verify_checkpoints)
-    export = ckpt_commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    export = _command(ckpt_commands, "export", "write a checkpoint as a Hugging Face folder")
     export.add_argument("run", type=Path, help="run directory")
     export.add_argument("--out", type=_folder, required=True, help="new folder")
-    export.add_argument("--weights", choices=("student", "ema"), default="student")
+    what = "what was trained, or its average (default: %(default)s)"
+    export.add_argument("--weights", choices=("student", "ema"), default="student", help=what)
     export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged)")
     export.add_argument("--step", type=int, default=None, help="default: the newest")
     export.set_defaults(command=_export)
@@ -404,16 +422,15 @@ def _plan(args: argparse.Namespace) -> None:
     from sdft_dist.dimensions import dimensions, read_dimensions
     from sdft_dist.errors import UserError
     from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, show
-    from sdft_dist.synthetic import SHAPES, parse_lengths
+    from sdft_dist.synthetic import parse_lengths
 
     # Overrides may follow the last of several numbers.
     config = load_config(args.recipe, [*args.overrides, *(word for word in args.gpus if _is_override(word))])
     numbers = [word for word in args.gpus if not _is_override(word)]
     if not all(word.isdecimal() and int(word) for word in numbers):
         raise UserError(f"--gpus: got {' '.join(numbers)}, expected positive numbers")
-    for name, value, valid in (("--gpu", args.gpu, GPUS), ("--shape", args.shape or "lab", SHAPES)):
-        if value not in valid:
-            raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
+    if args.gpu not in GPUS:
+        raise UserError(f"--gpu: got {args.gpu!r}, expected one of {', '.join(GPUS)}")
     model = dimensions(SHAPES[args.shape]) if args.shape else read_dimensions(config)
     prompt, demonstration, completion = parse_lengths(args.lengths)
     lengths = Lengths(prompt=prompt, demonstration=demonstration, completion=completion)
@@ -447,35 +464,35 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _lab_build(args: argparse.Namespace) -> None:
-    from sdft_dist.lab.base import BaseSettings, build_with_progress
+    from sdft_dist.lab.base import build_with_progress
 
-    settings = BaseSettings(seed=args.seed, **({"steps": args.steps} if args.steps else {}))
-    print(build_with_progress(settings, args.out))
+    print(build_with_progress(BaseSettings(seed=args.seed, steps=args.steps), args.out))
 
 
 def _lab_data(args: argparse.Namespace) -> None:
-    from sdft_dist.errors import UserError
-    from sdft_dist.lab import world
     from sdft_dist.lab.teaching import write_teaching_set
+    from sdft_dist.rundir import refuse_used
 
-    for name, value, valid in (("--word", args.word, list(world.TAUGHT)), ("--domain", args.domain, world.DOMAINS)):
-        if value not in valid:
-            raise UserError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
+    refuse_used(args.out)
     write_teaching_set(args.out, args.word, args.domain, args.seed)
     print(args.out)
 
 
 def _lab_sequence(args: argparse.Namespace) -> None:
     from sdft_dist.lab.base import SEQUENCE_BASE, build_with_progress
-    from sdft_dist.lab.teaching import write_sequence
+    from sdft_dist.lab.teaching import write_sequence, written_sequence
 
-    print(write_sequence(args.out, build_with_progress(SEQUENCE_BASE), "sweep" if args.sweep else "final"))
+    plan = "sweep" if args.sweep else "final"
+    there, base = written_sequence(args.out, plan), build_with_progress(SEQUENCE_BASE)
+    print(there or write_sequence(args.out, base, plan))
 
 
 def _lab_sweep(args: argparse.Namespace) -> None:
     from sdft_dist.lab.base import shipped_base
     from sdft_dist.lab.teaching import write_sweep
+    from sdft_dist.rundir import refuse_used
 
+    refuse_used(args.out)
     print(write_sweep(args.out, shipped_base()))
 
 

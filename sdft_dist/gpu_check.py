@@ -29,6 +29,7 @@ from rich.table import Table
 from sdft_dist.bench_roles import Load
 from sdft_dist.config import Config, load_config
 from sdft_dist.errors import UserError
+from sdft_dist.rundir import refuse_used
 from sdft_dist.synthetic import parse_lengths, synthetic
 
 RECIPE = Path(__file__).parent.parent / "deploy" / "recipes" / "paper.yaml"
@@ -69,7 +70,11 @@ def main() -> None:
     if args.only:
         print(json.dumps(checks[args.only]()))
         return
-    args.out.mkdir(parents=True)
+    try:
+        refuse_used(args.out)
+    except UserError as e:
+        sys.exit(f"gpu_check: error: {e}")
+    args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.within
     table = Table("check", "figure", "value", "seconds")
     for name in [name for name in checks if name not in args.skip]:

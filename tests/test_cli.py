@@ -159,6 +159,8 @@ def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, 
         (["train"], "the following arguments are required: recipe\n"),
         (["bench", "r.yaml", "--out", "new", "--pairs", "x"], "--pairs: got 'x', expected a whole number above 0"),
         (["bench", "r.yaml", "--out", "new", "--pairs", "0"], "--pairs: got '0', expected a whole number above 0"),
+        (["plan", "r.yaml", "--shape", "qwen3"], "argument --shape: invalid choice: 'qwen3' (choose from"),
+        (["lab", "data", "--out", "new", "--word", "t1"], "argument --word: invalid choice: 't1' (choose from"),
         *(
             ([*words, "--out", out], "argument --out: file is a file, expected a folder")
             for words in (
@@ -183,6 +185,71 @@ def test_a_base_is_not_built_into_a_used_folder(tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("kept")
     assert main(["lab", "build", "--out", str(tmp_path)]) == 2
     assert f"--out: {tmp_path} is not empty" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_base(monkeypatch):
+    """The shipped base in the place of the one that `sdft lab sequence` trains for minutes."""
+    from sdft_dist.lab import base
+
+    monkeypatch.setattr(base, "build_with_progress", lambda *_: base.shipped_base())
+
+
+@pytest.mark.parametrize("name", ["data", "sweep", "sequence"])
+def test_the_labs_files_do_not_overwrite_others(tmp_path, capsys, quick_base, name):
+    (tmp_path / "recipe.yaml").write_text("mine")
+    assert main(["lab", name, "--out", str(tmp_path)]) == 2
+    assert f"--out: {tmp_path} is already in use: give another, or remove it" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("recipe.yaml", "mine")]
+
+
+def test_the_same_plan_may_be_written_again_and_a_changed_one_stays(tmp_path, capsys, quick_base):
+    """As `make words` does when it goes on."""
+    out = tmp_path / "words"
+    for _ in range(2):
+        assert main(["lab", "sequence", "--out", str(out)]) == 0
+        assert capsys.readouterr().out == f"{out / 'plan.yaml'}\n"
+        (out / "runs").mkdir(exist_ok=True)
+    plan = out / "plan.yaml"
+    plan.write_text(plan.read_text().replace("[0, 1, 2]", "[3]"))
+    assert main(["lab", "sequence", "--out", str(out)]) == 2
+    assert "seeds: [3]" in plan.read_text()
+
+
+def parsers(parser, name="sdft"):
+    """Every command by its name, without those that only hold others."""
+    (commands,) = [a for a in parser._actions if hasattr(a, "choices") and hasattr(a, "add_parser")] or [None]
+    yield name, parser
+    for word, sub in commands.choices.items() if commands else ():
+        yield from parsers(sub, f"{name} {word}")
+
+
+def test_every_command_and_option_says_what_it_is():
+    from sdft_dist.cli import _parser
+
+    found = dict(parsers(_parser()))
+    assert len(found) > 20
+    for name, parser in found.items():
+        assert parser.description, name
+        for action in parser._actions:
+            assert action.help or hasattr(action, "add_parser"), (name, action.dest)
+            default = action.default not in (None, False, "==SUPPRESS==", []) and action.option_strings
+            assert not default or "default" in action.help, (name, action.dest)
+
+
+def test_help_tells_exit_codes_shapes_and_how_a_sweep_is_looked_at(capsys):
+    from sdft_dist.synthetic import SHAPES
+
+    def shown(*words):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "Exit codes: 0 done;" in shown()
+    assert "usage: sdft sweep [-h] [--dry-run] [status | report] SWEEP.yaml whole" in shown("sweep")
+    for command in ("bench", "plan"):
+        text = shown(command).replace("- ", "-")  # broken at a hyphen
+        assert ", ".join(SHAPES) in text
 
 
 def test_a_scorer_may_be_a_module_in_the_current_folder(recipe, tmp_path, monkeypatch, capsys):

@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
+from sdft_dist import gpu_check
 from sdft_dist.dimensions import dimensions
 from sdft_dist.gpu_check import (
     DECODE,
@@ -38,6 +40,14 @@ def test_every_role_is_measured_at_both_lengths(tmp_path):
         for name, figures in found.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(figures))
         assert sdft_over_sft(tmp_path, length) == 2.0
+
+
+def test_a_used_folder_is_refused_before_any_check(tmp_path, monkeypatch):
+    (tmp_path / "lab.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_check, "_in_a_process", lambda *_: pytest.fail("a check has begun"))
+    with pytest.raises(SystemExit, match=f"^gpu_check: error: --out: {tmp_path} is already in use: give another"):
+        gpu_check.main()
 
 
 def test_a_load_is_of_the_rows_of_its_length_all_different(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdft_dist.config import dump_config, load_config
 from sdft_dist.lab import world
+from sdft_dist.rundir import refuse_used
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 SWEEP = Path(__file__).parent / "sweep.yaml"
@@ -23,8 +24,22 @@ def write_sequence(folder: Path, base: Path, plan: str = "final") -> Path:
     files = {"model.path": base, "data.train": first / "train.jsonl", "eval.sets.new": first / "eval-new.jsonl"}
     recipe = load_config(RECIPE, [{name: str(path) for name, path in files.items()}])
     (folder / "recipe.yaml").write_text(dump_config(recipe))
-    (folder / "plan.yaml").write_text(PLANS[plan].read_text().replace("FOLDER", str(folder)))
+    (folder / "plan.yaml").write_text(_plan(folder, plan))  # last, as it says that all of it is there
     return folder / "plan.yaml"
+
+
+def written_sequence(folder: Path, plan: str = "final") -> Path | None:
+    """The path of the plan that `write_sequence` has written into `folder`, None where the folder is unused. Raises
+    UserError where it holds anything else, such as a plan that was changed."""
+    path = folder / "plan.yaml"
+    if path.is_file() and path.read_text() == _plan(folder, plan):
+        return path
+    refuse_used(folder)
+    return None
+
+
+def _plan(folder: Path, plan: str) -> str:
+    return PLANS[plan].read_text().replace("FOLDER", str(folder))
 
 
 def write_sweep(folder: Path, base: Path) -> Path:
