@@ -191,7 +191,7 @@ def _add_lab(commands: Commands) -> None:
     demo = _command(commands, "demo", "teach a small model a new word with SDFT and with SFT")
     demo.add_argument("--out", type=_folder, default=None, help="new folder (default: runs/demo, or runs/demo-2, …)")
     demo.add_argument("--seeds", type=_positive, default=1, help="repeat with this many seeds (default: 1)")
-    demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps of each run (default: the recipe's)")
+    demo.add_argument("--steps", type=_positive, default=None, help="of each run (default: the recipe's)")
     demo.add_argument("--rebuild-base", action="store_true", help="train the base anew instead of the shipped one")
     demo.add_argument(
         "overrides", nargs="*", default=[], metavar="section.field=value", help="fields of the lab's recipe"
@@ -355,7 +355,7 @@ def _harness(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise UserError("sdft harness: needs lm-evaluation-harness: pip install 'sdft-dist[eval]'")
+        raise UserError("sdft harness: needs lm-evaluation-harness; in the repository: pip install -e '.[eval]'")
     from rich.console import Console
 
     from sdft_dist.harness import harness, save, show

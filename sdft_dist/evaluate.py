@@ -19,6 +19,7 @@ from sdft_dist.judge import Case, Judge
 from sdft_dist.prompts import encode_prompts
 
 Scorer = Callable[[Sequence[Case]], list[bool]]
+OURS = ("sdft_dist.evaluate:exact_match", *(f"sdft_dist.scorers:{name}" for name in ("letter", "text", "tool_calls")))
 Z = 1.959964  # of the normal distribution, for 95%
 # Fields of an evaluation's record that are not the accuracy on a set.
 TAKEN = re.compile(r"kind|step|attempt|seconds|num_steps|judge_.*|.*_interval|.*_pass@.*")
@@ -62,17 +63,27 @@ def load_scorer(config: EvalConfig) -> Scorer:
     """What `eval.scorer` names, for many cases at once. Raises ConfigError."""
     if config.scorer == "judge":
         return Judge(config.judge)
-    module, _, name = config.scorer.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-        wants_prompt = len(inspect.signature(function).parameters) == 3
-    except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as e:
-        raise ConfigError(f"eval.scorer: {config.scorer!r} is not a function as module:function: {e}") from e
+    function, wants_prompt, _ = _named(config.scorer)
 
     def score(cases: Sequence[Case]) -> list[bool]:
         return [bool(function(c.completion, c.answer, *([c.prompt] if wants_prompt else []))) for c in cases]
 
     return score
+
+
+def _named(scorer: str) -> tuple[Callable[..., bool], bool, Callable[[str], Any]]:
+    """The function, whether it takes the prompt too, and what looks at an answer: beside the scorer NAME there may be a
+    function NAME_answer, which raises ValueError for one that it cannot compare with. Raises ConfigError."""
+    module, _, name = scorer.partition(":")
+    try:
+        found = importlib.import_module(module)
+        function = getattr(found, name)
+        wants_prompt = len(inspect.signature(function).parameters) == 3
+    except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as e:
+        ours = [own for own in OURS if own.partition(":")[2] == scorer.rpartition(":")[2]]
+        hint = f"; did you mean {ours[0]}?" if ours else ""
+        raise ConfigError(f"eval.scorer: {scorer!r} is not a function as module:function: {e}{hint}") from e
+    return function, wants_prompt, getattr(found, f"{name}_answer", lambda answer: None)
 
 
 def load_eval_sets(config: Config, tokenizer: Any) -> list[EvalSet]:
@@ -96,13 +107,11 @@ def load_eval_sets(config: Config, tokenizer: Any) -> list[EvalSet]:
 
 
 def check_answers(config: EvalConfig, rows: Sequence[Row]) -> None:
-    """Raises DataError with every row whose answer the scorer cannot compare with: beside the scorer NAME there may be
-    a function NAME_answer, which raises ValueError for such a one."""
+    """Raises DataError with every row whose answer the scorer cannot compare with, ConfigError where there is no such
+    scorer."""
     if config.scorer == "judge":
         return
-    load_scorer(config)  # raises where there is no such module
-    module, _, name = config.scorer.partition(":")
-    check = getattr(importlib.import_module(module), f"{name}_answer", lambda answer: None)
+    _, _, check = _named(config.scorer)
     problems = []
     for row in rows:
         try:

@@ -189,7 +189,7 @@ class Asking(Searcher):
         try:
             import optuna
         except ImportError as e:
-            raise UserError("search: optuna is missing: pip install 'sdft-dist[sweep]'") from e
+            raise UserError("search: optuna is missing; in the repository: pip install -e '.[sweep]'") from e
         super().__init__(metric="score", mode="max")
         self._sweep = sweep
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -12,6 +12,7 @@ import yaml
 from helpers import tiny_model, write_jsonl
 
 from sdft_dist.cli import main
+from sdft_dist.errors import UserError
 
 GOOD = {"prompt": "rev a0 a1", "demonstration": "thus a1 a0 end"}
 
@@ -179,6 +180,17 @@ def test_a_wrong_word_is_refused_with_what_is_expected(tmp_path, monkeypatch, ca
         main(words)
     assert message in capsys.readouterr().err
     assert Path("file").read_text() == "kept"
+
+
+def test_extras_that_are_missing_are_told_with_the_command_that_adds_them(recipe, tmp_path, monkeypatch, capsys):
+    from sdft_dist.sweep_tune import Asking
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["harness", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "in the repository: pip install -e '.[eval]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"in the repository: pip install -e '.\[sweep\]'"):
+        Asking(None, [], [], 1)
 
 
 def test_a_base_is_not_built_into_a_used_folder(tmp_path, capsys):

@@ -89,6 +89,22 @@ def test_held_out_rows_that_cannot_be_judged_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("scorer", "hint"),
+    [
+        ("letter", "did you mean sdft_dist.scorers:letter?"),
+        ("scorers:text", "did you mean sdft_dist.scorers:text?"),
+        ("exact_match", "did you mean sdft_dist.evaluate:exact_match?"),
+    ],
+)
+def test_a_scorer_without_its_module_is_named_with_it(scorer, hint):
+    with pytest.raises(ConfigError) as e:
+        load_scorer(EvalConfig(scorer=scorer))
+    assert str(e.value).startswith(f"eval.scorer: {scorer!r} is not a function as module:function: No module named")
+    assert str(e.value).endswith(hint)
+    load_scorer(EvalConfig(scorer=hint.split()[-1].rstrip("?")))
+
+
+@pytest.mark.parametrize(
     "name", ["step", "kind", "attempt", "seconds", "num_steps", "judge_calls", "a_interval", "a_pass@1"]
 )
 def test_a_set_does_not_overwrite_a_field_of_the_record(model, tmp_path, name):
