@@ -139,7 +139,7 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
             )
         rows = config.data
         if own.rehearse and number > 1:
-            mixture = {"train": str(_mixture(plan, method, number, rows)), "limit": None}
+            mixture = {"train": str(_mixture(plan, method, number, rows)), "split": "train", "limit": None}
             config = config.model_copy(update={"data": rows.model_copy(update=mixture)})
         found.append(Stage(method, seed, name, rows, config))
         start = str(folder / "model")

@@ -83,7 +83,7 @@ def load_rows(
     if problems:
         raise DataError("\n".join([f"{len(problems)} bad rows", *few(problems)]))
     if not rows:
-        raise DataError(f"{source}: no rows")
+        raise DataError(f"{setting}: {source}: no rows")
     return rows
 
 
@@ -114,7 +114,9 @@ def _records(source: str, split: str, setting: str) -> Iterator[tuple[str, Any]]
         if kind not in FILES:
             raise DataError(f"{setting}: {source}: is no file of a known kind ({KNOWN})")
         if path.stat().st_size == 0:
-            raise DataError(f"{source}: the file is empty")
+            raise DataError(f"{setting}: {source}: the file is empty")
+        if split != "train":
+            raise DataError(f"data.split: got {split!r}, but {source} is a file, which has no splits: leave it out")
     elif not path.is_dir() and (kind in FILES or not _may_be_hub_id(source)):
         raise DataError(f"{setting}: {source}: no such file ({KNOWN})")
     if path.is_file() and kind == ".jsonl":
@@ -156,8 +158,12 @@ def _dataset(source: str, split: str, setting: str) -> Any:
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
+            if number == 1:
+                raw = raw.removeprefix(BOM_UTF8)
+                if raw.lstrip().startswith(b"["):
+                    raise DataError(f"{path}:1: file: a .jsonl holds one object a line; for an array use .json")
             if raw.strip():
-                yield f"{path}:{number}", _parse(raw.removeprefix(BOM_UTF8) if number == 1 else raw)
+                yield f"{path}:{number}", _parse(raw)
 
 
 def _parse(raw: bytes) -> Any:
@@ -224,9 +230,9 @@ def _row(where: str, record: Any, need_demonstration: bool) -> Row:
     if layout is None:
         prompt_column = next((c for c in ("prompt", "messages") if c in present), None)
         if prompt_column is None or need_demonstration:
-            raise _missing(present)
+            raise _missing(record, present)
         if answer is None:
-            raise _BadField("answer", "is missing, and so is a demonstration")
+            raise _BadField("answer", f"is missing, and so is a demonstration; found: {_names(present)}")
         return Row(where=where, messages=_conversation(record, prompt_column), demonstration="", answer=answer)
     prompt_column, column = layout
     demonstration = _demonstration(column, record[column])
@@ -239,15 +245,20 @@ def _row(where: str, record: Any, need_demonstration: bool) -> Row:
     )
 
 
-def _missing(present: set[str]) -> _BadField:
+def _missing(record: dict[str, Any], present: set[str]) -> _BadField:
+    found = f"found: {_names(present)}"
     if "prompt" in present:
-        return _BadField("demonstration", "is missing (or `privileged_context`, or `golden_response`)")
+        return _BadField("demonstration", f"is missing (or `privileged_context`, or `golden_response`); {found}")
     if "messages" in present:
-        return _BadField("output_text", "is missing")
+        _conversation(record, "messages")  # whose last message is most often what is missing
+        return _BadField("output_text", f"is missing; {found}")
     wanted = " or ".join(f"{a}+{b}" for a, b in LAYOUTS)
-    return _BadField(
-        "prompt", f"is missing; a row has the columns {wanted}; found: {', '.join(sorted(present)) or 'none'}"
-    )
+    return _BadField("prompt", f"is missing; a row has the columns {wanted}; {found}")
+
+
+def _names(present: set[str]) -> str:
+    text = ", ".join(sorted(present)) or "none"
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _conversation(record: dict[str, Any], column: str) -> tuple[Message, ...]:
@@ -255,8 +266,11 @@ def _conversation(record: dict[str, Any], column: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         value = [{"role": "user", "content": _text(column, value)}]
     messages = _messages(column, value)
-    if messages[-1]["role"] != "user":
-        raise _BadField(column, f"the last message is the {messages[-1]['role']}'s; it must be the user's")
+    last = messages[-1]["role"]
+    if last != "user":
+        place = next(answer for prompt, answer in LAYOUTS if prompt == column)
+        hint = f"; put the assistant's answer into `{place}`" if last == "assistant" else ""
+        raise _BadField(column, f"must end with the user, not the {last}{hint}")
     return messages
 
 

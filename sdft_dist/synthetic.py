@@ -122,6 +122,7 @@ def synthetic(out: Path, shape: str, lengths: Sequence[str], num_rows: int, dtyp
         "model.dtype": dtype,
         "model.max_length": context,
         "data.train": str(rows),
+        "data.split": "train",
         "prompt.template": "{prompt} {demonstration}",
         "rollout.max_completion_tokens": max(completion for *_, completion in parsed),
     }

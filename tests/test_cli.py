@@ -142,7 +142,7 @@ def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, 
     from sdft_dist import bench
 
     recipe, layer = tmp_path / "recipe.yaml", tmp_path / "layer.yaml"
-    recipe.write_text("model: {dtype: bfloat16}\ncluster: {device: cuda}\n")
+    recipe.write_text("model: {dtype: bfloat16}\ncluster: {device: cuda}\ndata: {split: test}\n")
     layer.write_text("model: {path: Qwen/Qwen3-4B, max_length: 4096}\nlearner: {tokens_per_microbatch: 4096}\n")
     seen = []
     monkeypatch.setattr(bench, "bench", lambda config, *args, **kwargs: seen.append(config) or {})
@@ -151,6 +151,7 @@ def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, 
     assert main([*words, "--lengths", "12/7/5", "rollout.max_completion_tokens=4"]) == 0
     (config,) = seen
     assert config.model.path == str(tmp_path / "out" / "model")
+    assert config.data.split == "train", "of the rows that are made"
     assert (config.model.dtype, config.model.max_length, config.rollout.max_completion_tokens) == ("bfloat16", 40, 4)
 
 

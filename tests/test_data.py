@@ -71,13 +71,13 @@ def test_all_bad_rows_are_reported_with_line_and_field(tmp_path):
     message = str(e.value)
     for line, field in [
         (2, "line: not JSON"),
-        (3, "demonstration: is missing"),
+        (3, "demonstration: is missing (or `privileged_context`, or `golden_response`); found: prompt\n"),
         (4, "prompt: is int 7; expected text"),
         (5, "demonstration: is empty"),
         (6, "prompt: holds a NUL"),
         (7, "line: not UTF-8 at byte 12"),
         (8, "row: is a list"),
-        (9, "prompt: the last message is the assistant's"),
+        (9, "prompt: must end with the user, not the assistant; put the assistant's answer into `demonstration`"),
         (10, "prompt[0]: is not a message"),
         (11, "prompt: is missing"),
         (12, "demonstration: holds half a surrogate pair"),
@@ -101,13 +101,51 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "broken.parquet").write_text("no")
     for name, message in [
         ("none.jsonl", "no such file"),
-        ("empty.jsonl", "is empty"),
-        ("blank.jsonl", "no rows"),
+        ("empty.jsonl", "^data.train: .*empty.jsonl: the file is empty"),
+        ("blank.jsonl", "^data.train: .*blank.jsonl: no rows"),
         ("broken.parquet", "could not be read"),
         ("notes.txt", "no such file"),
     ]:
         with pytest.raises(DataError, match=message):
             load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"messages": [*USER, {"role": "assistant", "content": "d"}]},
+            "messages: must end with the user, not the assistant; put the assistant's answer into `output_text`",
+        ),
+        ({"messages": [{"role": "system", "content": "s"}], "output_text": "d"}, "messages: must end with the user, n"),
+        ({"messages": USER, "response": "d"}, "output_text: is missing; found: messages, response"),
+        ({"prompt": "q", "response": "d"}, "`golden_response`); found: prompt, response"),
+    ],
+)
+def test_a_row_of_another_layout_is_told_what_to_change(tmp_path, row, problem):
+    path = write_jsonl(tmp_path / "d.jsonl", [row])
+    with pytest.raises(DataError, match=re.escape(problem)):
+        load_rows(str(path))
+
+
+def test_a_held_out_row_without_an_answer_is_told_what_it_has(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "response": "d"}])
+    with pytest.raises(DataError, match="answer: is missing, and so is a demonstration; found: prompt, response"):
+        load_rows(str(path), need_demonstration=False)
+
+
+def test_a_jsonl_file_is_no_array(tmp_path):
+    path = tmp_path / "d.jsonl"
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + json.dumps([{"prompt": "q", "demonstration": "d"}], indent=1))
+        with pytest.raises(DataError, match=f"^{path}:1: file: .* one object a line; for an array use .json$"):
+            load_rows(str(path))
+
+
+def test_a_split_of_a_file_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "demonstration": "d"}])
+    with pytest.raises(DataError, match=r"data.split: got 'test', but .*d.jsonl is a file, which has no splits: leave"):
+        load_training_rows(DataConfig(train=str(path), split="test"), "sdft")
 
 
 def test_a_privileged_context_cannot_be_imitated(tmp_path):
