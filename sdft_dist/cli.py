@@ -61,9 +61,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may also come after options, where argparse does not look for them."""
     parser = _parser()
     args, more = parser.parse_known_args(argv)
-    strange = [w for w in more if w.startswith("-") or not (_is_override(w) and hasattr(args, "overrides"))]
+    takes_fields = hasattr(args, "overrides")
+    strange = [w for w in getattr(args, "overrides", []) if not _is_override(w)]
+    strange += [w for w in more if w.startswith("-") or not (_is_override(w) and takes_fields)]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        parser.error(f"unrecognized arguments: {' '.join(strange)}{_as_field(strange) if takes_fields else ''}")
     if more:
         args.overrides = [*args.overrides, *more]
     return args
@@ -71,6 +73,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _is_override(word: str) -> bool:
     return "=" in word or word.endswith((".yaml", ".yml"))
+
+
+def _as_field(words: Sequence[str]) -> str:
+    """How `--steps 5`, `--steps=5` or `steps 5` should read, as a hint."""
+    name, _, value = words[0].lstrip("-").partition("=")
+    value = value or " ".join(words[1:2])
+    return f"; a field is given as {name}={value}" if value else "; expected section.field=value or FILE.yaml"
 
 
 def _fail(error: BaseException, code: int) -> int:
@@ -509,6 +518,8 @@ def _list_checkpoints(args: argparse.Namespace) -> None:
     from sdft_dist.rundir import RunDir
 
     commits = RunDir.open(args.run).commits
+    if not commits.steps():
+        print(f"{args.run}: no checkpoint yet")
     for step in commits.steps():
         size = sum(p.stat().st_size for p in commits.path(step).iterdir())
         print(f"step {step:6}  {size / 2**20:10.1f} MiB  {commits.path(step)}")
@@ -519,6 +530,8 @@ def _verify_checkpoints(args: argparse.Namespace) -> None:
     from sdft_dist.rundir import RunDir
 
     commits, broken = RunDir.open(args.run).commits, 0
+    if not commits.steps():
+        print(f"{args.run}: no checkpoint yet")
     for step in commits.steps():
         problem = check(commits.path(step))
         broken += problem is not None

@@ -66,7 +66,10 @@ class ModelConfig(Section):
         "float32", description="Type of weights and activations. Optimizer and EMA are always float32."
     )
     max_length: int = Field(
-        4096, ge=8, description="Context in tokens: teacher prompt + completion must fit. Longer rows are errors."
+        4096,
+        ge=8,
+        description="Context in tokens: teacher prompt + completion must fit. What happens to longer rows: "
+        "data.too_long.",
     )
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "varlen"] = Field(
         "sdpa",
@@ -134,7 +137,7 @@ class TeacherConfig(Section):
     kind: Literal["base", "ema", "live"] = Field(
         "ema",
         description="base: the weights at the start. ema: average of the student. live: the student itself; with "
-        "forward_kl it can lose everything. Methods without a teacher keep an average too, for export; base saves its "
+        "forward_kl it can lose everything. sft and dft keep an average too, for export, unless kind=base, which saves "
         "4 bytes a parameter.",
     )
     ema_rate: float = Field(0.01, gt=0, le=1, description="Share of the student that enters the EMA at each step.")
@@ -170,7 +173,9 @@ class LossConfig(Section):
         "more); sampled is the score-function estimator of reverse_kl.",
     )
     importance: Literal["none", "token", "sequence"] = Field(
-        "none", description="Weight by learner / generator probability of the sampled tokens; sequence: its mean."
+        "none",
+        description="Importance weights p_learner / p_generator, each at most importance_clip. token: each token by "
+        "its own. sequence: every token by the mean over its completion.",
     )
     importance_clip: float = Field(2.0, gt=0, description="Importance weights are truncated at this value.")
     token_clip: float | None = Field(
@@ -324,7 +329,8 @@ class JudgeConfig(Section):
 class EvalConfig(Section):
     every: int = Field(0, ge=0, description="Optimizer steps between evaluations; 0 is never.")
     sets: dict[str, str] = Field(
-        default_factory=dict, description="Held-out files by name, with `prompt` and `answer` columns."
+        default_factory=dict,
+        description="Held-out files by name, with the columns `prompt` or `messages`, and `answer` or `golden_answer`.",
     )
     scorer: str = Field(
         "sdft_dist.evaluate:exact_match",
@@ -354,7 +360,11 @@ class CheckpointConfig(Section):
         ge=0,
         description="Optimizer steps between checkpoints, a multiple of teacher.sync_every; 0 is only at the end.",
     )
-    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_last: int = Field(
+        2,
+        ge=1,
+        description="Newest checkpoints to keep, of 16 bytes a trained parameter each; one more while it is written.",
+    )
     keep_every: int = Field(0, ge=0, description="Also keep those of steps that are multiples of this; 0 is none.")
     grace_s: float = Field(
         60.0, gt=0, description="Seconds to save in after SIGTERM, or when a node of the run is drained."
@@ -538,6 +548,8 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The sections of a YAML file. Raises ConfigError where it is none, or gives a name twice."""
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, expected a YAML file")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
@@ -647,6 +659,9 @@ def _yaml_value(text: str, where: str) -> Any:
     return value
 
 
+OVER_A_PRESET = "; sizes, models and tasks go over a preset: sdft train deploy/recipes/paper.yaml SIZE.yaml"
+
+
 def _explain(root: type[Section], err: Any) -> str:
     where = ".".join(str(part) for part in err["loc"])
     if err["type"] == "extra_forbidden":
@@ -658,7 +673,12 @@ def _explain(root: type[Section], err: Any) -> str:
         hint = f"did you mean {'.'.join([*map(str, err['loc'][:-1]), close[0]])}?" if close else ""
         return f"{where}: no such field{'; ' + hint if hint else '; valid: ' + ', '.join(valid)}"
     if err["type"] == "missing":
-        return f"{where}: is required and missing"
+        # Told once where both are missing.
+        layer = where == "data" or (where == "model" and "data" in err["input"])
+        return f"{where}: is required and missing{OVER_A_PRESET if layer else ''}"
+    first = next((name for name in _dotted(root) if name.startswith(f"{where}.")), None)
+    if err["type"] == "model_type" and first:
+        return f"{where}: got {err['input']!r}, but it is a section; did you mean {first}=…?"
     message = err["msg"].removeprefix("Value error, ")
     if not where:
         return message

@@ -28,10 +28,16 @@ def load_tokenizer(config: Config) -> Any:
     path = config.model.path
     if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():  # a hub id has one slash
         raise UserError(f"model.path: {path}: no such folder")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        hint = f"; it is a run: use {path}/model" if (Path(path) / "model" / "config.json").is_file() else ""
+        raise UserError(f"model.path: {path}: is no Hugging Face folder (no config.json){hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.model.revision)
     except Exception as e:  # tokenizers raises no other kind for a damaged file
-        raise UserError(f"model.path: {path}: no tokenizer could be loaded: {e}") from e
+        why = str(e)
+        if not Path(path).is_dir():  # of the hub's, which go on for paragraphs, the first line
+            why = why.partition("\n")[0].rstrip(".") + "; where the hub cannot be reached, give a local folder"
+        raise UserError(f"model.path: {path}: no tokenizer could be loaded: {why}") from e
     if not len(tokenizer):
         raise UserError(f"model.path: {path}: the folder has no tokenizer")
     if config.prompt.chat_template is not None:

@@ -87,7 +87,7 @@ def no_template(tmp_path, model):
         ("data.train={tmp}/column.jsonl", "column.jsonl:2: demonstration: is missing"),
         ("data.train={tmp}/type.jsonl", "type.jsonl:1: prompt: is int 5; expected text"),
         ("data.train={tmp}/long.jsonl", "long.jsonl:1: teacher prompt of"),
-        ("model.path={bare}", "tokenizer"),
+        ("model.path={bare}", "bare: is no Hugging Face folder (no config.json)"),
         ("model.path={plain}", "has no chat template: give one with prompt.chat_template=FILE"),
         ("model.path={tmp}/nowhere", "nowhere: no such folder"),
         ("learner.zero_stag=1", "learner.zero_stag: no such field; did you mean learner.zero_stage?"),
@@ -161,6 +161,16 @@ def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, 
         (["train"], "the following arguments are required: recipe\n"),
         (["bench", "r.yaml", "--out", "new", "--pairs", "x"], "--pairs: got 'x', expected a whole number above 0"),
         (["bench", "r.yaml", "--out", "new", "--pairs", "0"], "--pairs: got '0', expected a whole number above 0"),
+        *(
+            (["train", "r.yaml", *words], f"unrecognized arguments: {' '.join(words)}; {says}\n")
+            for words, says in (
+                (["--steps", "5"], "a field is given as steps=5"),
+                (["--steps=5"], "a field is given as steps=5"),
+                (["optim.learning_rate", "1e-5"], "a field is given as optim.learning_rate=1e-5"),
+                (["sizes/8x80gb"], "expected section.field=value or FILE.yaml"),
+            )
+        ),
+        (["ckpt", "ls", "run", "a=b"], "unrecognized arguments: a=b\n"),
         (["plan", "r.yaml", "--shape", "qwen3"], "argument --shape: invalid choice: 'qwen3' (choose from"),
         (["lab", "data", "--out", "new", "--word", "t1"], "argument --word: invalid choice: 't1' (choose from"),
         *(
@@ -284,6 +294,13 @@ def test_a_recipe_that_is_not_there(capsys):
 def test_export_of_no_run(tmp_path, capsys):
     assert main(["ckpt", "export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    for action in ("ls", "verify"):
+        assert main(["ckpt", action, str(tmp_path)]) == 0
+        assert capsys.readouterr().out == f"{tmp_path}: no checkpoint yet\n"
 
 
 def test_a_clean_clone_passes_the_unit_tests_through_make(tmp_path):

@@ -42,6 +42,8 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
         ("lern=1", "lern: no such field"),
         ("lora.rank=8", "lora: no such field; did you mean model.lora?"),
         ("timeout_s=8", "did you mean cluster.timeout_s or eval.judge.timeout_s?"),
+        ("model=Qwen/Qwen3-4B", "model: got 'Qwen/Qwen3-4B', but it is a section; did you mean model.path=…?"),
+        ("eval.judge=gpt", "eval.judge: got 'gpt', but it is a section; did you mean eval.judge.url=…?"),
         ("loss.divergence=kl", "loss.divergence: got 'kl': Input should be 'forward_kl', 'reverse_kl' or 'jsd'"),
         ("optim.learning_rate=-1", "optim.learning_rate: got -1: Input should be greater than 0"),
         ("rollout.max_completion_tokens=5000", "leaves no room for a prompt in model.max_length=4096"),
@@ -73,9 +75,20 @@ def test_missing_fields_and_files(tmp_path):
         parse_config({"data": {"train": "x"}})
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is a folder, expected a YAML file"):
+        load_config(tmp_path)
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("sections", [{}, {"model": {"path": "m"}}, {"data": {"train": "d"}}])
+def test_a_layer_alone_is_told_once_what_it_goes_over(sections):
+    with pytest.raises(ConfigError) as e:
+        parse_config(sections | {"learner": {"ranks": 4}})
+    lines = str(e.value).splitlines()
+    assert len(lines) == 2 - len(sections)
+    assert str(e.value).count("go over a preset: sdft train deploy/recipes/paper.yaml SIZE.yaml") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """Both views of a prompt as token ids."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from helpers import tiny_model, write_jsonl
 
@@ -78,6 +83,27 @@ def test_too_long_names_every_row_and_both_lengths(model, tokenizer, tmp_path):
     assert f"{path}:3:" in str(e.value)
 
 
+def test_a_run_is_no_model_folder(model, tmp_path):
+    (tmp_path / "model").symlink_to(model)
+    with pytest.raises(UserError, match=rf"\(no config.json\); it is a run: use {tmp_path}/model$"):
+        load_tokenizer(config_for(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path):
+    """In a process of its own: the hub's library reads these variables when it is imported."""
+    code = (
+        "from helpers import config_of; from sdft_dist.prompts import load_tokenizer\n"
+        "try: load_tokenizer(config_of(model={'path': 'owner/name'}))\n"
+        "except Exception as e: print(repr(e))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": path}
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("UserError(\"model.path: owner/name: no tokenizer could be loaded: We couldn't connect")
+    assert "; where the hub cannot be reached, give a local folder" in told
+    assert "\\n" not in told
+
+
 LONG = "thus " + "a0 " * 50 + "end"
 
 
@@ -127,6 +153,8 @@ def test_folders_without_tokenizer_or_template(model, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(config_for(tmp_path / "none"))
     (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"bare: is no Hugging Face folder \(no config.json\)$"):
+        load_tokenizer(config_for(tmp_path / "bare"))
     (tmp_path / "bare" / "config.json").write_text((model / "config.json").read_text())
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(config_for(tmp_path / "bare"))
