@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config, DataConfig, Section, load_config, load_yaml, parse
-from sdft_dist.continual_results import write_results
+from sdft_dist.continual_results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
 from sdft_dist.errors import ConfigError
 from sdft_dist.rundir import RunDir, refuse_other_settings, write_whole
@@ -75,7 +75,12 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def distinct(self) -> Plan:
-        """Refuse a set that is both a task's and prior."""
+        """Refuse a set that is both a task's and prior, or is called as the mean of the prior ones."""
+        for field, names in (("tasks", self.tasks), ("prior", self.prior)):
+            if PRIOR in names:
+                raise ValueError(
+                    f"{field}.{PRIOR}: is what results call the mean of all prior sets: give it another name"
+                )
         for name in self.tasks.keys() & self.prior.keys():
             raise ValueError(f"prior.{name}: is a task's name too")
         return self

@@ -178,6 +178,7 @@ def harness(
     if not run_code and any(name.startswith("humaneval") for name in names):
         raise UserError("--tasks: humaneval runs code that the model has written; allow it with --run-code")
     manager = _manager(names, include)
+    _refuse_other_versions(names, manager)
     tokenizer = load_tokenizer(config)
     ends = stop_ids(tokenizer, config.model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -192,7 +193,6 @@ def harness(
             confirm_run_unsafe_code=run_code,
         )
     assert found is not None
-    _refuse_other_versions(found["versions"])
     return {
         "model": config.model.path,
         "revision": config.model.revision,
@@ -228,10 +228,15 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
     return manager
 
 
-def _refuse_other_versions(found: dict[str, Any]) -> None:
-    for name, pinned in PAPER.items():
-        if name in found and float(found[name]) != float(pinned):
-            raise UserError(f"{name}: the installed harness has version {found[name]}, results here are of {pinned}")
+def _refuse_other_versions(names: Sequence[str], manager: TaskManager) -> None:
+    """Of the task files as they are indexed, before any engine starts."""
+    for name in PAPER.keys() & names:
+        found = ((manager.task_index[name].cfg or {}).get("metadata") or {}).get("version")
+        if found is None or float(found) != float(PAPER[name]):
+            raise UserError(
+                f"--tasks: {name}: the installed harness has version {found}, results here are of {PAPER[name]}: "
+                "install the one of the extra `eval`, or leave the task out"
+            )
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:

@@ -235,7 +235,7 @@ def show(plans: list[Plan], console: Console) -> None:
     table = Table(title="Predicted, not measured")
     columns = ("GPUs", "gen/tea/lea", "batch", "s/step", "SDFT/SFT", "slowest", "GiB", "fits")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=len(column))
     for p in plans:
         sizes = "/".join(f"{p.memory_gib[role]:.0f}" for role in ROLES)
         shared = [group for group in p.groups if len(group) > 1]
@@ -250,8 +250,16 @@ def show(plans: list[Plan], console: Console) -> None:
         f"{first.checkpoint_gib:.0f} GiB",
         highlight=False,
     )
+    if not any(p.fits for p in plans):
+        console.print(
+            "Nothing fits. Try learner.offload=optimizer, a larger size (deploy/recipes/sizes), or adapters "
+            "(model.lora.rank=32).",
+            highlight=False,
+        )
     console.print(
+        "gen/tea/lea: GPUs of generators, teachers and learner. "
         "batch: requests that one generator decodes at a time. "
-        "SDFT/SFT: GPU-seconds per sample with waiting counted in.",
+        "SDFT/SFT: GPU-seconds per sample with waiting counted in. "
+        "GiB: memory on one GPU of each role, without keys and values, which take what is left.",
         highlight=False,
     )

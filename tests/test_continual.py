@@ -61,6 +61,8 @@ def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
         ("methods: {sdft: {set: {optim.learning_rat: 1}}}", "did you mean optim.learning_rate"),
         ("methods: {sdft: {rehearse: 1}}", "methods.sdft.rehearse: got 1"),
         ("methods: {../x: {}}", "letters, digits"),
+        ("prior: {prior: file}", "prior.prior: is what results call the mean of all prior sets: give it another"),
+        ("tasks: {prior: {train: x, eval: y}}", "tasks.prior: is what results call the mean"),
         ("prior: {t35: file}", "prior.t35: is a task's name too"),
         ("task: {}", "did you mean tasks"),
         ("tasks: {a: {train: x, evaluate: y}}", "did you mean tasks.a.eval"),

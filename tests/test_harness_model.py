@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import config_of
 
+from sdft_dist import harness
 from sdft_dist.errors import UserError
 from sdft_dist.harness import OWN_TASKS, HarnessModel
 from sdft_dist.lab.tokenizer import build_tokenizer
@@ -82,6 +84,14 @@ def test_what_does_not_fit_loses_its_beginning():
 def test_a_rolling_text_is_scored_once_in_all_its_tokens():
     model = HarnessModel(Engines(), TOKENIZER, 10)
     assert model.loglikelihood_rolling([request(" ".join(["a1"] * 21))]) == [-21.0]
+
+
+def test_another_version_of_a_task_is_refused_before_an_engine_starts(monkeypatch):
+    ifeval = SimpleNamespace(cfg={"task": "ifeval", "metadata": {"version": 5.0}})
+    monkeypatch.setattr(harness, "_manager", lambda names, include: SimpleNamespace(task_index={"ifeval": ifeval}))
+    monkeypatch.setattr(harness, "load_tokenizer", lambda config: pytest.fail("went on"))
+    with pytest.raises(UserError, match=r"--tasks: ifeval: the installed harness has version 5.0, .* are of 4.0: "):
+        harness.harness(config_of(), ["ifeval"])
 
 
 def test_humaneval_scores_a_right_and_a_wrong_program():

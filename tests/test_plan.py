@@ -1,12 +1,15 @@
 """The cost model against figures worked out by hand and by an independent table."""
 
+import io
+
 import pytest
 from helpers import config_of
+from rich.console import Console
 
 from sdft_dist import simulate
 from sdft_dist.dimensions import dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan import GPUS, Lengths, own_plan, plan, seconds
+from sdft_dist.plan import GPUS, Lengths, own_plan, plan, seconds, show
 from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
@@ -64,6 +67,20 @@ def test_what_does_not_fit_is_said():
     assert not plan(engines, big, SHORT, GPUS["h100"], 8).fits, "the weights do not fit into an engine's share"
     with pytest.raises(UserError, match="this is sft"):
         own_plan(config_of(method="sft"), big, SHORT, GPUS["h200"])
+
+
+def test_the_table_is_explained_and_says_what_to_try_where_nothing_fits():
+    big, settings = dimensions(SHAPES["qwen3-8b"]), config_of(learner={"gradient_checkpointing": "full"})
+    found = {n: plan(settings, big, SHORT, GPUS["a100"], n) for n in (1, 16)}
+    assert (found[1].fits, found[16].fits) == (False, True)
+    for numbers, nothing in (([1], True), ([1, 16], False)):
+        console = Console(file=io.StringIO(), width=80)
+        show([found[n] for n in numbers], console)
+        shown = " ".join(console.file.getvalue().split())
+        assert "gen/tea/lea: GPUs of generators, teachers and learner. " in shown
+        assert "GiB: memory on one GPU of each role" in shown
+        assert "┃ gen/tea/lea ┃" in shown
+        assert ("Nothing fits. Try learner.offload=optimizer, " in shown) == nothing
 
 
 def test_what_the_recipe_itself_asks_for():
