@@ -20,9 +20,10 @@ from learner.fused import Objective
 from learner.microbatch import Layout, TrainSequence, build
 from learner.model import MicroBatch, Student, load_causal_lm
 from sdft_dist.batching import one_after_another, pack, rows
-from sdft_dist.config import Config, load_config
+from sdft_dist.config import Config
 from sdft_dist.inputs import read_inputs
 from sdft_dist.problems import batch
+from sdft_dist.recipe import load_config
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from rich.table import Table
 from sdft_dist.account import WORK, Machine, accounts, mean_lengths, time_shares
 from sdft_dist.charts import timeline
 from sdft_dist.cluster import launch, ray_session, resolve_device
-from sdft_dist.config import Config, parse_config
+from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import Inputs, read_inputs
 from sdft_dist.loop import batch_keys, train
 from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
+from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.topology import needs, num_gpus, sizes
 from sdft_dist.types import Problem

@@ -23,10 +23,11 @@ import psutil
 from rich.console import Console
 
 from sdft_dist.cluster import ray_session, stream
-from sdft_dist.config import Config, parse_config
+from sdft_dist.config import Config
 from sdft_dist.loop import train
 from sdft_dist.pieces import split, train_items
 from sdft_dist.problems import ProblemSet
+from sdft_dist.recipe import parse_config
 from sdft_dist.remote import Events
 from sdft_dist.runlog import RunLog
 from sdft_dist.types import Piece, Problem, Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan

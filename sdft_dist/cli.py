@@ -270,7 +270,7 @@ def _folder(text: str) -> Path:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from sdft_dist.config import load_config
+    from sdft_dist.recipe import load_config
 
     overrides = [*args.overrides, *([f"method={args.method}"] if args.method else [])]
     config = load_config(args.recipe, overrides)
@@ -285,7 +285,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _dry_run(config: Config) -> None:
     """On CUDA unless the recipe says otherwise: whoever asks is seldom on the machine that trains."""
-    from sdft_dist.config import dump_config
+    from sdft_dist.recipe import dump_config
     from sdft_dist.topology import needs, num_gpus
 
     print(dump_config(config), end="")
@@ -295,7 +295,7 @@ def _dry_run(config: Config) -> None:
 
 
 def _preflight(args: argparse.Namespace) -> None:
-    from sdft_dist.config import load_config
+    from sdft_dist.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
     import json
@@ -315,8 +315,8 @@ def _preflight(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     import json
 
-    from sdft_dist.config import is_layer, load_config
     from sdft_dist.errors import UserError
+    from sdft_dist.recipe import is_layer, load_config
 
     overrides = list(args.overrides)
     if args.baseline and not args.baseline.is_file():
@@ -357,8 +357,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _harness(args: argparse.Namespace) -> None:
-    from sdft_dist.config import load_config
     from sdft_dist.errors import UserError
+    from sdft_dist.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
     from importlib.util import find_spec
@@ -403,7 +403,8 @@ def _sweep(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"sdft sweep: {' '.join(args.words)}: expected SWEEP.yaml, status SWEEP.yaml or report SWEEP.yaml"
         )
-    from sdft_dist.sweep import load_sweep, sweep_all, trials
+    from sdft_dist.sweep import sweep_all, trials
+    from sdft_dist.sweep_space import load_sweep
 
     plan = load_sweep(Path(path))
     if args.dry_run:
@@ -427,10 +428,10 @@ def _plan(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from sdft_dist.config import load_config
     from sdft_dist.dimensions import dimensions, read_dimensions
     from sdft_dist.errors import UserError
     from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, show
+    from sdft_dist.recipe import load_config
     from sdft_dist.synthetic import parse_lengths
 
     # Overrides may follow the last of several numbers.

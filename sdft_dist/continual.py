@@ -20,10 +20,11 @@ from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
 from sdft_dist.cluster import ray_session
-from sdft_dist.config import Config, DataConfig, Section, load_config, load_yaml, parse
+from sdft_dist.config import Config, DataConfig, Section
 from sdft_dist.continual_results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
 from sdft_dist.errors import ConfigError
+from sdft_dist.recipe import load_config, load_yaml, parse
 from sdft_dist.rundir import RunDir, refuse_other_settings, write_whole
 from sdft_dist.train import run
 

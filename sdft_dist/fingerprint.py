@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.config import Config, flat
+from sdft_dist.config import Config
 from sdft_dist.errors import ConfigError
+from sdft_dist.recipe import flat
 from sdft_dist.types import Problem
 
 # Where and how fast a run works, and what it reports, may change; what it learns may not.

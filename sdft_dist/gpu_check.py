@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.bench_roles import Load
-from sdft_dist.config import Config, load_config
+from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.recipe import load_config
 from sdft_dist.rundir import refuse_used
 from sdft_dist.synthetic import parse_lengths, synthetic
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sdft_dist import __version__
-from sdft_dist.config import Config, dump_config
+from sdft_dist.config import Config
 from sdft_dist.evaluate import accuracy, interval
+from sdft_dist.recipe import dump_config
 from sdft_dist.rundir import RunDir
 
 METHODS = {

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.cluster import launch, ray_session
-from sdft_dist.config import Config, parse_config
+from sdft_dist.config import Config
 from sdft_dist.data import Row
 from sdft_dist.evaluate import EvalSet, Scorer, check_answers, evaluate, load_eval_sets, load_scorer
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import read_inputs
 from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
+from sdft_dist.recipe import parse_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,11 +19,12 @@ from typing import Any, TextIO
 
 from sdft_dist import commits
 from sdft_dist.commits import Commits
-from sdft_dist.config import Config, dump_config, load_config
+from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import refuse_changes
 from sdft_dist.jsonl import read_jsonl
+from sdft_dist.recipe import dump_config, load_config
 
 # What a start leaves that failed before any step, besides metrics.jsonl without a line.
 LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events"}

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.config import load_config
+from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
 

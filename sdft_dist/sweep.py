@@ -10,25 +10,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
-import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
 from sdft_dist.cluster import ray_session, resolve_device
-from sdft_dist.config import MEAN, Config, Section, load_config, load_yaml, parse
+from sdft_dist.config import MEAN, Config
 from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
+from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir, refuse_other_settings, write_whole
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
 from sdft_dist.stop import LOOK_S, sigterm_told
+from sdft_dist.sweep_space import Range, Sweep, fits, points
 from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs, num_gpus
 
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
@@ -36,99 +35,6 @@ TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
 STOP = "stop"  # in the sweep's folder: trials save and end
 SLACK_S = 30.0  # in which shared file systems show that file, and Tune hears of a trial's end
 DONE = ("finished", "stopped")
-
-
-class Interval(Section):
-    """A range of numbers to draw from."""
-
-    low: float = Field(description="Lowest value.")
-    high: float = Field(description="Highest value.")
-    log: bool = Field(False, description="Draw the logarithm evenly instead of the value.")
-
-    @model_validator(mode="after")
-    def order(self) -> Interval:
-        """Refuse an empty range."""
-        if not (self.high > self.low and (self.low > 0 or not self.log)):
-            raise ValueError(f"low={self.low:g} must be below high={self.high:g}, and above 0 with log")
-        return self
-
-    def draw(self, rng: random.Random) -> float:
-        """A value, to four digits."""
-        ends = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        value = rng.uniform(*ends)
-        return float(f"{math.exp(value) if self.log else value:.4g}")
-
-
-class MethodSpace(Section):
-    """What is tried of one method."""
-
-    set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe, dotted: {method: sft}.")
-    space: dict[str, list[Any] | Interval] = Field(
-        default_factory=dict,
-        description="Fields to vary, dotted, such as optim.learning_rate or model.path: values, or low and high.",
-    )
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def kinds(cls, value: Any) -> Any:
-        """Refuse what is neither, in one line."""
-        for field, how in value.items() if isinstance(value, dict) else ():
-            if not isinstance(how, list | dict | Interval):
-                raise ValueError(f"{field}: expected a list of values, or low and high")
-        return value
-
-    @field_validator("set", "space")
-    @classmethod
-    def plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Refuse dates, which YAML knows and no field of a recipe is."""
-        for field, how in value.items():
-            try:
-                json.dumps(None if isinstance(how, Interval) else how)
-            except TypeError as e:
-                raise ValueError(f"{field}: expected numbers, text, lists or mappings; put a date in quotes") from e
-        return value
-
-
-class Asha(Section):
-    """Trials that are behind are stopped early (ASHA, arXiv 1810.05934)."""
-
-    grace_steps: int = Field(ge=1, description="Optimizer steps before which no trial is stopped.")
-    reduction: int = Field(3, ge=2, description="Of this many trials at a rung one goes on.")
-
-
-class Sweep(Section):
-    """What `sdft sweep` does."""
-
-    recipe: str = Field(description="Recipe that holds for all trials.")
-    out: str = Field(description="Folder for all trials and results.")
-    methods: dict[str, MethodSpace] = Field(min_length=1, description="What is varied, by a name that tables show.")
-    search: Literal["grid", "random", "optuna"] = Field(
-        "grid", description="grid: all combinations. random and optuna: `trials` of each method."
-    )
-    trials: int | None = Field(None, ge=1, description="Trials of each method, for random and optuna.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Of random and optuna; the trials' own seed is the recipe's.")
-    new: str | None = Field(None, description="Held-out set of what is taught; default: the recipe's first.")
-    metric: str = Field(MEAN, description="What optuna and asha go by: a held-out set, or mean of all.")
-    asha: Asha | None = Field(None, description="Stop trials that are behind.")
-    gpus: int | None = Field(None, ge=1, description="Most GPUs in use at a time; default: all of the cluster.")
-    concurrent: int = Field(1, ge=1, description="Most trials at a time where they need no GPU.")
-
-    @model_validator(mode="after")
-    def check(self) -> Sweep:
-        """Rules between fields."""
-        if (self.trials is None) != (self.search == "grid"):
-            raise ValueError("trials: is for search=random and search=optuna, which need it")
-        if self.search == "optuna" and len(self.methods) > 1:
-            raise ValueError("search: optuna searches one method's space; write one sweep for each")
-        for name, method in self.methods.items():
-            if "/" in name:
-                raise ValueError(f"methods.{name}: expected a name without /, which folders are named after")
-            ranges = [field for field, values in method.space.items() if isinstance(values, Interval)]
-            if self.search == "grid" and ranges:
-                raise ValueError(f"methods.{name}.space.{ranges[0]}: search=grid needs a list of values")
-            if [] in method.space.values():
-                raise ValueError(f"methods.{name}.space: a list of values is empty")
-        return self
 
 
 @dataclass(frozen=True)
@@ -170,11 +76,6 @@ class Trial:
         return read_metrics(self.run, "eval")
 
 
-def load_sweep(path: Path) -> Sweep:
-    """Read a sweep. Raises ConfigError with one line per mistake."""
-    return parse(Sweep, load_yaml(path))
-
-
 def make_trial(sweep: Sweep, method: str, values: dict[str, Any]) -> Trial:
     """The trial with these values. Raises ConfigError where they make no valid recipe."""
     fields = {**sweep.methods[method].set, **values}
@@ -199,7 +100,7 @@ def trials(sweep: Sweep) -> list[Trial]:
         return [_known_trial(sweep, path) for path in known]
     found = {}
     for method in sweep.methods:
-        for values in _points(sweep, method):
+        for values in points(sweep, method):
             trial = make_trial(sweep, method, values)
             found[trial.name] = trial  # a draw may come twice
     return list(found.values())
@@ -216,30 +117,10 @@ def _known_trial(sweep: Sweep, path: Path) -> Trial:
     return make_trial(sweep, method, values)
 
 
-def _points(sweep: Sweep, method: str) -> Iterator[dict[str, Any]]:
-    space = sweep.methods[method].space
-    if sweep.search == "grid":
-        for values in itertools.product(*space.values()):
-            yield dict(zip(space, values, strict=True))
-        return
-    assert sweep.trials is not None
-    for number in range(sweep.trials):
-        rng = random.Random(f"{sweep.seed}/{method}/{number}")
-        yield {field: how.draw(rng) if isinstance(how, Interval) else rng.choice(how) for field, how in space.items()}
-
-
-def fits(space: dict[str, list[Any] | Interval], values: dict[str, Any]) -> bool:
-    """Whether a trial's values are of `space`, which may have been changed since."""
-    return values.keys() == space.keys() and all(
-        isinstance(value, int | float) and how.low <= value <= how.high if isinstance(how, Interval) else value in how
-        for value, how in ((values[field], how) for field, how in space.items())
-    )
-
-
 def corners(sweep: Sweep) -> list[Trial]:
     """Points that optuna may ask for: all values of lists, both ends of intervals."""
     ((method, own),) = sweep.methods.items()
-    ends = [[how.low, how.high] if isinstance(how, Interval) else how for how in own.space.values()]
+    ends = [[how.low, how.high] if isinstance(how, Range) else how for how in own.space.values()]
     points = itertools.islice(itertools.product(*ends), MOST_CORNERS)
     return [make_trial(sweep, method, dict(zip(own.space, values, strict=True))) for values in points]
 

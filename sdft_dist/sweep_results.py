@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.config import load_config
+from sdft_dist.recipe import load_config
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported
-from sdft_dist.sweep import Sweep, Trial, trials
+from sdft_dist.sweep import Trial, trials
+from sdft_dist.sweep_space import Sweep
 from sdft_dist.topology import needs, num_gpus
 
 Row = dict[str, Any]

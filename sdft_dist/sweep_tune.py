@@ -16,7 +16,8 @@ from rich.console import Console
 
 from sdft_dist.errors import Preempted, UserError, brief
 from sdft_dist.rundir import write_whole
-from sdft_dist.sweep import DONE, STOP, STOPPED, Interval, Sweep, Trial, fits, make_trial, run_trial, trial_bundles
+from sdft_dist.sweep import DONE, STOP, STOPPED, Trial, make_trial, run_trial, trial_bundles
+from sdft_dist.sweep_space import Range, Sweep, fits
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of recipes are the driver's
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner verbose=0 does not silence
@@ -196,7 +197,7 @@ class Asking(Searcher):
         ((self._method, space),) = ((name, method.space) for name, method in sweep.methods.items())
         self._distributions: dict[str, Any] = {
             field: optuna.distributions.FloatDistribution(how.low, how.high, log=how.log)
-            if isinstance(how, Interval)
+            if isinstance(how, Range)
             else optuna.distributions.CategoricalDistribution(how)
             for field, how in space.items()
         }

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 def ray_cluster():
     """One local Ray cluster, the same as `sdft train` starts."""
     from sdft_dist.cluster import ray_session
-    from sdft_dist.config import parse_config
+    from sdft_dist.recipe import parse_config
 
     with ray_session(parse_config({"model": {"path": "m"}, "data": {"train": "d"}})):
         yield

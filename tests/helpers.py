@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdft_dist.config import Config, parse_config
+from sdft_dist.config import Config
+from sdft_dist.recipe import parse_config
 
 
 def assert_relative(got: torch.Tensor, exact: torch.Tensor, rel: float = 1e-5) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from sdft_dist.account import Machine, accounts, mean_lengths, time_shares
 from sdft_dist.bench import SKIPPED, Turns, _rate, _report, contestant, devices, regression, timeline
-from sdft_dist.config import load_config, parse_config
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.plan import Lengths
+from sdft_dist.recipe import load_config, parse_config
 from sdft_dist.synthetic import SHAPES, parse_lengths, synthetic, write_model, write_rows
 from sdft_dist.trace import Trace
 from sdft_dist.types import Problem, Span

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sdft_dist.config import dump_config, load_config, parse_config
 from sdft_dist.errors import ConfigError
+from sdft_dist.recipe import dump_config, load_config, parse_config
 
 MINIMAL = "model: {path: m}\ndata: {train: d.jsonl}\n"
 STUDENTS_TOP_5 = ["loss.support=topk", "loss.topk_from=student", "loss.top_k=5"]

@@ -7,7 +7,6 @@ from datasets import Dataset, DatasetDict
 from helpers import write_jsonl
 from scipy.stats import binomtest
 
-from sdft_dist.config import dump_config, load_config
 from sdft_dist.continual import MethodPlan, continual, load_plan, stages, write_mixtures
 from sdft_dist.continual_results import markdown, questions, write_results
 from sdft_dist.data import load_rows, load_training_rows
@@ -15,6 +14,7 @@ from sdft_dist.errors import ConfigError, DataError, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sequence
+from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.rundir import RunDir
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from sdft_dist.cli import main
 from sdft_dist.commits import Commits
-from sdft_dist.config import dump_config
 from sdft_dist.export import export
+from sdft_dist.recipe import dump_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.types import ShardFile
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "pieces", "logits", "watch"}
 PURE |= {"memory", "vector_math", "last_words"}  # of a process
-PURE |= {"adapters", "transport", "problems", "inputs"}
+PURE |= {"adapters", "transport", "problems", "inputs", "recipe"}
 MAY_IMPORT_ACTORS_AND_LEARNER = {"cluster", "fleet"}
 HEAVY = {"vllm", "deepspeed"}
 

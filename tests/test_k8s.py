@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sdft_dist.cli import _parse
-from sdft_dist.config import load_config
+from sdft_dist.recipe import load_config
 from sdft_dist.topology import lacking, needs
 
 ROOT = Path(__file__).parent.parent

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from sdft_dist.config import parse_config
 from sdft_dist.errors import Diverged, UserError
 from sdft_dist.loop import batch_keys, cut_share, fresh, train, uncut
 from sdft_dist.problems import ProblemSet
+from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.types import Problem, SampleKey, TrainItem
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from helpers import tiny_model, write_jsonl
 
-from sdft_dist.config import parse_config
 from sdft_dist.data import Row, load_rows
 from sdft_dist.errors import DataError, UserError
 from sdft_dist.prompts import (
@@ -20,6 +19,7 @@ from sdft_dist.prompts import (
     load_tokenizer,
     teacher_messages,
 )
+from sdft_dist.recipe import parse_config
 
 TEMPLATE = "{prompt} example {demonstration} now you"
 

@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 
 from sdft_dist.cli import _parse
-from sdft_dist.config import load_config
+from sdft_dist.recipe import load_config
 from sdft_dist.topology import lacking, needs
 
 ROOT = Path(__file__).parent.parent

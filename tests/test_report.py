@@ -7,9 +7,9 @@ import pytest
 from test_rundir import config_in
 
 from sdft_dist.charts import Point, pareto
-from sdft_dist.config import dump_config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
+from sdft_dist.recipe import dump_config
 from sdft_dist.report import report
 from sdft_dist.rundir import RunDir
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from test_commits import FakeSaver
 
-from sdft_dist.config import parse_config
 from sdft_dist.errors import ConfigError, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import fingerprint
+from sdft_dist.recipe import parse_config
 from sdft_dist.rundir import RunDir, Start
 
 

@@ -1,7 +1,8 @@
 import pytest
 
-from sdft_dist.config import EvalConfig, parse_config
+from sdft_dist.config import EvalConfig
 from sdft_dist.errors import ConfigError
+from sdft_dist.recipe import parse_config
 from sdft_dist.selection import best, exhausted, exported
 
 

@@ -11,9 +11,9 @@ from learner.microbatch import TrainSequence, build
 from learner.model import Student, check_head, load_causal_lm
 from learner.worker import LearnerRank, objective
 from sdft_dist.batching import one_after_another
-from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
+from sdft_dist.recipe import parse_config
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

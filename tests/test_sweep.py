@@ -12,8 +12,9 @@ from helpers import write_jsonl
 from rich.console import Console
 
 from sdft_dist.errors import ConfigError, Preempted, UserError
-from sdft_dist.sweep import at_a_time, corners, load_sweep, make_trial, run_trial, sweep_all, trial_bundles, trials
+from sdft_dist.sweep import at_a_time, corners, make_trial, run_trial, sweep_all, trial_bundles, trials
 from sdft_dist.sweep_results import front, markdown, rows, write_report
+from sdft_dist.sweep_space import load_sweep
 from sdft_dist.sweep_tune import Asking, Ending
 
 RATES = [1.0e-5, 1.0e-4]

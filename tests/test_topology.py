@@ -1,9 +1,9 @@
 import pytest
 
 from sdft_dist import placement
-from sdft_dist.config import parse_config
 from sdft_dist.errors import ConfigError
 from sdft_dist.placement import Places
+from sdft_dist.recipe import parse_config
 from sdft_dist.topology import Need, bundles, lacking, needs, place, push_transport
 
 

@@ -4,7 +4,7 @@ import pytest
 from helpers import tiny_model
 
 from sdft_dist import vector_math
-from sdft_dist.config import parse_config
+from sdft_dist.recipe import parse_config
 
 
 def test_settling_takes_every_function_through_both_types(monkeypatch):

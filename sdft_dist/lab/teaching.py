@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from sdft_dist.config import dump_config, load_config
 from sdft_dist.lab import world
+from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.rundir import refuse_used
 
 RECIPE = Path(__file__).parent / "recipe.yaml"

@@ -25,10 +25,11 @@ from learner.group import LearnerGroup
 from learner.push import manifest
 from learner.worker import LearnerRank
 from sdft_dist.cluster import stream
-from sdft_dist.config import Config, parse_config
+from sdft_dist.config import Config
 from sdft_dist.export import checkpoint_model
 from sdft_dist.placement import environment
 from sdft_dist.problems import ProblemSet
+from sdft_dist.recipe import parse_config
 from sdft_dist.remote import Events
 from sdft_dist.types import Problem, SampleKey, Span, TrainItem, WeightManifest
 from sdft_dist.wire import pack

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from helpers import write_jsonl
 
-from sdft_dist.config import dump_config, parse_config
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
+from sdft_dist.recipe import dump_config, parse_config
 
 MARK = "SDFT_TEST_MARK"
 # For whatever must happen at last. What takes 20 s here has taken 200 s where others used the machine: only a hang

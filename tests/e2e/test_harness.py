@@ -5,11 +5,11 @@ import json
 import pytest
 from helpers import write_jsonl
 
-from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
 from sdft_dist.harness import harness, save
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
+from sdft_dist.recipe import parse_config
 
 CHOICE = """
 task: lab_choice

@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 from helpers import write_jsonl
 
-from sdft_dist.config import parse_config
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.preflight import preflight, show
+from sdft_dist.recipe import parse_config
 
 
 def test_the_lab_is_found_fit_for_sdft(ray_cluster, tmp_path):

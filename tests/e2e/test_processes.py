@@ -7,9 +7,9 @@ import time
 from helpers import write_jsonl
 from processes import PATIENCE_S, marked, nothing_left, start
 
-from sdft_dist.config import parse_config
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
+from sdft_dist.recipe import parse_config
 
 
 def lab_config(folder, *, steps, scorer="sdft_dist.lab.world:score"):

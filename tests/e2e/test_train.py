@@ -9,10 +9,10 @@ import yaml
 from helpers import tiny_model, write_jsonl
 from processes import PATIENCE_S, lab_config, nothing_left, start
 
-from sdft_dist.config import parse_config
 from sdft_dist.errors import UserError
 from sdft_dist.export import export
 from sdft_dist.lab import world
+from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
