@@ -16,8 +16,6 @@ PAPER_TEMPLATE = (
 )
 
 
-
-
 class Section(BaseModel):
     """A part of a YAML file: frozen, without fields of other names, its numbers finite."""
 

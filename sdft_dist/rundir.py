@@ -1,6 +1,7 @@
 """The run directory: its layout, who may write into it, and where a run begins.
 
-config.yaml · metrics.jsonl · run.log · events/ · eval/ · attempts/001/ · checkpoints/step-000100/ · model/ · lock
+config.yaml · metrics.jsonl · run.log · rows.txt · events/ · eval/ · attempts/001/ · checkpoints/step-000100/ · model/ ·
+adapter/ · origin.json · lock
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from sdft_dist.jsonl import read_jsonl
 from sdft_dist.recipe import dump_config, load_config
 
 # What a start leaves that failed before any step, besides metrics.jsonl without a line.
-LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events"}
+LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events", "origin.json"}
+ORIGIN = "origin.json"  # of a run that went on from another one's checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class RunDir:
         except UserError:
             run.release()
             raise
+        if not here:
+            run._note_origin(start)
         write_whole(run.path / "config.yaml", dump_config(config))
         return run, start
 
@@ -166,8 +170,8 @@ class RunDir:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} " + text.replace("\n", "\n    ") + "\n")
 
     def newest(self) -> Start:
-        """The newest sound checkpoint, or the beginning where there is none at all. Says which ones were
-        passed over; raises UserError where that is all."""
+        """The newest sound checkpoint, or where the run began while it has none at all. Says which ones were passed
+        over; raises UserError where that is all."""
         step, broken = commits.newest(self.commits)
         if broken and step is None:
             raise UserError(
@@ -176,7 +180,21 @@ class RunDir:
         for line in broken:
             print(f"sdft: {line}", file=sys.stderr)
             self.say(line)
-        return Start() if step is None else Start(step, self.commits.path(step))
+        return self._origin() if step is None else Start(step, self.commits.path(step))
+
+    def _note_origin(self, start: Start) -> None:
+        path = self.path / ORIGIN
+        path.unlink(missing_ok=True)  # of a start that failed
+        if start.checkpoint is not None:
+            write_whole(path, json.dumps({"step": start.step, "checkpoint": str(start.checkpoint.absolute())}))
+
+    def _origin(self) -> Start:
+        """The beginning, or the checkpoint of another run from which this one went on."""
+        path = self.path / ORIGIN
+        if not path.is_file():
+            return Start()
+        told = json.loads(path.read_text())
+        return Start(told["step"], Path(told["checkpoint"]))
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`, which will be done again: checkpoints, evaluations, metrics, and what was

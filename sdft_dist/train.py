@@ -94,7 +94,7 @@ def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             return _attempt(prepared, rundir, start, asked, wait_for_nodes)
         except ActorLost as error:
             rundir.say(f"lost the learner or its engines: {error}")
-            now = rundir.newest() if rundir.commits.steps() else start  # of a fork
+            now = rundir.newest()
             if asked():
                 raise Preempted(f"asked to stop, and lost: {error}\nstep {now.step} is saved") from error
             restarts = 0 if now.step > start.step else restarts + 1

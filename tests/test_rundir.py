@@ -131,6 +131,23 @@ def test_a_step_that_is_not_there(finished, resume, message):
         claim(finished, resume)
 
 
+def test_a_fork_that_has_no_checkpoint_yet_begins_again_where_it_began(finished, tmp_path):
+    """Not at the model that the other run began with."""
+    fork, start = claim(config_in(tmp_path / "fork"), str(Path(finished.run_dir)))
+    assert fork.newest() == start
+    (fork.path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 21}) + "\n")
+    fork.release()
+    assert claim(config_in(tmp_path / "fork"), "auto")[1] == start
+    assert (fork.path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_new_run_over_a_fork_that_failed_begins_at_the_beginning(finished, tmp_path):
+    fork, _ = claim(config_in(tmp_path / "fork"), str(Path(finished.run_dir)))
+    fork.release()
+    fork, start = claim(config_in(tmp_path / "fork"))
+    assert start == fork.newest() == Start()
+
+
 def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_path):
     fork, start = claim(config_in(tmp_path / "fork"), str(Path(finished.run_dir)))
     assert (fork.path, start.step) == (tmp_path / "fork", 20)
