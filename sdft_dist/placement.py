@@ -60,7 +60,7 @@ def placed(
 ) -> Iterator[Places]:
     """Room for all actors of `roles` that the run needs: the placement group that this process was given, as a trial
     of a sweep is, or one of its own that ends with the block. It waits for room, with
-    `wait_for_nodes` or `cluster.autoscaling` for nodes too, as long as cluster.timeout_s. Raises UserError where the
+    `wait_for_nodes` or `cluster.autoscaling` for nodes too, as long as cluster.start_timeout_s. Raises UserError where the
     cluster is too small, Fault where no room came, and Preempted where `stop` says so while it waits."""
     import ray
 
@@ -76,14 +76,15 @@ def placed(
     group = ray.util.placement_group(bundles(wanted), strategy="PACK" if device == "cuda" else "SPREAD")
     try:
         why = missing or "others hold the room for " + ", ".join(map(str, wanted))
-        deadline = time.monotonic() + config.cluster.timeout_s
+        patience_s = config.cluster.start_timeout_s
+        deadline = time.monotonic() + patience_s
         if missing:
             on_event(f"waiting for nodes: {missing}")
         while not group.wait(1):
             if stop():
                 raise Preempted(f"asked to stop while waiting for room: {why}")
             if time.monotonic() > deadline:
-                raise Fault(f"no room within cluster.timeout_s={config.cluster.timeout_s:g}: {why}")
+                raise Fault(f"no room within cluster.start_timeout_s={patience_s:g}: {why}")
         yield Places(wanted, group, 0, device, transport)
     finally:
         ray.util.remove_placement_group(group)
