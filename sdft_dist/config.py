@@ -235,7 +235,7 @@ class ClusterConfig(Section):
     )
     autoscaling: bool = Field(
         False,
-        description="Nodes join on demand: wait up to start_timeout_s for a cluster that has too few GPUs at the start.",
+        description="Nodes join on demand: wait up to start_timeout_s for a cluster that has too few GPUs.",
     )
     pin_roles: bool = Field(
         False,
@@ -276,8 +276,10 @@ class ClusterConfig(Section):
     )
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
     start_timeout_s: float = Field(
-        1800, gt=0, description="Longest wait for room on the cluster, and then for engines and ranks to start (load weights, "
-        "compile), seconds."
+        1800,
+        gt=0,
+        description="Longest wait for room on the cluster, and then for engines and ranks to start (load weights, "
+        "compile), seconds.",
     )
 
     @property

@@ -60,8 +60,8 @@ def placed(
 ) -> Iterator[Places]:
     """Room for all actors of `roles` that the run needs: the placement group that this process was given, as a trial
     of a sweep is, or one of its own that ends with the block. It waits for room, with
-    `wait_for_nodes` or `cluster.autoscaling` for nodes too, as long as cluster.start_timeout_s. Raises UserError where the
-    cluster is too small, Fault where no room came, and Preempted where `stop` says so while it waits."""
+    `wait_for_nodes` or `cluster.autoscaling` for nodes too, as long as cluster.start_timeout_s. Raises UserError where
+    the cluster is too small, Fault where no room came, and Preempted where `stop` says so while it waits."""
     import ray
 
     wanted, transport = needs(config, device, roles), push_transport(config, device)
