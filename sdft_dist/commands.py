@@ -1,0 +1,314 @@
+"""What each subcommand of `sdft` does, with its parsed words. All else is imported when it is called, so that --help is
+instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdft_dist.config import Config
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is a field with its value or a YAML file."""
+    return "=" in word or word.endswith((".yaml", ".yml"))
+
+
+def train(args: argparse.Namespace) -> None:
+    """`sdft train`, `sdft sft`."""
+    from sdft_dist.recipe import load_config
+
+    overrides = [*args.overrides, *([f"method={args.method}"] if args.method else [])]
+    config = load_config(args.recipe, overrides)
+    if args.dry_run:
+        _dry_run(config)
+        return
+    from sdft_dist.train import run
+
+    rundir = run(config, resume=args.resume, allow_changes=args.allow_changes)
+    print(f"Trained model: {rundir.path / 'model'}\nMetrics: {rundir.path / 'metrics.jsonl'}")
+
+
+def _dry_run(config: Config) -> None:
+    """On CUDA unless the recipe says otherwise: whoever asks is seldom on the machine that trains."""
+    from sdft_dist.recipe import dump_config
+    from sdft_dist.topology import needs, num_gpus
+
+    print(dump_config(config), end="")
+    device = "cpu" if config.cluster.device == "cpu" else "cuda"
+    wanted = needs(config, device)
+    print(f"# {', '.join(map(str, wanted))}: {num_gpus(wanted)} GPUs on {device}")
+
+
+def preflight(args: argparse.Namespace) -> None:
+    """`sdft preflight`."""
+    from sdft_dist.recipe import load_config
+
+    config = load_config(args.recipe, args.overrides)
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from sdft_dist.preflight import preflight, show
+
+    found = preflight(config, args.rows)
+    if args.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        show(found, Console())
+
+
+def bench(args: argparse.Namespace) -> None:
+    """`sdft bench`."""
+    import json
+
+    from sdft_dist.errors import UserError
+    from sdft_dist.recipe import is_layer, load_config
+
+    overrides = list(args.overrides)
+    if args.baseline and not args.baseline.is_file():
+        raise UserError(f"--baseline: {args.baseline} is no file")
+    if args.synthetic_model:
+        from sdft_dist.synthetic import synthetic
+
+        layers, fields = (list(filter(which, overrides)) for which in (is_layer, lambda text: not is_layer(text)))
+        there = load_config(args.recipe, [*layers, "model.path=.", "data.train=.", *fields])
+        made = synthetic(args.out, args.synthetic_model, [args.lengths], 1024, there.model.dtype)
+        overrides = [*layers, made, *fields]
+    config = load_config(args.recipe, overrides)
+    from rich.console import Console
+
+    from sdft_dist import bench, bench_roles
+
+    fixed, pairs = bool(args.synthetic_model), args.pairs
+    if args.only:
+        report = bench_roles.bench_role(config, args.out, args.only, repeats=pairs, fixed=fixed)
+        show = bench_roles.show
+    else:
+        report = bench.bench(config, args.out, pairs=pairs, segment=args.segment, fixed=fixed, peer=args.peer)
+        show = bench.show
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report, Console())
+    worse = bench.regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
+    if worse:
+        print(f"sdft: regression: {worse}", file=sys.stderr)
+        sys.exit(1)
+
+
+def report(args: argparse.Namespace) -> None:
+    """`sdft report`."""
+    from sdft_dist.report import report
+
+    print(f"Report: {report(args.runs, args.out, args.new)}")
+
+
+def harness(args: argparse.Namespace) -> None:
+    """`sdft harness`."""
+    from sdft_dist.errors import UserError
+    from sdft_dist.recipe import load_config
+
+    config = load_config(args.recipe, args.overrides)
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise UserError("sdft harness: needs lm-evaluation-harness; in the repository: pip install -e '.[eval]'")
+    from rich.console import Console
+
+    from sdft_dist.harness import harness, save, show
+
+    found = harness(
+        config,
+        args.tasks.split(","),
+        include=args.include,
+        limit=args.limit,
+        chat=args.chat,
+        run_code=args.run_code,
+    )
+    save(found, args.out)
+    show(found, Console())
+    print(f"Results: {args.out / 'results.json'}")
+
+
+def continual(args: argparse.Namespace) -> None:
+    """`sdft continual`."""
+    from sdft_dist.continual import continual, load_plan
+
+    plan = load_plan(args.plan)
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from sdft_dist.continual_results import markdown
+
+    Console().print(Markdown(markdown(continual(plan, Console()))))
+    print(f"Results: {plan.out}/results.json, table.md, curves.png, normalised.png")
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """`sdft sweep`."""
+    from sdft_dist.errors import ConfigError
+
+    *action, path = args.words
+    if action not in ([], ["status"], ["report"]):
+        raise ConfigError(
+            f"sdft sweep: {' '.join(args.words)}: expected SWEEP.yaml, status SWEEP.yaml or report SWEEP.yaml"
+        )
+    from sdft_dist.sweep import sweep_all, trials
+    from sdft_dist.sweep_space import load_sweep
+
+    plan = load_sweep(Path(path))
+    if args.dry_run:
+        for trial in trials(plan):
+            print(f"{trial.name}: {trial.values}")
+        return
+    from rich.console import Console
+
+    from sdft_dist.sweep_results import markdown, rows, write_report
+
+    if not action:
+        sweep_all(plan, Console())
+    if action != ["status"]:
+        print(f"Results: {write_report(plan)}/results.json, table.md, pareto.png")
+    print(markdown(rows(plan)), end="")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """`sdft plan`."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from sdft_dist.dimensions import dimensions, read_dimensions
+    from sdft_dist.errors import UserError
+    from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, show
+    from sdft_dist.recipe import load_config
+    from sdft_dist.synthetic import SHAPES, parse_lengths
+
+    # Overrides may follow the last of several numbers.
+    config = load_config(args.recipe, [*args.overrides, *(word for word in args.gpus if is_override(word))])
+    numbers = [word for word in args.gpus if not is_override(word)]
+    if not all(word.isdecimal() and int(word) for word in numbers):
+        raise UserError(f"--gpus: got {' '.join(numbers)}, expected positive numbers")
+    if args.gpu not in GPUS:
+        raise UserError(f"--gpu: got {args.gpu!r}, expected one of {', '.join(GPUS)}")
+    model = dimensions(SHAPES[args.shape]) if args.shape else read_dimensions(config)
+    prompt, demonstration, completion = parse_lengths(args.lengths)
+    lengths = Lengths(prompt=prompt, demonstration=demonstration, completion=completion)
+    gpu = GPUS[args.gpu]
+    if prompt + demonstration + completion > config.model.max_length:
+        raise UserError(f"--lengths: {args.lengths} is longer than model.max_length={config.model.max_length}")
+    own = [] if numbers else [own_plan(config, model, lengths, gpu)]
+    plans = own + [plan(config, model, lengths, gpu, int(n)) for n in numbers]
+    found = as_json(plans)
+    if not args.json:
+        show(plans, Console())
+    if args.simulate:
+        from sdft_dist.simulate import show as show_outcomes
+        from sdft_dist.simulate import simulate
+
+        split = [p for p in plans if all(len(group) == 1 for group in p.groups)]
+        if not split:
+            raise UserError("--simulate: is about roles that have GPUs of their own: give --gpus 3 or more")
+        outcomes = [simulate(config, model, lengths, gpu, p) for p in split]
+        if not args.json:
+            show_outcomes(split, outcomes, Console())
+        found += [{"gpus": p.gpus, "simulated": asdict(o)} for p, o in zip(split, outcomes, strict=True)]
+    if args.json:
+        print(json.dumps(found, indent=2))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`sdft demo`."""
+    from sdft_dist.demo import demo
+
+    demo(args.out, num_seeds=args.seeds, steps=args.steps, rebuild_base=args.rebuild_base, overrides=args.overrides)
+
+
+def lab_build(args: argparse.Namespace) -> None:
+    """`sdft lab build`."""
+    from sdft_dist.lab.base import BaseSettings, build_with_progress
+
+    print(build_with_progress(BaseSettings(seed=args.seed, steps=args.steps), args.out))
+
+
+def lab_data(args: argparse.Namespace) -> None:
+    """`sdft lab data`."""
+    from sdft_dist.lab.teaching import write_teaching_set
+    from sdft_dist.rundir import refuse_used
+
+    refuse_used(args.out)
+    write_teaching_set(args.out, args.word, args.domain, args.seed)
+    print(args.out)
+
+
+def lab_sequence(args: argparse.Namespace) -> None:
+    """`sdft lab sequence`."""
+    from sdft_dist.lab.base import SEQUENCE_BASE, build_with_progress
+    from sdft_dist.lab.teaching import write_sequence, written_sequence
+
+    plan = "sweep" if args.sweep else "final"
+    there, base = written_sequence(args.out, plan), build_with_progress(SEQUENCE_BASE)
+    print(there or write_sequence(args.out, base, plan))
+
+
+def lab_sweep(args: argparse.Namespace) -> None:
+    """`sdft lab sweep`."""
+    from sdft_dist.lab.base import shipped_base
+    from sdft_dist.lab.teaching import write_sweep
+    from sdft_dist.rundir import refuse_used
+
+    refuse_used(args.out)
+    print(write_sweep(args.out, shipped_base()))
+
+
+def status(args: argparse.Namespace) -> None:
+    """`sdft status`."""
+    import json
+
+    from sdft_dist.status import show, status
+
+    found = status(args.run)
+    print(json.dumps(found, indent=2) if args.json else show(found))
+
+
+def list_checkpoints(args: argparse.Namespace) -> None:
+    """`sdft ckpt ls`."""
+    from sdft_dist.rundir import RunDir
+
+    commits = RunDir.open(args.run).commits
+    if not commits.steps():
+        print(f"{args.run}: no checkpoint yet")
+    for step in commits.steps():
+        size = sum(p.stat().st_size for p in commits.path(step).iterdir())
+        print(f"step {step:6}  {size / 2**20:10.1f} MiB  {commits.path(step)}")
+
+
+def verify_checkpoints(args: argparse.Namespace) -> None:
+    """`sdft ckpt verify`."""
+    from sdft_dist.commits import check
+    from sdft_dist.rundir import RunDir
+
+    commits, broken = RunDir.open(args.run).commits, 0
+    if not commits.steps():
+        print(f"{args.run}: no checkpoint yet")
+    for step in commits.steps():
+        problem = check(commits.path(step))
+        broken += problem is not None
+        print(f"step {step:6}  {problem or 'sound'}")
+    if broken:
+        sys.exit(1)
+
+
+def export(args: argparse.Namespace) -> None:
+    """`sdft ckpt export`."""
+    from sdft_dist.export import export, export_adapter
+    from sdft_dist.rundir import RunDir
+
+    write = export_adapter if args.adapter else export
+    print(write(RunDir.open(args.run), args.out, weights=args.weights, step=args.step))
