@@ -160,7 +160,7 @@ class Stream:
     def _rolled(self, g: int, lists: Sequence[Any], rollout: Rollout) -> None:
         self._rolling[g] -= 1
         self._on_span("generator", g, rollout.span)
-        found = bound(rollout.samples, "sample", lists)
+        found = bound(rollout.samples, lists)
         samples = [sample for sample in found if sample.key in self._decoding[g]]  # each once
         self._decoding[g] -= {sample.key for sample in samples}
         if self._slice_s is not None and self._decoding[g]:
@@ -215,7 +215,7 @@ class Stream:
     def _scored(self, t: int, call: Call, lists: Sequence[Any], scored: Scored) -> None:
         if self._take_back(t, call):
             self._on_span("teacher", t, scored.span)
-            self._items |= {item.key: item for item in bound(scored.items, "targets", lists)}
+            self._items |= {item.key: item for item in bound(scored.items, lists)}
             self._dispatch()
 
     def _unscored(self, t: int, actor: Any, call: Call, error: Exception) -> None:

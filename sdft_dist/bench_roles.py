@@ -209,7 +209,7 @@ def as_sampled(config: Config, problems: ProblemSet, keys: Sequence[SampleKey]) 
                 top_ids=top,
             )
         )
-    return pieces.bound(pieces.sample_refs(samples, problems), "sample", [ray.put(samples)])
+    return pieces.bound(pieces.sample_refs(samples, problems), [ray.put(samples)])
 
 
 def _as_scored(ours: Ours, refs: Sequence[SampleRef]) -> list[TrainItem]:
@@ -232,4 +232,4 @@ def _as_scored(ours: Ours, refs: Sequence[SampleRef]) -> list[TrainItem]:
             beliefs["tail"] = np.full(count, -np.log(2), dtype=np.float32)
         targets.append(TeacherTargets(key=ref.key, teacher_version=0, dtype=dtype, **beliefs))
     places, lists = pieces.split(targets, 1 + len(targets) // 8)
-    return pieces.bound(pieces.train_items(refs, places, 0), "targets", [ray.put(own) for own in lists])
+    return pieces.bound(pieces.train_items(refs, places, 0), [ray.put(own) for own in lists])

@@ -20,10 +20,10 @@ def split(records: Sequence[Any], number: int) -> tuple[list[Piece], list[list[A
     return [Piece(i, row) for i, own in enumerate(lists) for row in range(len(own))], lists
 
 
-def bound(handles: Sequence[Any], field: str, refs: Sequence[Any]) -> list[Any]:
-    """The SampleRefs ("sample") or TrainItems ("targets") of an answer, with `refs` to the lists that came with it."""
-    places = (getattr(handle, field) for handle in handles)
-    return [h._replace(**{field: Piece(refs[at.ref], at.row)}) for h, at in zip(handles, places, strict=True)]
+def bound(handles: Sequence[Any], refs: Sequence[Any]) -> list[Any]:
+    """The SampleRefs or TrainItems of an answer, whose last field is the record's place, with `refs` to the lists that
+    came with it."""
+    return [h._make((*h[:-1], Piece(refs[h[-1].ref], h[-1].row))) for h in handles]
 
 
 def fetch(pieces: Sequence[Piece]) -> list[Any]:
