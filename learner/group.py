@@ -117,8 +117,10 @@ class LearnerGroup:
         Targets of teachers older than `oldest_in_flight` must not come any more. Without `wait`, a
         receiver's failure is noted by `receivers`.
         """
-        if receivers.transport == "nccl" and not self._all_alive(receivers, must=wait):
-            return  # a broadcast to one that is gone never ends
+        # A broadcast to one that is gone never ends. Generators that run ahead always have a call under way, which tells.
+        busy = receivers.role == "generators" and self.config.rollout.max_staleness > 0
+        if receivers.transport == "nccl" and not busy and not self._all_alive(receivers, must=wait):
+            return
         whole = receivers.role not in self._whole
         if whole not in self._manifests:
             (self._manifests[whole],) = self._wait([self.ranks[0].manifest.remote(version, whole)], "learner manifest")

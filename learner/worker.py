@@ -99,6 +99,8 @@ class LearnerRank:
         settings = deepspeed_config(self.config)
         if self.config.learner.zero_stage == 3:  # shard by shard: `initialize` would put all of it on the GPU first
             deepspeed.zero.Init(module=self.student, config_dict_or_path=settings)
+            for buffer in self.student.buffers():  # which it leaves, and `initialize` then, too
+                buffer.data = buffer.data.to(self.device)
         deepspeed.comm.barrier()  # ranks load at different speeds, and DeepSpeed's own groups wait for ten minutes
         self.engine, *_ = deepspeed.initialize(
             model=self.student, model_parameters=list(self._named.values()), config=settings
