@@ -117,7 +117,7 @@ class LearnerGroup:
         Targets of teachers older than `oldest_in_flight` must not come any more. Without `wait`, a
         receiver's failure is noted by `receivers`.
         """
-        # A broadcast to one that is gone never ends. Generators that run ahead always have a call under way, which tells.
+        # A broadcast to one that is gone never ends. Generators that run ahead have a call under way, which tells.
         busy = receivers.role == "generators" and self.config.rollout.max_staleness > 0
         if receivers.transport == "nccl" and not busy and not self._all_alive(receivers, must=wait):
             return
