@@ -112,10 +112,10 @@ class RunDir:
         try:
             with (self.path / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return None
         except BlockingIOError:
             return (self.path / "lock").read_text().strip() or "another process"
+        except OSError:  # there is none, or the file system has no locks
+            return None
         return None
 
     def note_rows(self, dropped: list[str], truncated: list[str]) -> None:
