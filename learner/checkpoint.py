@@ -1,4 +1,4 @@
-"""A learner's whole state as shards of named fp32 fragments, one safetensors file per rank.
+"""A learner's whole state as shards of named fp32 fragments, one safetensors file per rank, or several.
 
 Not DeepSpeed's own checkpoints: those are pickles, are written under a `latest` marker before all
 shards are on disk, and are bound to one number of ranks. Fragments carry the parameter's name and
@@ -10,8 +10,9 @@ which folders count.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,17 @@ from sdft_dist.errors import UserError
 from sdft_dist.types import ShardFile
 
 RNG = "rng"
+PART_BYTES = 2 << 30
 
 
 class ShardWriter:
-    """Writes one rank's shards in a thread, from a copy, while training goes on."""
+    """Writes one rank's shards in a thread, from a copy, while training goes on; or `in_parts`, before it does, which
+    takes PART_BYTES of memory instead of as much as the state."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_parts: bool) -> None:
+        self._in_parts = in_parts
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[ShardFile] | None = None
+        self._writing: Future[list[ShardFile]] | None = None
 
     def start(
         self,
@@ -45,18 +49,18 @@ class ShardWriter:
         optimizer_step: int,
         anchor: str | None,
     ) -> None:
-        """Copy the state to CPU memory and begin to write `rank-NNN.safetensors`; `anchor` is `teacher.anchor`."""
-        tensors: dict[str, torch.Tensor] = {f"{RNG}|torch|0": torch.get_rng_state()}
-        for f in fragments:
-            for kind, value in {"master": f.master, **f.state}.items():
-                tensors[f"{kind}|{f.name}|{f.start}"] = value.detach().to("cpu", copy=True)
-        for name, (start, average) in (ema.averages if ema else {}).items():
-            tensors[f"ema|{name}|{start}"] = average.to("cpu", copy=True)
-        path = folder / f"rank-{rank:03d}.safetensors"
+        """Copy the state to CPU memory and begin to write `rank-NNN.safetensors`, or write it and more such files;
+        `anchor` is `teacher.anchor`."""
         metadata = {"optimizer_step": str(optimizer_step), "anchor": anchor or ""}
-        self._writing = self._thread.submit(_write, path, tensors, metadata)
+        parts = _parts(_state(fragments, ema), PART_BYTES if self._in_parts else math.inf)
+        files = ((folder / f"rank-{rank:03d}{f'-{i}' if i else ''}.safetensors", part) for i, part in enumerate(parts))
+        if self._in_parts:
+            self._writing = Future()
+            self._writing.set_result(_write_all(files, metadata))
+        else:
+            self._writing = self._thread.submit(_write_all, list(files), metadata)
 
-    def finish(self, wait: bool) -> ShardFile | None:
+    def finish(self, wait: bool) -> list[ShardFile] | None:
         """What was written, or None while it is under way and `wait` is false. Raises what writing raised."""
         assert self._writing is not None
         if not wait and not self._writing.done():
@@ -66,6 +70,37 @@ class ShardWriter:
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _state(fragments: Iterable[Fragment], ema: Ema | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that a checkpoint holds of a rank, by its key."""
+    yield f"{RNG}|torch|0", torch.get_rng_state()
+    for f in fragments:
+        for kind, value in {"master": f.master, **f.state}.items():
+            yield f"{kind}|{f.name}|{f.start}", value.detach()
+    for name, (start, average) in (ema.averages if ema else {}).items():
+        yield f"ema|{name}|{start}", average
+
+
+def _parts(state: Iterable[tuple[str, torch.Tensor]], limit: float) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies in CPU memory, of at most `limit` bytes at a time but for single tensors that are larger."""
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for key, tensor in state:
+        if part and size + tensor.nbytes > limit:
+            yield part
+            part, size = {}, 0
+        part[key] = tensor.to("cpu", copy=True)
+        size += tensor.nbytes
+    yield part
+
+
+def _write_all(files: Iterable[tuple[Path, dict[str, torch.Tensor]]], metadata: dict[str, str]) -> list[ShardFile]:
+    written = []
+    for path, tensors in files:
+        written.append(_write(path, tensors, metadata))
+        tensors.clear()  # before the next part is copied
+    return written
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> ShardFile:

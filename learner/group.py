@@ -170,15 +170,18 @@ class LearnerGroup:
         return self._state_bytes
 
     def start_saving(self, folder: Path) -> None:
-        """Copy the state and begin to write its shards into `folder`, while training goes on."""
-        self._all("start_saving", str(folder))
+        """Copy the state and begin to write its shards into `folder`, while training goes on; or write them, where the
+        optimizer is in host memory."""
+        self._all("start_saving", str(folder), timeout_s=self._saving_limit())
 
     def finish_saving(self, *, wait: bool) -> list[ShardFile] | None:
         """The files of the checkpoint; None while some are being written and `wait` is false. Raises what
         writing raised."""
-        limit = max(self.config.cluster.timeout_s, self._state_bytes / SLOW_DISK)
-        files = self._all("finish_saving", wait, timeout_s=limit)
-        return None if None in files else files
+        files = self._all("finish_saving", wait, timeout_s=self._saving_limit())
+        return None if None in files else [file for own in files for file in own]
+
+    def _saving_limit(self) -> float:
+        return max(self.config.cluster.timeout_s, self._state_bytes / SLOW_DISK)
 
     def roofline(self) -> Roofline:
         """What the device of rank 0 reaches."""

@@ -46,7 +46,8 @@ class LearnerRank:
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self.vocab_size = vocab_size
         self._senders: dict[str, Sender] = {}
-        self._writer = checkpoint.ShardWriter()
+        # With the optimizer in host memory there may be no room for a copy of it.
+        self._writer = checkpoint.ShardWriter(in_parts=config.learner.offload == "optimizer")
         self._teacher_heads: dict[int, torch.Tensor] = {}
 
     def address(self) -> tuple[str, int]:
@@ -220,11 +221,11 @@ class LearnerRank:
         return Path(path).is_file()
 
     def start_saving(self, folder: str) -> None:
-        """Copy this rank's state and begin to write it into `folder`."""
+        """Copy this rank's state and begin to write it into `folder`; with learner.offload=optimizer write it."""
         step, anchor = optimizer_step(self.engine), self.config.teacher.anchor
         self._writer.start(Path(folder), self.rank, self._fragments(), self.ema, step, anchor)
 
-    def finish_saving(self, wait: bool) -> ShardFile | None:
+    def finish_saving(self, wait: bool) -> list[ShardFile] | None:
         """What was written; None while that is under way and `wait` is false."""
         return self._writer.finish(wait)
 

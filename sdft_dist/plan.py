@@ -22,7 +22,7 @@ from rich.table import Table
 from sdft_dist.config import Config
 from sdft_dist.dimensions import Dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan_memory import host_gib, learner_gib, memory_gib, saving_gib
+from sdft_dist.plan_memory import host_gib, learner_gib, memory_gib, saving_gib, state_gib
 from sdft_dist.topology import needs
 
 
@@ -212,7 +212,7 @@ def _plan(
         idle_share={role: 1 - t / step_s for role, t in times.items()},
         memory_gib=memory,
         host_gib=host_gib(config, m, split["learner"]) + saving_gib(config, m, split["learner"]),
-        checkpoint_gib=saving_gib(config, m, 1),
+        checkpoint_gib=state_gib(config, m, 1),
         fits=room > 0 and max(held) <= usable,
     )
 

@@ -11,6 +11,7 @@ from sdft_dist.dimensions import Dimensions
 from sdft_dist.topology import push_transport
 
 CHUNK = 512 << 20  # learner/fused.py: of one fp32 [chunk, V] buffer on a GPU
+PART = 2 << 30  # learner/checkpoint.py: of the state, copied at a time
 SUBGROUP = 10**9  # parameters that ZeRO-3 steps at a time
 
 
@@ -50,12 +51,18 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
 def host_gib(config: Config, m: Dimensions, ranks: int) -> float:
     """What a learner rank keeps in host memory for `learner.offload`: fp32 master weights, moments and EMA; and
     DeepSpeed's gradients there, in fp32, and a bf16 copy."""
-    return 0.0 if config.learner.offload == "none" else saving_gib(config, m, ranks) * (1 + 6 / _state_bytes(config))
+    return 0.0 if config.learner.offload == "none" else state_gib(config, m, ranks) * (1 + 6 / _state_bytes(config))
 
 
 def saving_gib(config: Config, m: Dimensions, ranks: int) -> float:
     """What a learner rank needs of host memory besides, from a checkpoint's start until it is written: a copy of its
-    master weights, moments and EMA, which is what the rank's part of a checkpoint takes on disk, too."""
+    state, or, where that is in host memory already, of a part of it at a time."""
+    whole = state_gib(config, m, ranks)
+    return whole if config.learner.offload == "none" else min(whole, PART / 2**30)
+
+
+def state_gib(config: Config, m: Dimensions, ranks: int) -> float:
+    """A rank's part of a checkpoint: its master weights, moments and EMA."""
     rank = config.model.lora.rank
     return _state_bytes(config) * (m.adapters(rank) if rank else m.total) / ranks / 2**30
 

@@ -46,7 +46,7 @@ def test_ranks_that_do_not_see_the_run_directory_are_named(tmp_path):
 
 
 def test_a_checkpoint_may_take_as_long_as_a_slow_disk_needs():
-    one = made(actor(state_bytes=100 * group.SLOW_DISK, finish_saving=ShardFile(name="a", bytes=1, sha256="")))
+    one = made(actor(state_bytes=100 * group.SLOW_DISK, finish_saving=[ShardFile(name="a", bytes=1, sha256="")]))
     one.state_bytes()
     assert one.finish_saving(wait=True)
     assert one._events.allowed["learner finish_saving"] == 100

@@ -6,13 +6,13 @@ from helpers import Allocations, config_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from learner import fused, varlen
+from learner import checkpoint, fused, varlen
 from learner.fused import Objective, Targets
 from learner.model import MicroBatch, Student, tune
 from sdft_dist import plan_memory
 from sdft_dist.config import LearnerConfig
 from sdft_dist.dimensions import dimensions
-from sdft_dist.plan_memory import backward_bytes, host_gib, kept_for_backward, memory_gib, saving_gib
+from sdft_dist.plan_memory import backward_bytes, host_gib, kept_for_backward, memory_gib, saving_gib, state_gib
 from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
@@ -50,6 +50,12 @@ def test_a_checkpoint_is_copied_before_it_is_written():
     large = dimensions(SHAPES["qwen3-8b"])
     assert saving_gib(config_of(), large, 4) == pytest.approx(16 * 8.19e9 / 4 / 2**30, rel=0.01)
     assert saving_gib(config_of(teacher={"kind": "base"}), large, 1) == pytest.approx(91.5, rel=0.01)
+    assert state_gib(config_of(), large, 1) == pytest.approx(16 * 8.19e9 / 2**30, rel=0.01)
+
+
+def test_what_is_in_host_memory_is_copied_in_parts():
+    offload = config_of(learner={"offload": "optimizer", "zero_stage": 2})
+    assert saving_gib(offload, dimensions(SHAPES["qwen3-8b"]), 1) == checkpoint.PART_BYTES / 2**30
 
 
 def test_the_chunk_is_the_losss_own():
