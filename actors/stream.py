@@ -19,6 +19,7 @@ from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, Rollout, SampleKey, SampleRef, Scored, TrainItem
 
 LIST_BYTES = 8 << 20  # of targets, which a rank fetches whole for any one of them
+MOST_MISSED = 8  # after which it is no matter of a lost node
 AHEAD = 2  # calls under way at each actor, so that none waits for the driver
 
 
@@ -56,6 +57,7 @@ class Stream:
         self._waiting: list[SampleRef] = []  # for a teacher
         self._items: dict[SampleKey, TrainItem] = {}
         self._held = 0  # completion tokens whose targets are scored or being scored
+        self._missed = 0  # calls to teachers, in this step, whose samples were gone
         self._due = 0  # the step that the learner takes next
         self.teacher_version = 0  # of the last push that was sent to the teachers
         self.mend: Callable[[], None] | None = None  # puts lost engines right, between two optimizer steps
@@ -92,6 +94,7 @@ class Stream:
                 )
             except TimeoutError as error:
                 self._kill_silent(error)
+        self._missed = 0
         items = [self._items.pop(key) for key in keys]
         self._held -= sum(item.num_completion_tokens for item in items)
         return items
@@ -224,7 +227,10 @@ class Stream:
 
         if not isinstance(getattr(error, "cause", None), ObjectLostError):
             self._failed(self._teachers, t, actor, error)
+        elif self._missed == MOST_MISSED:
+            raise error
         elif self._take_back(t, call):
+            self._missed += 1
             self._held -= sum(sample.num_completion_tokens for sample in call.samples)
             self._homeless += [sample.key for sample in call.samples]
 

@@ -152,12 +152,12 @@ def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
 
 def explain(error: Exception, actors: list[Any]) -> Exception | None:
     """What is behind an error, in this project's terms; None where it is nothing that machines did."""
-    from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+    from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
 
     if isinstance(error, OutOfDiskError | ObjectStoreFullError):
         return Fault(f"Ray's object store is full and has no disk to spill to; checkpoints are intact: {brief(error)}")
     # The third is what a process group says when a rank hangs; the error's note names the rank.
-    lost = isinstance(error, TimeoutError | NotServing) or "timed out" in str(error).lower()
+    lost = isinstance(error, TimeoutError | NotServing | ObjectLostError) or "timed out" in str(error).lower()
     if lost or is_broken_device(getattr(error, "cause", None)) or _any_dead(actors):
         return ActorLost(obituary(error))
     return None

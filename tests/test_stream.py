@@ -249,18 +249,29 @@ def test_a_lost_teachers_samples_are_scored_again():
     assert path._held == 0
 
 
-@pytest.mark.fault("samples gone with their node", "a teacher cannot fetch them", "sampled again; the teacher goes on")
-def test_samples_that_a_teacher_cannot_fetch_are_sampled_again():
-    one, first = teacher(), iter([True])
-    score = one.score.remote
+def missing(actor, times):
+    """The same teacher, which cannot fetch what it is first given."""
+    score, misses = actor.score.remote, iter([True] * times)
 
     def score_or_miss(*args):
         error = RuntimeError("the owner has died")
         error.cause = ObjectLostError("ab" * 14, "", "")
-        return (one, lambda: (_ for _ in ()).throw(error)) if next(first, False) else score(*args)
+        return (actor, lambda: (_ for _ in ()).throw(error)) if next(misses, False) else score(*args)
 
-    one.score = method(score_or_miss)
-    path = stream([generator()], [one])
+    actor.score = method(score_or_miss)
+    return actor
+
+
+def test_a_teacher_that_can_never_fetch_them_ends_the_run():
+    path = stream([generator()], [missing(teacher(), 100)])
+    path.submit(keys(0))
+    with pytest.raises(RuntimeError, match="the owner has died"):
+        path.take(keys(0))
+
+
+@pytest.mark.fault("samples gone with their node", "a teacher cannot fetch them", "sampled again; the teacher goes on")
+def test_samples_that_a_teacher_cannot_fetch_are_sampled_again():
+    path = stream([generator()], [missing(teacher(), 1)])
     path.submit(keys(0))
     assert [item.key for item in path.take(keys(0))] == keys(0)
     assert path._held == 0
