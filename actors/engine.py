@@ -218,7 +218,8 @@ class Engine:
         try:
             return self._llm.llm_engine.step()
         except Exception as e:
-            if is_broken_device(e) or getattr(self._llm.llm_engine.model_executor, "is_failed", False):
+            executor = getattr(self._llm.llm_engine, "model_executor", None)
+            if is_broken_device(e) or getattr(executor, "is_failed", False):  # of several processes one has ended
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)
