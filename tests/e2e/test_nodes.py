@@ -34,7 +34,7 @@ def nodes(monkeypatch):
 
 def test_a_run_without_an_address_leaves_a_cluster_of_this_machine_alone(nodes):
     program = (
-        "import ray; from sdft_dist.cluster import ray_session; from sdft_dist.config import parse_config\n"
+        "import ray; from sdft_dist.cluster import ray_session; from sdft_dist.recipe import parse_config\n"
         "with ray_session(parse_config({'model': {'path': 'm'}, 'data': {'train': 'd'}})):\n"
         "    print(ray.get_runtime_context().gcs_address, len(ray.nodes()))"
     )
@@ -107,7 +107,10 @@ def test_roles_on_nodes_of_their_own_equal_one_node_and_wait_for_a_node_that_com
     assert "learner rank" not in where, "it is on the head"
     node, raylet = where["teacher"]
     apart.worker_nodes.remove(node)
+    process.send_signal(signal.SIGSTOP)  # an actor outlives its raylet by seconds, in which the whole run would end
     os.kill(raylet, signal.SIGKILL)
+    wait_for(lambda: not pids_of("teacher", apart.mark), process, "the end of the node's actor")
+    process.send_signal(signal.SIGCONT)
     time.sleep(5)
     before = steps_done(Path(config.run_dir))
     apart.add_node(**NODE, resources={"sdft_teacher": 1})
