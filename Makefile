@@ -37,7 +37,7 @@ words: setup ## teach three words in sequence by three methods with three seeds 
 	$(BIN)/sdft lab sequence --out runs/words
 	$(BIN)/sdft continual runs/words/plan.yaml
 
-test: setup ## the tests (half an hour)
+test: setup ## the tests (25 to 45 minutes)
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 test-all: setup ## the same, and those that do at length what others do in short or in parts
