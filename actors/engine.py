@@ -78,50 +78,9 @@ class Engine:
     ):
         _prepare_environment(device, config.cluster.kv_cache_gib)
         from vllm import LLM
-        from vllm.config import PoolerConfig, WeightTransferConfig
 
         plugin.prepare()
-        cluster = config.cluster
-        self.tensor_parallel = (
-            cluster.generator_tensor_parallel if runner == "generate" else cluster.teacher_tensor_parallel
-        )
-        options: dict[str, Any] = {
-            "model": config.model.path,
-            "revision": config.model.revision,
-            "dtype": config.model.dtype,
-            "max_model_len": config.model.max_length,
-            "max_num_batched_tokens": max(8192, config.model.max_length),
-            "max_num_seqs": cluster.max_sequences,
-            "seed": config.seed,
-            "tensor_parallel_size": self.tensor_parallel,
-            "disable_log_stats": True,
-            "weight_transfer_config": WeightTransferConfig(backend=plugin.RECEIVER),
-        }
-        if self.tensor_parallel > 1:
-            # In a placement group vLLM would look for Ray workers of its own.
-            options["distributed_executor_backend"] = "mp"
-        if device == "cpu":
-            options["enforce_eager"] = True
-            options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator
-        else:
-            options["gpu_memory_utilization"] = cluster.engine_memory
-            options["enable_sleep_mode"] = cluster.sleep
-        if runner == "generate":
-            options["skip_tokenizer_init"] = True  # ids in, ids out
-            # Log-probs after temperature: those of the distribution that was sampled from.
-            options["logprobs_mode"] = "processed_logprobs"
-            options["max_logprobs"] = config.loss.top_k
-            if config.rollout.speculative != "none":
-                options["speculative_config"] = drafts.settings(config.rollout)
-        else:
-            options["runner"], options["convert"] = "pooling", "embed"
-            # vLLM 0.26 keeps a first chunk's states where the next step of a CUDA graph writes its own.
-            options["enable_chunked_prefill"] = False
-            options["enable_prefix_caching"] = config.rollout.completions_per_prompt > 1
-            # Without use_activation=False the states come L2-normalised.
-            options["pooler_config"] = PoolerConfig(task="token_embed", use_activation=False)
-            if config.model.dtype != "float32":
-                options["hf_overrides"] = {"head_dtype": "model"}
+        options = _options(config, runner, device)
         try:
             self._llm = LLM(**options)
         except (ValidationError, ImportError) as e:  # of its configuration; want of memory is another matter
@@ -313,6 +272,52 @@ class Engine:
     def _new_id(self) -> str:
         self._next_id += 1
         return str(self._next_id)
+
+
+def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
+    """What vLLM's LLM is made with."""
+    from vllm.config import PoolerConfig, WeightTransferConfig
+
+    cluster = config.cluster
+    spans = cluster.generator_tensor_parallel if runner == "generate" else cluster.teacher_tensor_parallel
+    options: dict[str, Any] = {
+        "model": config.model.path,
+        "revision": config.model.revision,
+        "dtype": config.model.dtype,
+        "max_model_len": config.model.max_length,
+        "max_num_batched_tokens": max(8192, config.model.max_length),
+        "max_num_seqs": cluster.max_sequences,
+        "seed": config.seed,
+        "tensor_parallel_size": spans,
+        "disable_log_stats": True,
+        "weight_transfer_config": WeightTransferConfig(backend=plugin.RECEIVER),
+    }
+    if spans > 1:
+        # In a placement group vLLM would look for Ray workers of its own.
+        options["distributed_executor_backend"] = "mp"
+    if device == "cpu":
+        options["enforce_eager"] = True
+        options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator
+    else:
+        options["gpu_memory_utilization"] = cluster.engine_memory
+        options["enable_sleep_mode"] = cluster.sleep
+    if runner == "generate":
+        options["skip_tokenizer_init"] = True  # ids in, ids out
+        # Log-probs after temperature: those of the distribution that was sampled from.
+        options["logprobs_mode"] = "processed_logprobs"
+        options["max_logprobs"] = config.loss.top_k
+        if config.rollout.speculative != "none":
+            options["speculative_config"] = drafts.settings(config.rollout)
+    else:
+        options["runner"], options["convert"] = "pooling", "embed"
+        # vLLM 0.26 keeps a first chunk's states where the next step of a CUDA graph writes its own.
+        options["enable_chunked_prefill"] = False
+        options["enable_prefix_caching"] = config.rollout.completions_per_prompt > 1
+        # Without use_activation=False the states come L2-normalised.
+        options["pooler_config"] = PoolerConfig(task="token_embed", use_activation=False)
+        if config.model.dtype != "float32":
+            options["hf_overrides"] = {"head_dtype": "model"}
+    return options
 
 
 def _prepare_environment(device: str, kv_cache_gib: int) -> None:
