@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdft_dist.config import Config
+from sdft_dist.config import Config, LearnerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,19 +30,20 @@ class Fragment:
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`. Loss scaling over micro-batches and ranks is ours:
     the accumulation count is 1 and the boundary is set by hand."""
-    optim, offload = config.optim, config.learner.offload == "optimizer"
+    optim, offload, stage = config.optim, config.learner.offload == "optimizer", config.learner.zero_stage
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip,
         "zero_optimization": {
-            "stage": config.learner.zero_stage,
+            "stage": stage,
             # Buckets sized for models of 0.001 to 8 billion parameters alike; "auto" is not available.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 0,
             **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
         },
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if adds_up_in_fp32(config.learner) else {}),
         "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
         "optimizer": {
             "type": "AdamW",
@@ -59,6 +60,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
+
+
+def adds_up_in_fp32(learner: LearnerConfig) -> bool:
+    """Whether micro-batches' gradients of bf16 weights add up in fp32; bf16 loses what is 256 times smaller than the
+    sum. At stage 1 DeepSpeed would keep whole fp32 gradients on every rank for it, and with offload on the GPU."""
+    return learner.zero_stage >= 2 and learner.offload == "none"
 
 
 def set_timeouts(timeout: timedelta) -> None:

@@ -13,6 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Okabe and Ito's, which colour-blind readers tell apart; black is for what all others are compared with.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
+
 
 class Curve(NamedTuple):
     """Points to be joined; `low` and `high` are the ends of each point's interval, where there is one."""
@@ -46,22 +50,28 @@ def curves(title: str, runs: Mapping[str, Curve], xlabel: str, ylabel: str, *, p
     return figure
 
 
+def save(figure: Any, path: Path) -> None:
+    """Write a picture and forget it."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def sequences(
     panels: Mapping[str, Mapping[str, Sequence[Curve]]],
     ends: Mapping[str, Sequence[int]],
     tasks: Sequence[str],
     ylabel: str,
 ) -> Any:
-    """A panel for each method, in it a colour for each held-out set and a line for each seed. `ends` holds the
-    steps at which its stages end, each of which taught one of `tasks`."""
+    """A panel for each method, in it a colour for each of `tasks`, black for what else there is, and a line for each
+    seed. `ends` holds the steps at which its stages end, each of which taught one of `tasks`."""
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(8, 0.8 + 2 * len(panels)), sharey=True, squeeze=False, layout="constrained"
     )
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colours = dict(zip(tasks, itertools.cycle(COLOURS), strict=False))
     for axis, (method, sets) in zip(axes[:, 0], panels.items(), strict=True):
-        for i, (name, seeds) in enumerate(sets.items()):
+        for name, seeds in sets.items():
             for j, curve in enumerate(seeds):
-                style = {"color": colours[i % len(colours)], "alpha": 0.8, "linewidth": 1.4}
+                style = {"color": colours.get(name, "black"), "alpha": 0.8, "linewidth": 1.4}
                 axis.plot(curve.x, curve.y, label=None if j else name, **style)
         for end in ends[method][:-1]:
             axis.axvline(end, color="black", linewidth=0.8, linestyle=":")
@@ -79,9 +89,7 @@ def sequences(
 def pareto(points: Mapping[str, Point], new: str) -> Any:
     """What was learned against what was kept: an arrow for each run, from its start to its end."""
     figure, axis = plt.subplots(figsize=(4.6, 4), layout="constrained")
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for i, (name, point) in enumerate(points.items()):
-        colour = colours[i % len(colours)]
+    for (name, point), colour in zip(points.items(), itertools.cycle(COLOURS), strict=False):
         axis.annotate("", point.end, point.start, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
         axis.scatter(*point.end, color=colour, label=name, zorder=3)
     axis.set(xlabel="other sets, mean accuracy, %", ylabel=f"{new}, accuracy, %", xlim=(-3, 104), ylim=(-3, 104))
@@ -96,10 +104,11 @@ def front(
     """Trials by method: retained against new, %, with a line along those of each method that no other one of it
     beats in both."""
     figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    for (name, own), marker in zip(points.items(), itertools.cycle("os^Dv"), strict=False):
-        drawn = axis.scatter([x for x, _ in own], [y for _, y in own], label=name, marker=marker, alpha=0.7, zorder=3)
-        line = sorted(best[name])
-        axis.plot([x for x, _ in line], [y for _, y in line], color=drawn.get_facecolor()[0], linestyle=":", zorder=2)
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle("os^Dv"))
+    for (name, own), (colour, marker) in zip(points.items(), looks, strict=False):
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": "none", "markersize": 8}
+        axis.plot(*zip(*own, strict=True), linestyle="", label=f"{name}, {len(own)} trials", **style)
+        axis.plot(*zip(*sorted(best[name]), strict=True), color=colour, linestyle=":", zorder=1)
     axis.set(xlabel="other sets, mean accuracy, %", ylabel="what was taught, accuracy, %")
     axis.set(xlim=(-3, 104), ylim=(-3, 104))
     axis.grid(alpha=0.3)
@@ -147,8 +156,7 @@ def timeline(trace: Path, out: Path) -> None:
     start = end - seconds * 1e6
     bars = [e for e in bars if start < e["ts"] + e["dur"] and e["ts"] < end]
     lanes = sorted({(names[e["pid"]], e["tid"]) for e in bars}, reverse=True)
-    shades = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    colours = dict(zip(sorted({e["name"] for e in bars}), shades, strict=False))
+    colours = dict(zip(sorted({e["name"] for e in bars}), itertools.cycle(COLOURS), strict=False))
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(lanes)), layout="constrained")
     for e in bars:
         row = lanes.index((names[e["pid"]], e["tid"]))
@@ -157,5 +165,4 @@ def timeline(trace: Path, out: Path) -> None:
     axis.set(xlabel="seconds", xlim=(0, seconds))
     patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(patches, colours, loc="outside upper center", ncols=len(colours), frameon=False)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+    save(figure, out)

@@ -207,7 +207,11 @@ class OptimConfig(Section):
 
 class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, description="Learner processes; one GPU each where there are GPUs.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="DeepSpeed ZeRO stage. Gradients of bfloat16 weights add up over micro-batches in "
+        "fp32 at 2 and 3 without offload, else in bfloat16.",
+    )
     tokens_per_microbatch: int = Field(
         8192, ge=8, description="Largest number of tokens (prompt + completion) in one packed micro-batch of a rank."
     )

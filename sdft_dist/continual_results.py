@@ -152,9 +152,7 @@ def _pictures(
         ("curves", panels, "accuracy, %"),
         ("normalised", scaled, "accuracy, % of the way from start to best"),
     ):
-        figure = charts.sequences(what, ends, list(tasks), ylabel)
-        figure.savefig(out / f"{name}.png", dpi=110)
-        charts.plt.close(figure)
+        charts.save(charts.sequences(what, ends, list(tasks), ylabel), out / f"{name}.png")
 
 
 def _ends(records: Records) -> list[int]:

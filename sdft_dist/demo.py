@@ -177,13 +177,10 @@ def _accuracies(outcomes: list[Outcome], points: list[dict[str, float]]) -> list
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
     """Accuracy on the new word and on the old skills against steps; a thin line a seed, a thick mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from sdft_dist.charts import COLOURS, plt, save
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    colours = {"sdft": "tab:blue", "sft": "tab:red"}
+    colours = dict(zip(METHODS, COLOURS, strict=False))
     for axis, title in zip(axes, (f"new word: {WORD}", "old skills (mean of four)"), strict=True):
         for method in METHODS:
             mine = [o for o in outcomes if o.method == method]
@@ -197,5 +194,4 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
     axes[1].legend(loc="lower left")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)

@@ -48,7 +48,7 @@ SLOWER = {  # what the choice of TUNED and of varlen stands against
     "sdpa": ("model.attention=sdpa",),
 }
 OFFLOADED = (  # without an average, which would be in host memory too
-    "learner.offload=optimizer", "learner.gradient_checkpointing=full", "teacher.kind=base",
+    "learner.offload=optimizer", "learner.zero_stage=1", "learner.gradient_checkpointing=full", "teacher.kind=base",
 )  # fmt: skip
 # Both engines beside a learner that has next to nothing, so that keys and values find room.
 ENGINES = ("model.lora.rank=1", "cluster.gpu_memory_utilization=0.4")
@@ -385,7 +385,7 @@ def recipe(out: Path, device: str, shape: str, more: list[str]) -> Config:
     fields = json.loads(made.read_text())
     if not RECIPE.is_file():
         raise UserError(f"{RECIPE}: is not there: run this in a clone of the repository")
-    small = ["data.max_prompt_tokens=null", "learner.ranks=1", "learner.zero_stage=1"]
+    small = ["data.max_prompt_tokens=null", "learner.ranks=1", "learner.zero_stage=2"]
     return load_config(RECIPE, [fields, *small, *_shared(device), *more])
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.charts import plt
+from sdft_dist.charts import save
 
 STYLE = """
 :root { color-scheme: light; --line: #d8dce2; --soft: #5a6472; }
@@ -56,8 +55,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
 
 def picture(figure: Any, name: str, alt: str, out: Path) -> str:
     """The figure as a PNG file, and within the page."""
-    raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=110)
-    plt.close(figure)
-    (out / f"{name}.png").write_bytes(raw.getvalue())
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
+    file = out / f"{name}.png"
+    save(figure, file)
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'

@@ -1,7 +1,6 @@
 """The memory that `sdft plan` predicts: GiB on one GPU of each role.
 
-A learner needs most in one of two moments: in backward, with all that forward has kept, or in the optimizer's
-step, when DeepSpeed holds the gradients three times: as they were summed, flattened, and in fp32.
+A learner needs most in one of two moments: in backward, with all that forward has kept, or in the optimizer's step.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
     learner, stage, rank = config.learner, config.learner.zero_stage, config.model.lora.rank
     trained = m.adapters(rank) if rank else m.total
     weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
-    gradients = 2 * trained / (ranks if stage >= 2 else 1)
+    offload = learner.offload == "optimizer"
+    gradients = (4 if stage >= 2 and not offload else 2) * trained / (ranks if stage >= 2 else 1)
     owned = trained / (ranks if stage >= 1 else 1)
-    states = _state_bytes(config) * owned
-    step = 6 * (min(owned, SUBGROUP) if stage == 3 else owned)
-    if learner.offload == "optimizer":
-        states, step = 0, 0
+    states = 0 if offload else _state_bytes(config) * owned
+    step = 0 if offload else step_bytes(stage, owned, 0 if rank else m.head)
     backward = backward_bytes(m, learner, frozen_head=rank > 0)
     # What learner/push.py holds back at most, and the message that is being made.
     push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
@@ -46,6 +44,15 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
     versions = heads if config.method == "sdft" and config.loss.support == "full" else 0
     resident = weights + states + versions * 2 * m.head
     return resident / 2**30, (gradients + max(backward, step)) / 2**30, push / 2**30
+
+
+def step_bytes(stage: int, owned: float, largest: float) -> float:
+    """What DeepSpeed allocates besides the gradients in an optimizer step: at ZeRO-1 they are bf16, flattened and then
+    in fp32; at 2 they are fp32 and flat already, and the norm takes one tensor at a time in float64; at 3 they are
+    fp32 and are flattened group by group."""
+    if stage == 2:
+        return 8 * min(owned, largest)
+    return 4 * min(owned, SUBGROUP) if stage == 3 else 6 * owned
 
 
 def host_gib(config: Config, m: Dimensions, ranks: int) -> float:

@@ -103,9 +103,8 @@ def write_report(sweep: Sweep) -> Path:
     (out / "table.md").write_text(markdown(found))
     methods = {row["method"]: [own for own in found if own["method"] == row["method"]] for row in found}
     points = {name: [_percent(row) for row in own if _is_judged(row)] for name, own in methods.items()}
-    figure = charts.front(points, {name: [_percent(row) for row in front(own)] for name, own in methods.items()})
-    figure.savefig(out / "pareto.png", dpi=110)
-    charts.plt.close(figure)
+    best = {name: [_percent(row) for row in front(own)] for name, own in methods.items()}
+    charts.save(charts.front(points, best), out / "pareto.png")
     return out
 
 

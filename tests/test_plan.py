@@ -136,8 +136,10 @@ def test_engines_that_span_gpus_get_whole_spans():
 
 def test_engines_that_sleep_leave_room_for_the_learner():
     shared = {"colocate": "all", "gpu_memory_utilization": 0.2}
+    selective = {"gradient_checkpointing": "selective"}
     awake, asleep = (
-        own_plan(config_of(cluster=shared | {"sleep": sleep}), QWEN4B, SHORT, GPUS["h200"]) for sleep in (False, True)
+        own_plan(config_of(cluster=shared | {"sleep": sleep}, learner=selective), QWEN4B, SHORT, GPUS["h200"])
+        for sleep in (False, True)
     )
     assert (awake.fits, asleep.fits) == (False, True)
 

@@ -24,6 +24,7 @@ from learner.checkpoint import Shards
 from learner.group import LearnerGroup
 from learner.push import manifest
 from learner.worker import LearnerRank
+from learner.zero import deepspeed_config, step_and_norm
 from sdft_dist.cluster import stream
 from sdft_dist.config import Config
 from sdft_dist.export import checkpoint_model
@@ -109,9 +110,24 @@ class ReusableRank(LearnerRank):
 
         self.engine.step = step_and_measure
 
-    def step_bytes(self) -> tuple[int, int]:
-        """What was noted, and the number of parameters."""
-        return self._step_bytes, sum(math.prod(shape) for shape in self._shapes.values())
+    def step_bytes(self) -> tuple[int, int, int]:
+        """What was noted, and the numbers of parameters, of all and of the largest tensor."""
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        return self._step_bytes, sum(sizes), max(sizes)
+
+    def norm_of_sum(self, gradients: list[float]) -> float:
+        """The gradient norm that DeepSpeed finds in a step of a model of one weight, whose micro-batches have these
+        gradients."""
+        import deepspeed
+
+        model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config=deepspeed_config(self.config)
+        )
+        for i, gradient in enumerate(gradients):
+            engine.set_gradient_accumulation_boundary(i == len(gradients) - 1)
+            engine.backward(engine(torch.tensor([gradient], dtype=torch.bfloat16)).sum())
+        return step_and_norm(engine)
 
     def kept_gradients(self) -> dict[str, np.ndarray]:
         """fp32, in the parameters' shapes."""
