@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from sdft_dist.config import Config
 from sdft_dist.errors import Preempted
-from sdft_dist.evaluate import accuracy, evaluate, interval, pass_at
+from sdft_dist.evaluate import accuracy, evaluate, summary
 from sdft_dist.fleet import Fleet
 from sdft_dist.judge import Judge
 from sdft_dist.prepare import Prepared
@@ -78,13 +78,10 @@ class BetweenSteps:
         limit = self._config.rollout.max_completion_tokens
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, scorer, limit, samples)
         self._rundir.note_evaluation(step, judged)
-        found = {name: accuracy(rows) for name, rows in judged.items()}
-        intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
-        passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
         cost = scorer.cost() if isinstance(scorer, Judge) else {}
         place = {"num_steps": prepared.num_steps}  # who reads the record later knows then whether it was the last
-        self._log.write("eval", step, {**place, **found, **intervals, **passes, **cost})
-        prepared.on_evaluation({**place, **found, "step": step})
+        self._log.write("eval", step, {**place, **summary(judged), **cost})
+        prepared.on_evaluation({**place, **{name: accuracy(rows) for name, rows in judged.items()}, "step": step})
 
 
 def best_step(config: Config, rundir: RunDir, saved: Collection[int]) -> int | None:

@@ -155,6 +155,11 @@ def _add_measuring(subparsers: Subparsers) -> None:
     page.add_argument("--new", metavar="SET", help="the held-out set of what is taught (default: the first)")
     page.set_defaults(command=commands.report)
 
+    own = _with_recipe(_command(subparsers, "eval", "accuracy of model.path on the recipe's held-out sets"))
+    own.add_argument("--out", type=_folder, help="new folder for results.json and rows.jsonl")
+    own.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    own.set_defaults(command=commands.evaluate)
+
     other = _with_recipe(_command(subparsers, "harness", "lm-evaluation-harness on the model of a recipe"))
     other.add_argument("--tasks", default="paper", help="comma-separated; paper is the paper's six (default)")
     other.add_argument("--include", type=Path, metavar="DIR", help="folder with task files of your own")

@@ -128,7 +128,8 @@ def launch(
 
 @contextmanager
 def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
-    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner."""
+    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner. Raises Fault
+    where one of them ends or hangs."""
     import ray
 
     from actors.rollout import Generator
@@ -145,6 +146,12 @@ def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
             pool.wait_ready()
             pool.serve_folder()
             yield pool
+        except (UserError, Fault):
+            raise
+        except Exception as error:
+            if (explained := explain(error, actors)) is None:
+                raise
+            raise Fault(f"lost a generator: {explained}") from error
         finally:
             for actor in actors:
                 ray.kill(actor)

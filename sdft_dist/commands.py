@@ -108,6 +108,24 @@ def report(args: argparse.Namespace) -> None:
     print(f"Report: {report(args.runs, args.out, args.new)}")
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """`sdft eval`."""
+    import json
+
+    from rich.console import Console
+
+    from sdft_dist.evaluate_model import evaluate_model, show
+    from sdft_dist.recipe import load_config
+
+    found, judged = evaluate_model(load_config(args.recipe, args.overrides), args.out)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, judged, Console())
+    if args.out:
+        print(f"Every row: {args.out / 'rows.jsonl'}", file=sys.stderr)
+
+
 def harness(args: argparse.Namespace) -> None:
     """`sdft harness`."""
     from sdft_dist.errors import UserError

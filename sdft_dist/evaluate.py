@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -163,6 +163,14 @@ def pass_at(judged: Sequence[Judged]) -> dict[int, float]:
 def accuracy(judged: Sequence[Judged]) -> float:
     """Share of right answers, 0 to 1."""
     return sum(row.right for row in judged) / len(judged)
+
+
+def summary(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
+    """For each held-out set NAME its accuracy as NAME, the ends of its 95% interval as NAME_interval, and as
+    NAME_pass@k what `pass_at` finds."""
+    intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
+    passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
+    return {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals, **passes}
 
 
 def interval(judged: Sequence[Judged]) -> tuple[float, float]:

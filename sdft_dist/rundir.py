@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -131,12 +131,7 @@ class RunDir:
 
     def note_evaluation(self, step: int, judged: dict[str, list[Judged]]) -> None:
         """Write every held-out row, with its completion, into `eval/step-NNNNNN.jsonl`."""
-        path = self._evaluation(step)
-        path.parent.mkdir(exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for name, rows in judged.items():
-                for i, row in enumerate(rows):
-                    file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
+        write_evaluation(self._evaluation(step), judged)
 
     def evaluation(self, step: int) -> dict[str, list[Judged]]:
         """What `note_evaluation` wrote, in its order; empty where nothing was evaluated at that step. Raises UserError
@@ -288,6 +283,15 @@ def refuse_other_settings(config: Config, ignore: Collection[str] = ()) -> None:
     differing = [name for name in now if name not in ("run_dir", *ignore) and before[name] != now[name]]
     if differing:
         raise UserError(f"{path.parent}: was run with another {', '.join(differing)}: give another `out`, or remove it")
+
+
+def write_evaluation(path: Path, judged: Mapping[str, Sequence[Judged]]) -> None:
+    """Write every held-out row, with its completion, as a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for name, rows in judged.items():
+            for i, row in enumerate(rows):
+                file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
 
 
 def refuse_used(out: Path) -> None:
