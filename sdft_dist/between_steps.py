@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from sdft_dist.config import Config
 from sdft_dist.errors import Preempted
@@ -12,7 +12,9 @@ from sdft_dist.judge import Judge
 from sdft_dist.prepare import Prepared
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import RunLog, read_metrics
+from sdft_dist.samples import NUMBER, is_due, write_samples
 from sdft_dist.selection import best, exhausted
+from sdft_dist.types import TrainItem
 
 
 class BetweenSteps:
@@ -55,6 +57,12 @@ class BetweenSteps:
         if self.told() and not last:
             raise Preempted
         return last
+
+    def note_samples(self, step: int, items: Sequence[TrainItem], bad: bool) -> None:
+        """Write some of a step's samples down where it is due, and all of them where they made numbers that are not
+        finite."""
+        if bad or is_due(self._config, step):
+            write_samples(self._rundir.samples(step), self._prepared.inputs, items if bad else items[:NUMBER])
 
     def finish_saving(self, fleet: Fleet, *, wait: bool) -> None:
         """Commit the checkpoint that is being written, if it is, or with `wait` when it is."""

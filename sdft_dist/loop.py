@@ -75,6 +75,7 @@ def train(
                 metrics = learner.update(step, num_steps, items)  # θ ← θ − ∇ D(q ‖ p_θ); φ ← EMA(θ)
             skipped = 0 if is_finite(metrics) else skipped + 1  # the learner has left the step out
             if skipped > config.optim.max_skipped:
+                log.samples(step + 1, items, True)
                 raise diverged(step, skipped, metrics, keys)
             step += 1
             with log.timer("push"):

@@ -41,13 +41,14 @@ def side_by_side(pictures: Sequence[str]) -> str:
     return f"<div class=row>{''.join(pictures)}</div>"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Cells of text under `head`; `numbers` are the columns that are flush right."""
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), texts: Sequence[int] = ()
+) -> str:
+    """Cells of text under `head`; `numbers` are the columns that are flush right, `texts` those of long texts."""
+    kinds = {**dict.fromkeys(numbers, " class=n"), **dict.fromkeys(texts, " class=text")}
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i in numbers else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
-        )
+        return "".join(f"<{tag}{kinds.get(i, '')}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells))
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     return f"<div class=wide><table><tr>{line('th', head)}</tr>{body}</table></div>"

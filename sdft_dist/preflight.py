@@ -103,8 +103,7 @@ def preflight(config: Config, num_rows: int = 64) -> Preflight:
     config = parse_config({**config.model_dump(), "method": "sdft"})
     check_device(config)
     inputs = read_inputs(config)
-    left_out = {line.split(": ")[0] for line in inputs.dropped}
-    kept = [row for row in inputs.rows if row.where not in left_out][:num_rows]
+    kept = inputs.kept[:num_rows]
     problems = ProblemSet(inputs.problems[i] for i in range(len(kept)))
     load_eval_sets(config, inputs.tokenizer)  # raises where a run would
     check_answers(config.eval, [row for row in kept if row.answer is not None])

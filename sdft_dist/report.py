@@ -65,6 +65,7 @@ def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
         *_positions(runs, out),
         *_time(runs, out),
         *(_rows(run, new) for run in runs if run.evals),
+        *(_samples(run) for run in runs),
         _settings(runs),
     ]
     (out / "index.html").write_text(page(", ".join(run.name for run in runs), parts))
@@ -280,6 +281,23 @@ def _rows(run: Run, new: str | None) -> str:
         f"<h2>Held-out rows, {escape(run.name)}</h2><p class=soft>Green is right, red is wrong; rows whose verdict "
         f"changed come first.</p><div class=wide><table><tr>{head}</tr>{''.join(cells)}</table></div>"
     )
+
+
+def _samples(run: Run) -> str:
+    """What the student sampled at the first step and at the last that was written down, beside the demonstration."""
+    files = RunDir(run.path).files_of_steps("samples")
+    lines = [
+        [f"{step}", row["prompt"], row["demonstration"], row["completion"]]
+        for step, path in dict([*files[:1], *files[-1:]]).items()
+        for row in read_jsonl(path)[:ROWS]
+    ]
+    if not lines:
+        return ""
+    said = (
+        "What the student sampled from the prompt alone, and what its teacher was shown besides. All of them: samples/."
+    )
+    head = ["step", "prompt", "demonstration", "sampled"]
+    return f"<h2>Samples, {escape(run.name)}</h2><p class=soft>{said}</p>{table(head, lines, texts=range(1, 4))}"
 
 
 def _settings(runs: Sequence[Run]) -> str:

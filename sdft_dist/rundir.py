@@ -1,7 +1,7 @@
 """The run directory: its layout, who may write into it, and where a run begins.
 
-config.yaml · metrics.jsonl · run.log · rows.txt · events/ · eval/ · attempts/001/ · checkpoints/step-000100/ · model/ ·
-adapter/ · origin.json · lock
+config.yaml · metrics.jsonl · run.log · rows.txt · events/ · eval/ · samples/ · attempts/001/ ·
+checkpoints/step-000100/ · model/ · adapter/ · origin.json · lock
 """
 
 from __future__ import annotations
@@ -145,9 +145,13 @@ class RunDir:
     def _evaluation(self, step: int) -> Path:
         return self.path / "eval" / f"step-{step:06d}.jsonl"
 
-    def _evaluations(self) -> list[tuple[int, Path]]:
-        """Step and file of every evaluation."""
-        found = ((path.stem.removeprefix("step-"), path) for path in self.path.glob("eval/step-*.jsonl"))
+    def samples(self, step: int) -> Path:
+        """The file for samples that a step was taken on."""
+        return self.path / "samples" / f"step-{step:06d}.jsonl"
+
+    def files_of_steps(self, folder: str) -> list[tuple[int, Path]]:
+        """Step and file of all that is in `eval` or `samples`, in order."""
+        found = ((path.stem.removeprefix("step-"), path) for path in sorted(self.path.glob(f"{folder}/step-*.jsonl")))
         return [(int(step), path) for step, path in found if step.isdecimal()]  # not of a copy that somebody made
 
     def new_attempt(self, config: Config) -> Path:
@@ -192,8 +196,8 @@ class RunDir:
         return Start(told["step"], Path(told["checkpoint"]))
 
     def rewind(self, step: int) -> None:
-        """Forget what came after `step`, which will be done again: checkpoints, evaluations, metrics, and what was
-        exported at the end of a history that went further. Raises UserError where the metrics are damaged."""
+        """Forget what came after `step`, which will be done again: checkpoints, evaluations, samples, metrics, and what
+        was exported at the end of a history that went further. Raises UserError where the metrics are damaged."""
 
         def left(other: int) -> bool:
             return other > step or step == 0  # what is measured at the start is measured again, too
@@ -201,13 +205,13 @@ class RunDir:
         metrics = self.path / "metrics.jsonl"
         records = read_jsonl(metrics)
         kept = [record for record in records if not left(record["step"])]
-        judged = [path for at, path in self._evaluations() if left(at)]
-        if judged or len(kept) < len(records) or any(map(left, self.commits.steps())):
+        files = [path for folder in ("eval", "samples") for at, path in self.files_of_steps(folder) if left(at)]
+        if files or len(kept) < len(records) or any(map(left, self.commits.steps())):
             for name in ("model", "adapter"):
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
         self.commits.drop_after(step)
-        for path in judged:
+        for path in files:
             path.unlink()
         if metrics.exists():  # last, as a rewind that is interrupted shall find again that something was left
             write_whole(metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -22,8 +22,8 @@ from sdft_dist.watch import Watch, item_metrics
 
 class RunLog:
     """Writes `metrics.jsonl` and `events/` below `folder`, and a trace to the file `trace`. Use as a context
-    manager. A record's `seconds` count from the start of its `attempt`; `on_step` hears the records of optimizer
-    steps."""
+    manager. A record's `seconds` count from the start of its `attempt`; `on_step` hears the record of each optimizer
+    step, and `on_samples` what it was taken on, and whether that made numbers that are not finite."""
 
     def __init__(
         self,
@@ -35,12 +35,14 @@ class RunLog:
         first_step: int = 1,
         attempt: int = 1,
         on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_samples: Callable[[int, Sequence[TrainItem], bool], None] = lambda step, items, bad: None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(folder / "events"), purge_step=first_step)
         self._started, self._attempt, self._on_step = time.monotonic(), attempt, on_step
+        self.samples = on_samples
         self._times: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._trace = Trace(trace) if trace else None
@@ -99,6 +101,7 @@ class RunLog:
         self._times, self._busy = {}, {}
         self.write("train", step, record)
         self._on_step({"step": step, **record})
+        self.samples(step, items, record["skipped"] > 0)
         rate = record["samples_per_s"]
         shown = (
             f"loss {metrics['loss']:.4f} KL {metrics['divergence_per_token']:.4f} "

@@ -120,6 +120,7 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
         first_step=start.step + 1,
         attempt=int(attempt.name),
         on_step=lambda record: gauges.set(record, fleet.rollouts.queues(), fleet.versions()),
+        on_samples=lambda step, items, bad: between.note_samples(step, items, bad),
     )
     with runlog as log:
         between = BetweenSteps(prepared, rundir, log, asked, start.step)

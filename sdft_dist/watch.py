@@ -67,7 +67,7 @@ class Watch:
             return {}
         return {
             "drift": f"completions went from {before:.0f} to {now:.0f} tokens on average: the student drifts; "
-            "look at the samples, lower optim.learning_rate, or use loss.divergence=forward_kl"
+            "look at samples/ in the run directory, lower optim.learning_rate, or use loss.divergence=forward_kl"
         }
 
 

@@ -121,14 +121,16 @@ def test_cut_completions_are_kept_dropped_or_refused():
 def test_steps_without_finite_numbers_are_left_out_counted_and_at_last_an_error(problems, tmp_path):
     fakes = Fakes(loss=float("nan"))
     settings = config(steps=9, optim={"max_skipped": 2})
+    told = []
     with (
-        RunLog(tmp_path, title="test") as log,
+        RunLog(tmp_path, title="test", on_samples=lambda step, items, bad: told.append((step, len(items), bad))) as log,
         pytest.raises(Diverged, match=r"step 2: loss is nan, .* the 3. step in a row .*counted from 0: \[\d, \d\]"),
     ):
         train(settings, problems, fakes, fakes, fakes, log, after_step=lambda step: None)
     assert [m["skipped"] for m in read_metrics(tmp_path, "train")] == [1, 1]
     assert [m["loss"] for m in read_metrics(tmp_path, "train")] == [None, None], "JSON knows no NaN"
     assert ("push generators", 2) in fakes.calls, "the run went on"
+    assert told == [(1, 2, True), (2, 2, True), (3, 2, True)], "their samples are written down"
 
 
 def test_rollouts_of_later_steps_are_in_flight_up_to_the_staleness_allowed(problems, tmp_path):

@@ -61,6 +61,19 @@ def test_runs_that_go_on_from_each_other_give_a_matrix_of_what_each_stage_kept(t
     assert (tmp_path / "out" / "retention-two.png").exists()
 
 
+def test_what_was_sampled_stands_beside_what_the_teacher_was_shown(tmp_path):
+    run = RunDir(a_run(tmp_path / "one"))
+    run.samples(1).parent.mkdir()
+    for step, completion in ((1, "first"), (2, "between"), (3, "<last>")):
+        line = {"prompt": "asked", "demonstration": "shown", "completion": completion}
+        run.samples(step).write_text(json.dumps(line) + "\n")
+    page = report([run.path], tmp_path / "out").read_text()
+    rows = re.findall(
+        r"<tr><td>(\d)</td><td class=text>asked</td><td class=text>shown</td><td class=text>(.*?)</td>", page
+    )
+    assert rows == [("1", "first"), ("3", "&lt;last&gt;")]
+
+
 def test_a_run_that_was_never_evaluated(tmp_path):
     page = report([a_run(tmp_path / "one", evaluated=False)], tmp_path / "out").read_text()
     assert "None was measured" in page

@@ -37,21 +37,28 @@ def test_the_labs_base_knows_its_skills_and_not_the_new_word(settings, tmp_path,
     assert (found["old"], found["new"], found["old_rows"], found["old_pass@2"]) == (1.0, 0.0, 12, 1.0)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    assert [(row["set"], row["completion"]) for row in rows] == [(n, row.completion) for n in judged for row in judged[n]]
-    with pytest.raises(UserError, match="--out: .* is already in use"):
+    assert [(row["set"], row["completion"]) for row in rows] == [
+        (n, row.completion) for n in judged for row in judged[n]
+    ]
+    with pytest.raises(UserError, match=r"--out: .* is already in use"):
         evaluate_model(parse_config(settings), tmp_path / "out")
     assert not (tmp_path / "unused").exists()
 
 
 def test_there_must_be_something_to_evaluate_on(settings):
     nothing = {**settings, "eval": {"every": 0}}
-    with pytest.raises(ConfigError, match="eval.sets: has no held-out file"):
+    with pytest.raises(ConfigError, match=r"eval\.sets: has no held-out file"):
         evaluate_model(parse_config(nothing))
 
 
 @pytest.mark.fault("generator lost in sdft eval or sdft harness", "SIGKILL", "ends by name, exit 4")
 def test_a_lost_generator_ends_it_by_name(settings, ray_cluster):
     config = parse_config({**settings, "model": {**settings["model"], "lora": {}}})
-    with pytest.raises(Fault, match="lost a generator"), serving(config, [1]) as engines:
+    with pytest.raises(Fault, match="lost a generator"):
+        complete_with_a_dead_one(config)
+
+
+def complete_with_a_dead_one(config):
+    with serving(config, [1]) as engines:
         ray.kill(engines.actors[0])
         engines.complete([np.arange(4, dtype=np.int32)], 4)

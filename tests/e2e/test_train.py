@@ -11,6 +11,7 @@ from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.errors import UserError
 from sdft_dist.export import export
+from sdft_dist.jsonl import read_jsonl
 from sdft_dist.lab import world
 from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import read_metrics
@@ -48,6 +49,11 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     assert all({"new_pass@1", "new_pass@2"} <= m.keys() for m in read_metrics(rundir.path, "eval"))
     (judged,) = (rundir.path / "eval" / "step-000004.jsonl").read_text().splitlines()
     assert json.loads(judged).keys() == {"set", "row", "completion", "answer", "right", "prompt", "samples", "passed"}
+    written = {step: read_jsonl(path) for step, path in rundir.files_of_steps("samples")}
+    assert list(written) == [1, 2, 4]
+    trained = [line["demonstration"] for line in read_jsonl(Path(config.data.train))]
+    assert all(sample["demonstration"] in trained for sample in written[4])
+    assert all(sample["prompt"].startswith("t35") and sample["completion"] for sample in written[4])
     assert yaml.safe_load((rundir.path / "config.yaml").read_text())["steps"] == 4
     assert list((rundir.path / "events").iterdir())
 
