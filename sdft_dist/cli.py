@@ -166,7 +166,7 @@ def _add_measuring(subparsers: Subparsers) -> None:
     other.add_argument("--limit", type=_positive, help="only the first rows of each task")
     other.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
     other.add_argument("--run-code", action="store_true", help="allow tasks that run code which the model has written")
-    other.add_argument("--out", type=_folder, required=True, help="folder for results.json and every row")
+    other.add_argument("--out", type=_folder, required=True, help="new folder for results.json and every row")
     other.set_defaults(command=commands.harness)
 
     sequence = _command(subparsers, "continual", "teach tasks one after another, with several methods")

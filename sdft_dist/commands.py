@@ -130,8 +130,10 @@ def harness(args: argparse.Namespace) -> None:
     """`sdft harness`."""
     from sdft_dist.errors import UserError
     from sdft_dist.recipe import load_config
+    from sdft_dist.rundir import refuse_used
 
     config = load_config(args.recipe, args.overrides)
+    refuse_used(args.out)
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:

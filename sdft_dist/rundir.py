@@ -29,6 +29,7 @@ from sdft_dist.recipe import dump_config, load_config
 
 # What a start leaves that failed before any step, besides metrics.jsonl without a line.
 LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events", "origin.json"}
+EXPORTS = ("model", "adapter")  # in this order: without the first a run is not finished
 ORIGIN = "origin.json"  # of a run that went on from another one's checkpoint
 
 
@@ -106,6 +107,16 @@ class RunDir:
     def finished(self) -> bool:
         """Whether a run came to its end here: the model is the last that it writes."""
         return (self.path / "model").is_dir()
+
+    def set_aside(self, step: int) -> None:
+        """Of a finished run that goes on from `step`, keep what it exported under another name: until its new end it
+        is not finished."""
+        for name in EXPORTS:
+            if (self.path / name).is_dir():
+                beside = self.path / f"{name}.until-{step:06d}"
+                shutil.rmtree(beside, ignore_errors=True)
+                (self.path / name).rename(beside)
+                self.say(f"goes on: {name}/ is {beside.name}/ now")
 
     def owner(self) -> str | None:
         """Who writes into it now; None where nobody does."""
@@ -207,7 +218,7 @@ class RunDir:
         kept = [record for record in records if not left(record["step"])]
         files = [path for folder in ("eval", "samples") for at, path in self.files_of_steps(folder) if left(at)]
         if files or len(kept) < len(records) or any(map(left, self.commits.steps())):
-            for name in ("model", "adapter"):
+            for name in EXPORTS:
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
         self.commits.drop_after(step)

@@ -59,6 +59,7 @@ def run(
                         f"give more steps than {prepared.num_steps}"
                     )
                 if start.step < prepared.num_steps and not exhausted(config.eval, read_metrics(rundir.path, "eval")):
+                    rundir.set_aside(start.step)
                     with ray_session(config):
                         _survive(prepared, rundir, start, asked)
                 rundir.say("training is done")

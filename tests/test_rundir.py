@@ -203,6 +203,9 @@ def exported(run, *steps):
     """Leaves what a finished run does: evaluations of `steps`, and the model."""
     for step in steps:
         run.note_evaluation(step, {"new": [Judged("a", "a", True)]})
+    (run.path / "samples").mkdir()
+    for step in (1, *filter(None, steps)):
+        run.samples(step).touch()
     for name in ("model", "adapter"):
         (run.path / name).mkdir()
         (run.path / name / "weights").touch()
@@ -217,6 +220,7 @@ def test_going_back_to_a_step_forgets_what_came_of_later_ones(finished):
     assert [step for step in (0, 10, 20) if run.evaluation(step)] == [0, 10]
     assert not (run.path / "model").exists()
     assert not (run.path / "adapter").exists()
+    assert [step for step, _ in run.files_of_steps("samples")] == [1, 10]
     assert kept.exists()
 
 
@@ -228,6 +232,17 @@ def test_going_on_from_the_end_keeps_what_came_of_it(finished):
     assert [step for step in (0, 20) if run.evaluation(step)] == [0, 20]
     assert (run.path / "model" / "weights").exists()
     assert (run.path / "adapter" / "weights").exists()
+
+
+def test_a_finished_run_that_is_trained_further_is_finished_no_more_and_keeps_its_model_aside(finished):
+    run, _ = claim(finished, "auto")
+    exported(run, 20)
+    run.set_aside(20)
+    assert not run.finished
+    assert (run.path / "model.until-000020" / "weights").exists()
+    assert (run.path / "adapter.until-000020" / "weights").exists()
+    run.set_aside(20)  # nothing is there any more
+    assert (run.path / "model.until-000020" / "weights").exists()
 
 
 def test_beginning_anew_forgets_the_evaluation_of_the_start_too(tmp_path):
