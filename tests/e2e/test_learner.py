@@ -88,11 +88,11 @@ def scored_items(problems):
     ]
 
 
-def gradients(ranks, problems, model, num_ranks, stage, budget, **learner):
+def gradients(ranks, problems, model, num_ranks, stage, budget, normalisation="sequences", **learner):
     config = config_for(
         model,
         learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": budget, **learner},
-        loss={"support": "sampled", "skip_first_tokens": 2},
+        loss={"support": "sampled", "skip_first_tokens": 2, "normalisation": normalisation},
         optim={"learning_rate": 1.0, "grad_clip": 1e9},
     )
     group = ranks.group(config, problems)
@@ -120,6 +120,14 @@ def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(
     ranks, problems, model, alone, num_ranks, stage, budget
 ):
     agree(gradients(ranks, problems, model, num_ranks, stage, budget), alone)
+
+
+def test_a_mean_over_tokens_has_a_gradient_that_does_not_depend_on_ranks_or_packing(ranks, problems, model, alone):
+    metrics, gradient = gradients(ranks, problems, model, 1, 0, 4096, "tokens")
+    assert metrics["loss"] == pytest.approx(metrics["divergence_per_token"], rel=1e-6)
+    assert metrics["loss"] != pytest.approx(alone[0]["loss"], rel=1e-2), "else this would show nothing"
+    for num_ranks, stage in ((1, 1), (2, 2), (2, 3)):
+        agree(gradients(ranks, problems, model, num_ranks, stage, 64, "tokens"), (metrics, gradient))
 
 
 @pytest.mark.parametrize(
