@@ -12,6 +12,7 @@ from learner.checkpoint import Shards
 from learner.model import Student, load_causal_lm
 from learner.worker import LearnerRank, objective
 from sdft_dist import plan_memory
+from sdft_dist.batching import pack
 from sdft_dist.logits import LogitTransform
 from sdft_dist.types import Piece, Sample, SampleKey, TeacherTargets, TrainItem
 
@@ -91,6 +92,7 @@ def scored_items(problems):
 def gradients(ranks, problems, model, num_ranks, stage, budget, normalisation="sequences", **learner):
     config = config_for(
         model,
+        model={"max_length": min(budget, 64)},
         learner={"zero_stage": stage, "ranks": num_ranks, "tokens_per_microbatch": budget, **learner},
         loss={"support": "sampled", "skip_first_tokens": 2, "normalisation": normalisation},
         optim={"learning_rate": 1.0, "grad_clip": 1e9},
@@ -122,12 +124,22 @@ def test_the_gradient_does_not_depend_on_ranks_stage_or_packing(
     agree(gradients(ranks, problems, model, num_ranks, stage, budget), alone)
 
 
+@pytest.mark.parametrize(("num_ranks", "stage"), [(1, 1), (2, 3)])
+def test_the_gradient_is_that_of_sequences_each_in_a_micro_batch_of_its_own(
+    ranks, problems, model, alone, num_ranks, stage
+):
+    lengths = [item.num_tokens for item in scored_items(problems)]
+    plan = pack(lengths, num_ranks=num_ranks, budget=max(lengths))
+    assert {len(micro_batch) for mine in plan for micro_batch in mine} == {1}
+    agree(gradients(ranks, problems, model, num_ranks, stage, max(lengths)), alone)
+
+
 def test_a_mean_over_tokens_has_a_gradient_that_does_not_depend_on_ranks_or_packing(ranks, problems, model, alone):
     metrics, gradient = gradients(ranks, problems, model, 1, 0, 4096, "tokens")
     assert metrics["loss"] == pytest.approx(metrics["divergence_per_token"], rel=1e-6)
     assert metrics["loss"] != pytest.approx(alone[0]["loss"], rel=1e-2), "else this would show nothing"
-    for num_ranks, stage in ((1, 1), (2, 2), (2, 3)):
-        agree(gradients(ranks, problems, model, num_ranks, stage, 64, "tokens"), (metrics, gradient))
+    for num_ranks, stage, budget in ((1, 1, 64), (2, 2, 64), (2, 3, 16)):
+        agree(gradients(ranks, problems, model, num_ranks, stage, budget, "tokens"), (metrics, gradient))
 
 
 @pytest.mark.parametrize(
