@@ -1,11 +1,14 @@
 """Targets that travelled from a remote teacher give the loss of a local two-model computation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from harness import config_for, exported, rollouts
 
 from sdft_dist.pieces import fetch
+from sdft_dist.preflight import logprob_differences
 
 RATE = 0.3
 
@@ -120,3 +123,28 @@ def test_chosen_ids_are_scored_remotely(served, ranks, problems, tmp_path):
                 expected_loss(problems, student, teacher, samples, per_token), rel=2e-5, abs=1e-7
             ), name
         group.stop()
+
+
+def test_what_is_sampled_from_the_teachers_prompt_is_trained_under_the_students(served, ranks, problems, tmp_path):
+    generators, teachers = served.generators, served.teachers
+    c = config(served.model, rollout={"temperature": 0.8, "max_completion_tokens": 12, "from_teacher": True})
+    served.configure(c)
+    group = ranks.group(c, problems)
+    for pool in (generators, teachers):
+        group.open_push(pool)
+        group.push(pool, 0, 0)
+    items, samples = sampled(c, problems, served, 0)
+    student, teacher = exported(tmp_path / "s", group, c), exported(tmp_path / "t", group, c, "ema")
+    difference = logprob_differences(SimpleNamespace(generators=generators, learner=group), problems, c)
+    loss = group.update(0, 2, items)["loss"]
+    group.stop()
+    assert loss == pytest.approx(expected_loss(problems, student, teacher, samples, forward_kl), rel=1e-5)
+    for s in samples:
+        problem, labels = problems[s.key.problem], torch.tensor(s.completion_ids.tolist())[:, None]
+        shown, plain = (
+            local_log_probs(student, ids, s.completion_ids).gather(-1, labels)[:, 0].numpy()
+            for ids in (problem.teacher_prompt_ids, problem.prompt_ids)
+        )
+        assert np.abs(s.logprobs - shown).max() < 1e-5
+        assert np.abs(s.logprobs - plain).max() > 1e-2, "else this would show nothing"
+    assert difference.max() < 1e-5, "the preflight compares under the prompt that is sampled from"
