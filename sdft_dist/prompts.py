@@ -120,8 +120,8 @@ def check_views(tokenizer: Any, row: Row, template: str) -> None:
         endings.append(shown.rpartition(mark)[2])
     if endings[0] != endings[1]:
         raise UserError(
-            f"chat template: the student's view ends with {endings[0]!r} and the teacher's with {endings[1]!r}; "
-            "completions would not be aligned"
+            f"chat template: {row.where}: the student's view ends with {endings[0]!r} and the teacher's with "
+            f"{endings[1]!r}; completions would not be aligned"
         )
 
 
@@ -139,7 +139,9 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
     Raises DataError that names each row which does not fit and may not be dropped or shortened, or
     where no row is left.
     """
-    check_views(tokenizer, rows[0], config.prompt.template)
+    # A template may take another branch for every sequence of roles, so one row of each is looked at.
+    for row in {tuple(m["role"] for m in row.messages): row for row in reversed(rows)}.values():
+        check_views(tokenizer, row, config.prompt.template)
     policy = config.data.too_long
     problems: list[Problem] = []
     dropped: list[str] = []

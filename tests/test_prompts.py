@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,21 @@ def test_views_must_end_alike(tokenizer):
     )
     with pytest.raises(UserError, match="would not be aligned"):
         check_views(tokenizer, row(), TEMPLATE)
+
+
+@pytest.mark.parametrize("before", [("system",), ("user", "assistant")])
+def test_views_must_end_alike_whatever_comes_before_the_last_turn(model, tokenizer, before):
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = (
+        "{{ messages[-1]['content'] }}{% if add_generation_prompt %}"
+        "{{ '<think>' if messages[1:] and 'example' in messages[-1]['content'] else '<|assistant|>' }}{% endif %}"
+    )
+    plain, other = row(), row("rev a2")
+    told = tuple({"role": role, "content": "a3"} for role in before)
+    longer = replace(other, where="d.jsonl:3", messages=(*told, *other.messages))
+    assert len(encode_problems(config_for(model), tokenizer, [plain, other]).problems) == 2
+    with pytest.raises(UserError, match=r"d.jsonl:3: the student's view ends with '<\|assistant\|>' and the teacher's"):
+        encode_problems(config_for(model), tokenizer, [plain, other, longer])
 
 
 @pytest.mark.fault("no chat template", "a folder without", "refused at the start, says how to give one")
