@@ -62,6 +62,35 @@ RAYJOB = strict(
 )  # fmt: skip
 
 
+def kueue(kind, **fields):
+    version = {"const": "kueue.x-k8s.io/v1beta2"}  # since Kueue 0.15; v1beta1 is not served from 0.20 on
+    return strict(("apiVersion", "kind", *fields), apiVersion=version, kind={"const": kind}, **fields)
+
+
+QUOTA = strict(("name", "nominalQuota"), name=TEXT, nominalQuota={"type": ["string", "integer"]})
+FLAVOR = strict(("name", "resources"), name=TEXT, resources={"type": "array", "items": QUOTA, "minItems": 1})
+GROUP = strict(
+    ("coveredResources", "flavors"), coveredResources={"type": "array", "items": TEXT, "minItems": 1},
+    flavors={"type": "array", "items": FLAVOR, "minItems": 1},
+)  # fmt: skip
+QUEUES = (
+    kueue("ResourceFlavor", metadata=strict(("name",), name=TEXT)),
+    kueue(
+        "ClusterQueue", metadata=strict(("name",), name=TEXT),
+        spec=strict(
+            ("namespaceSelector", "resourceGroups"),
+            namespaceSelector=strict(),  # left out it would admit no namespace
+            preemption=strict(withinClusterQueue={"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]}),
+            resourceGroups={"type": "array", "items": GROUP, "minItems": 1},
+        ),
+    ),
+    kueue(
+        "LocalQueue", metadata=strict(("name", "namespace"), name=TEXT, namespace=TEXT),
+        spec=strict(("clusterQueue",), clusterQueue=TEXT),
+    ),
+)  # fmt: skip
+
+
 @pytest.fixture
 def job():
     return yaml.safe_load((K8S / "rayjob.yaml").read_text())
@@ -94,6 +123,16 @@ def test_the_command_asks_for_what_the_groups_have(job):
     assert sum(n.number * n.gpus for n in wanted) == sum(n["Resources"]["GPU"] for n in nodes), "none is idle"
     grace = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > config.checkpoint.grace_s
+
+
+def test_fields_of_the_queue():
+    found = list(yaml.safe_load_all((K8S / "kueue.yaml").read_text()))
+    for one, schema in zip(found, QUEUES, strict=True):
+        jsonschema.validate(one, schema)
+    quota = found[1]["spec"]["resourceGroups"][0]["flavors"][0]["resources"][0]
+    quota["nominalQouta"] = quota.pop("nominalQuota")
+    with pytest.raises(jsonschema.ValidationError, match="nominalQouta"):
+        jsonschema.validate(found[1], QUEUES[1])
 
 
 def test_the_queue_covers_what_the_job_asks_for(job):
