@@ -1,6 +1,6 @@
 """The lab's sweep of twelve runs, whose driver is killed twice.
 
-`PYTHONPATH=tests python tests/e2e/killed_sweep.py FOLDER` takes 25 minutes, with `--steps 40` for shorter runs 15. It
+`PYTHONPATH=tests python tests/e2e/killed_sweep.py FOLDER` takes 13 minutes, less with `--steps 40` for shorter runs. It
 kills when three and eight trials are done and another is past its first checkpoint, looks what is left of it, and
 gives the same command again. Prints for each trial how many attempts it took and that every step was done once.
 """
