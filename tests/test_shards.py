@@ -1,4 +1,9 @@
-"""A rank's shards, written in one file or in parts, hold the same state."""
+"""A rank's shards, written in one file or in parts, hold the same state, and count when all are written."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ from learner import checkpoint
 from learner.checkpoint import Shards, ShardWriter
 from learner.ema import Ema
 from learner.zero import Fragment
+from sdft_dist.commits import Commits, newest
 
 
 @pytest.fixture
@@ -58,3 +64,45 @@ def test_a_folder_that_is_not_there_is_told(tmp_path, fragments):
     with pytest.raises(OSError, match="run_dir must be on a file system that all share"):
         writer.start(tmp_path / "elsewhere", 0, fragments, None, 0, None)
     writer.close()
+
+
+@pytest.mark.parametrize(("in_parts", "files"), [(False, 1), (True, 3)])
+@pytest.mark.fault("learner rank killed while it writes shards", "SIGKILL", "the newest whole checkpoint loads")
+def test_a_rank_killed_while_it_writes_leaves_a_whole_checkpoint_the_newest(monkeypatch, tmp_path, in_parts, files):
+    """In a process of its own, of which it begins to write as many `files`. Afterwards the next checkpoint succeeds."""
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 8 << 20)
+    # 64 MiB, in tensors so small that a forked process copies them in one thread.
+    state = [Fragment(name=f"w{i}", start=0, master=torch.full((1 << 14,), float(i)), state={}) for i in range(1024)]
+    store, writer = Commits(tmp_path), ShardWriter(in_parts=in_parts)
+    rank = SimpleNamespace(
+        state_bytes=lambda: 64 << 20,
+        start_saving=lambda folder: writer.start(folder, 0, state, None, 0, None),
+        finish_saving=lambda *, wait: writer.finish(wait),
+    )
+
+    def save(step):
+        store.start(rank, step)
+        return store.finish(rank, wait=True)
+
+    whole = len(list(save(10).glob("rank-*")))
+    beside, deadline = tmp_path / "writing-000020", time.monotonic() + 60
+    child = os.fork()
+    if not child:
+        try:
+            writer = ShardWriter(in_parts=in_parts)  # a thread is not forked
+            store.start(rank, 20)
+            signal.pause()
+        finally:
+            os._exit(1)
+    while not (beside.is_dir() and len(list(beside.iterdir())) >= files) and time.monotonic() < deadline:
+        pass
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert files - 1 <= len(list(beside.glob("rank-*"))) < whole, "in the middle"
+    assert newest(store) == (10, [])
+    found = Shards(store.path(10))
+    assert all(torch.equal(found.full("master", f.name, f.master.shape), f.master) for f in state)
+    save(30)
+    writer.close()
+    assert newest(store) == (30, [])
+    assert not beside.exists()
