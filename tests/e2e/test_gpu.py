@@ -36,9 +36,12 @@ def test_all_roles_share_a_gpu(ray_cluster, tmp_path, learner, cluster):
         cluster={"device": "cuda", "colocate": "all", "gpu_memory_utilization": 0.1, **cluster},
     )
     rundir = run(config)
-    losses = [m["loss"] for m in read_metrics(rundir.path, "train")]
-    assert len(losses) == 6
-    assert all(math.isfinite(loss) for loss in losses)
+    records = read_metrics(rundir.path, "train")
+    assert len(records) == 6
+    assert all(math.isfinite(m["loss"]) for m in records)
+    # bf16 makes 0.03 in a step of this model; generators that are a push behind 1.3, with one matrix wrong 2.5.
+    assert max(m["logprob_difference_mean"] for m in records) < 0.2, "generators hold what the learner holds"
+    assert records[0]["loss"] < 4, "2.0 to 2.8 by the rows; 5.9 with one matrix of the teacher's wrong"
 
     from transformers import AutoModelForCausalLM
 
