@@ -163,7 +163,7 @@ class Pool:
         reasons = {}
         for i, part, ref in sent:
             try:
-                (found,) = self._wait([ref], what)
+                (found,) = self._wait([ref], what, may_stop=True)
             except Exception as error:
                 self.lose(i, error)  # raises what is not its end
                 reasons[i] = self.lost[i]
@@ -178,5 +178,6 @@ class Pool:
         refs = [actor.ready.remote() for actor in actors]
         self._events.wait_all(refs, timeout_s=self._start_timeout_s, what=f"{self.role} {what}")
 
-    def _wait(self, refs: list[Any], what: str) -> list[Any]:
-        return self._events.wait_all(refs, timeout_s=self._timeout_s, what=f"{self.role} {what}")
+    def _wait(self, refs: list[Any], what: str, *, may_stop: bool = False) -> list[Any]:
+        what = f"{self.role} {what}"
+        return self._events.wait_all(refs, timeout_s=self._timeout_s, what=what, may_stop=may_stop)

@@ -76,8 +76,11 @@ class LearnerGroup:
                 self._on_span("learner", rank, span)
         tally = sum((m.tally for m in per_rank), Tally())
         pushed, self._pushed = self._pushed, 0
+        metrics = tally.metrics()
+        if self.config.rollout.from_teacher:  # sampled under another prompt, which is what would be seen
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("logprob_difference")}
         return {
-            **tally.metrics(),
+            **metrics,
             "grad_norm": per_rank[0].grad_norm,
             "learning_rate": per_rank[0].learning_rate,
             "pushed_mib": pushed / 2**20,  # to all engines, before this step

@@ -64,7 +64,7 @@ class Tally:
             "divergence_by_position": [s / c if c else None for s, c in zip(sums[:used], counts[:used], strict=True)],
             "logprob_difference_mean": self.difference / n,
             "logprob_difference_max": self.difference_max,
-            "effective_sample_share": self.importance**2 / max(1e-30, n * self.importance_squares),
+            "effective_sample_share": self.importance**2 / (n * self.importance_squares) if self.tokens else 1.0,
         }
 
 

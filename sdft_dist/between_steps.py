@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from ray.exceptions import RayError
+
 from sdft_dist.config import Config
-from sdft_dist.errors import Preempted
+from sdft_dist.errors import ActorLost, Diverged, NotServing, Preempted, brief
 from sdft_dist.evaluate import accuracy, evaluate, summary
 from sdft_dist.fleet import Fleet
-from sdft_dist.judge import Judge
+from sdft_dist.judge import Case, Judge
 from sdft_dist.prepare import Prepared
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.samples import NUMBER, is_due, write_samples
 from sdft_dist.selection import best, exhausted
 from sdft_dist.types import TrainItem
+
+CASES = 256  # that are judged before the next look at whether the run was asked to stop
 
 
 class BetweenSteps:
@@ -23,9 +27,13 @@ class BetweenSteps:
     def __init__(self, prepared: Prepared, rundir: RunDir, log: RunLog, asked: Callable[[], bool], start: int) -> None:
         self._prepared, self._rundir, self._log, self._asked = prepared, rundir, log, asked
         self._config = prepared.config
-        self._saved = set(rundir.commits.steps())
-        self.step = start  # optimizer steps done
-        rundir.commits.kept = best_step(self._config, rundir, self._saved)
+        self._saved: set[int] = set()
+        self.step = self._start = start  # optimizer steps done
+
+    def begin(self) -> None:
+        """When the run directory holds nothing that came after the start."""
+        self._saved = set(self._rundir.commits.steps())
+        self._rundir.commits.kept = best_step(self._config, self._rundir, self._saved)
 
     def told(self) -> bool:
         """Whether to stop here: after a step between two pushes to the teachers, a resumed run had another one."""
@@ -37,19 +45,22 @@ class BetweenSteps:
         self._log.say(text.splitlines()[0])
 
     def after_step(self, fleet: Fleet, step: int) -> bool:
-        """As `loop.train` asks for it. Raises Preempted where the run was asked to stop."""
+        """As `loop.train` asks for it; what was done at this step already is not done again. Raises Preempted where the
+        run was asked to stop."""
         self.step = step
         config, commits = self._config, self._rundir.commits
         every, last = config.eval.every, step == self._prepared.num_steps
         if every and (step % every == 0 or last):
-            self._evaluate(fleet)
+            if step not in {record["step"] for record in read_metrics(self._rundir.path, "eval")}:
+                self._evaluate(fleet)
             commits.kept = best_step(config, self._rundir, self._saved | {step})
             if not last and exhausted(config.eval, read_metrics(self._rundir.path, "eval")):
                 metric, patience = config.eval.metric, config.eval.patience
                 self.tell(f"stops early: eval.{metric} was no better for {patience} evaluations")
                 last = True
         every = config.checkpoint.every
-        if last or step == commits.kept or (every and step and step % every == 0):
+        due = last or step == commits.kept or (every and step > self._start and step % every == 0)
+        if due and step not in self._saved:
             with self._log.timer("checkpoint"):
                 commits.start(fleet.learner, step)
             self._saved.add(step)
@@ -70,21 +81,41 @@ class BetweenSteps:
         if folder is not None:
             self._rundir.say(f"committed {folder.name}")
 
-    def save_now(self, fleet: Fleet) -> None:
+    def rescue(self, fleet: Fleet, error: Exception) -> None:
+        """Commit the state as it is where what ended the run has left the learner alone: a scorer, a judge, samples
+        that were all cut. Not between two pushes to the teachers, after which a resumed run had another one."""
+        lost = isinstance(error, RayError | TimeoutError | NotServing | ActorLost | Diverged | OSError)
+        if lost or self.step in self._saved or self.step % self._config.teacher.sync_every:
+            return
+        try:
+            self.save_now(fleet, f"{type(error).__name__}")
+        except Exception as second:
+            self._rundir.say(f"could not save step {self.step}: {brief(second)}")
+
+    def save_now(self, fleet: Fleet, why: str) -> None:
         """Commit the state as it is."""
         commits = self._rundir.commits
         commits.finish(fleet.learner, wait=True)
         if self.step not in commits.steps():
             commits.start(fleet.learner, self.step)
             commits.finish(fleet.learner, wait=True)
-        self._rundir.say(f"asked to stop: committed step {self.step}")
+        self._rundir.say(f"{why}: committed step {self.step}")
 
     def _evaluate(self, fleet: Fleet) -> None:
         """Judge every held-out row, and write down all that came of it."""
         prepared, step = self._prepared, self.step
         scorer, samples = prepared.scorer, self._config.eval.samples
         limit = self._config.rollout.max_completion_tokens
-        judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, scorer, limit, samples)
+
+        def score(cases: Sequence[Case]) -> list[bool]:
+            right: list[bool] = []
+            while len(right) < len(cases):
+                if self.told():
+                    raise Preempted
+                right += scorer(cases[len(right) : len(right) + CASES])
+            return right
+
+        judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)
         self._rundir.note_evaluation(step, judged)
         cost = scorer.cost() if isinstance(scorer, Judge) else {}
         place = {"num_steps": prepared.num_steps}  # who reads the record later knows then whether it was the last

@@ -104,8 +104,9 @@ class Commits:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints with a marker, ascending."""
-        found = (p.parent.name.removeprefix("step-") for p in self.folder.glob(f"step-*/{MARKER}"))
-        return sorted(int(step) for step in found if step.isdecimal())  # not of a copy that somebody made
+        folders = [p.parent for p in self.folder.glob(f"step-*/{MARKER}")]
+        found = ((int(own.name.removeprefix("step-")), own) for own in folders if re.fullmatch(r"step-\d+", own.name))
+        return sorted(step for step, own in found if own == self.path(step))  # not of a copy that somebody made
 
     def drop_after(self, step: int) -> None:
         """Remove later checkpoints, of a history that the run leaves by going back to `step`, and what kills left."""
@@ -136,7 +137,7 @@ def check(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is read and hashed."""
     try:
         raw = (folder / MANIFEST).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != (folder / MARKER).read_text().strip():
+        if hashlib.sha256(raw).hexdigest().encode() != (folder / MARKER).read_bytes().strip():
             return f"{MANIFEST} is not the one that was committed"
         for name, expected in json.loads(raw)["files"].items():
             if (folder / name).stat().st_size != expected["bytes"]:

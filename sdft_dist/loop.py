@@ -48,7 +48,7 @@ def train(
     """Algorithm 1 of arXiv 2601.19897.
 
     Rollouts of `rollout.max_staleness` later steps are kept in flight; with 0 it is strictly on-policy.
-    `after_step(n)` is called with the number of optimizer steps done, from 0 on, when all engines hold
+    `after_step(n)` is called with the number of optimizer steps done, from `start` on, when all engines hold
     that version or will before they serve again: evaluation and checkpoints; True ends the training. With
     method "sft" the same learner imitates the demonstrations, and there is nothing to sample or to score. A run
     that goes on from a checkpoint begins at step `start`.
@@ -56,7 +56,7 @@ def train(
     step, num_steps = start, config.num_steps(len(problems))
     push.to_teachers(step)
     push.to_generators(step)  # a broken push fails here, before any work is lost
-    done = step == 0 and after_step(step)
+    done = after_step(step)
     submitted = step  # rollouts of all earlier steps are done or under way
     skipped = 0  # steps in a row
     while step < num_steps and not done:

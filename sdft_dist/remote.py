@@ -31,8 +31,8 @@ class Events:
         raised by whoever waits then."""
         self._handlers[ref] = (handler, failed or _raise)
 
-    def wait_all(self, refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
-        """Results of `refs`, in order.
+    def wait_all(self, refs: Sequence[Any], *, timeout_s: float, what: str, may_stop: bool = False) -> list[Any]:
+        """Results of `refs`, in order. With `may_stop`, raises Preempted when the run was asked to stop.
 
         Raises the first failure without waiting for the rest: in a collective, the others wait for the
         one that failed, or it has waited for them; a note names those. Raises TimeoutError that names `what`
@@ -46,6 +46,8 @@ class Events:
             return ", ".join(str(i) for i, ref in enumerate(refs) if ref in waiting) + f" of 0 … {len(refs) - 1}"
 
         while waiting:
+            if may_stop and self._stop():
+                raise Preempted("asked to stop")
             ready = self._next(list(waiting | self._handlers.keys()), deadline)
             if ready is None and time.monotonic() < min(deadline, self._patience()):
                 continue

@@ -57,14 +57,15 @@ class RunDir:
 
         `resume` is None for a new run; "auto" for the newest sound checkpoint here, or the beginning where
         there is none; "step=N" for that one; or the folder of another run or of one checkpoint of it, for a
-        new run that goes on from there. `facts` holds the fingerprint under that name. Raises UserError
-        where the folder is in use, where there is no such sound checkpoint, or where settings differ.
+        new run that goes on from there. `facts` holds the fingerprint under that name. What came after that
+        place is left for `rewind`. Raises UserError where the folder is in use, where there is no such sound
+        checkpoint, or where settings differ.
         """
         run = cls(Path(config.run_dir))
         keep = config.checkpoint
         run.commits = Commits(run.commits.folder, keep_last=keep.keep_last, keep_every=keep.keep_every, facts=facts)
         here = resume == "auto" or (resume or "").startswith("step=")
-        if not here or not (run.path / "config.yaml").exists():
+        if not here or not run._is_run():
             run._refuse_used()
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,8 @@ class RunDir:
         except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as e:
             raise UserError(f"run_dir: {run.path}: cannot be made or written to: {e.strerror}") from e
         try:
-            start = run._begin(resume, here, facts, allow_changes)
+            start = run._begin(resume, facts, allow_changes)
+            read_jsonl(run.path / "metrics.jsonl")  # raises now what a rewind would raise
         except UserError:
             run.release()
             raise
@@ -81,14 +83,17 @@ class RunDir:
         write_whole(run.path / "config.yaml", dump_config(config))
         return run, start
 
-    def _begin(self, resume: str | None, here: bool, facts: dict[str, Any], allow_changes: bool) -> Start:
+    def _begin(self, resume: str | None, facts: dict[str, Any], allow_changes: bool) -> Start:
         start = self._start(resume) if resume else Start()
         if start.checkpoint is not None and not allow_changes:
             before = commits.read_manifest(start.checkpoint)["fingerprint"]
             refuse_changes(before, facts["fingerprint"], start.checkpoint)
-        if here:
-            self.rewind(start.step)
         return start
+
+    def _is_run(self) -> bool:
+        """Whether a run has begun here; a recipe of the user's own has the same name as its settings."""
+        marks = ("lock", "attempts", "checkpoints")
+        return (self.path / "config.yaml").is_file() and any((self.path / name).exists() for name in marks)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -224,8 +229,10 @@ class RunDir:
         self.commits.drop_after(step)
         for path in files:
             path.unlink()
-        if metrics.exists():  # last, as a rewind that is interrupted shall find again that something was left
-            write_whole(metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        if metrics.is_file():  # last, as a rewind that is interrupted shall find again that something was left
+            # Cut, for whoever has it open to go on writing; steps only rise in it.
+            lines = metrics.read_bytes().split(b"\n")[: len(kept)]
+            os.truncate(metrics, sum(len(line) + 1 for line in lines))
 
     def checkpoint(self, step: int | None) -> Path:
         """Folder of a checkpoint, the newest where `step` is None. Raises UserError where there is none."""
@@ -261,7 +268,7 @@ class RunDir:
         if owner := self.owner():
             raise UserError(f"run_dir: {self.path} is being written to by {owner}")
         names = {p.name for p in self.path.iterdir() if p.name != "metrics.jsonl" or p.stat().st_size}
-        is_run, steps = {"lock", "config.yaml"} <= names, self.commits.steps()
+        is_run, steps = self._is_run(), self.commits.steps()
         if names <= {"lock", "config.yaml.new"} or (is_run and names <= LEFT_BY_A_START):
             return
         if not is_run and not steps:

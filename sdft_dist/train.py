@@ -3,6 +3,7 @@ from the newest checkpoint when a part of it is lost."""
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -50,7 +51,7 @@ def run(
             prepared = prepare(config, on_evaluation, title, console)
             facts = {"fingerprint": fingerprint(config, prepared.inputs.problems), "ranks": config.learner.ranks}
             rundir, start = RunDir.claim(config, resume, facts, allow_changes=allow_changes)
-            with _telling_its_end(rundir):
+            with _disk(rundir), _telling_its_end(rundir):
                 rundir.note_rows(prepared.inputs.dropped, prepared.inputs.truncated)
                 rundir.say(f"{config.method} begins at step {start.step} of {prepared.num_steps}")
                 if start.step >= prepared.num_steps and not rundir.commits.steps():
@@ -58,10 +59,12 @@ def run(
                         f"--resume: {start.checkpoint} is of step {start.step}: "
                         f"give more steps than {prepared.num_steps}"
                     )
-                if start.step < prepared.num_steps and not exhausted(config.eval, read_metrics(rundir.path, "eval")):
-                    rundir.set_aside(start.step)
+                evals = [e for e in read_metrics(rundir.path, "eval") if e["step"] <= start.step]
+                if start.step < prepared.num_steps and not exhausted(config.eval, evals):
                     with ray_session(config):
                         _survive(prepared, rundir, start, asked)
+                else:
+                    rundir.rewind(start.step)
                 rundir.say("training is done")
                 if asked():
                     raise Preempted("asked to stop: all steps are saved, the model is not exported")
@@ -69,6 +72,17 @@ def run(
             return rundir
     except Preempted as end:
         raise Preempted(f"{end}; {advice}" if advice else str(end)) from end
+
+
+@contextmanager
+def _disk(rundir: RunDir) -> Iterator[None]:
+    """Raises Fault where the disk of the run directory fails."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise Fault(f"{rundir.path}: {e.strerror}; earlier checkpoints are intact") from e
 
 
 @contextmanager
@@ -103,7 +117,6 @@ def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
             start, wait_for_nodes = now, True  # a lost one may come back
             rundir.commits.abandon()
-            rundir.rewind(start.step)
             rundir.say(f"starting anew from step {start.step}")
 
 
@@ -136,12 +149,18 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             wait_for_nodes=wait_for_nodes,
         ) as fleet:
             fleet.learner.must_see(rundir.path / "config.yaml")
+            rundir.rewind(start.step)  # now that it can be done again
+            rundir.set_aside(start.step)
+            between.begin()
             after_step = partial(between.after_step, fleet)
             try:
                 train(config, problems, fleet.rollouts, fleet, fleet, log, after_step=after_step, start=start.step)
             except Preempted:
-                between.save_now(fleet)
+                between.save_now(fleet, "asked to stop")
                 raise Preempted(f"asked to stop: step {between.step} is saved") from None
+            except Exception as error:
+                between.rescue(fleet, error)
+                raise
             between.finish_saving(fleet, wait=True)
 
 

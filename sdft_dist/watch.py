@@ -88,6 +88,10 @@ def _signs(m: dict[str, Any]) -> dict[str, str]:
             f"{100 * m['empty_share']:.0f}% of the completions are empty: the student ends at once; check the chat "
             "template and the demonstrations"
         )
+    if m.get("trained_tokens", 1) == 0:
+        signs["untrained"] = (
+            "no token of the step was trained: no completion is longer than loss.skip_first_tokens; lower it"
+        )
     if m.get("effective_sample_share", 1.0) < 0.5:
         signs["ess"] = (
             f"importance weights leave {100 * m['effective_sample_share']:.0f}% of the tokens effective: samples are "

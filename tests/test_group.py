@@ -18,7 +18,7 @@ class Events:
     def __init__(self):
         self.allowed = {}
 
-    def wait_all(self, refs, *, timeout_s, what):
+    def wait_all(self, refs, *, timeout_s, what, may_stop=False):
         self.allowed[what] = timeout_s
         for ref in refs:
             if isinstance(ref, Exception):

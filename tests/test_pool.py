@@ -59,7 +59,7 @@ def test_an_error_of_the_program_is_no_loss():
 def test_a_start_may_take_longer_than_work():
     """Weights of 8B parameters are read for minutes; a call that takes as long is a hang."""
     allowed = {}
-    events = SimpleNamespace(wait_all=lambda refs, timeout_s, what: allowed.__setitem__(what, timeout_s))
+    events = SimpleNamespace(wait_all=lambda refs, timeout_s, what, **_: allowed.__setitem__(what, timeout_s))
     one = Pool("teachers", [FakeActor()], 1.0, events, lambda index: FakeActor(), start_timeout_s=60.0)
     one.wait_ready()
     one.lose(0, RayActorError())

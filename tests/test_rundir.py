@@ -47,8 +47,11 @@ def test_a_used_folder_is_refused_with_what_to_do(finished):
 def test_resume_auto_begins_at_the_newest_and_forgets_later_metrics(finished):
     run, start = claim(finished, "auto")
     assert start == Start(20, run.commits.path(20))
+    with (run.path / "metrics.jsonl").open("a") as log:  # as whoever goes on has it open
+        run.rewind(start.step)
+        log.write('{"kind": "train", "step": 21}\n')
     steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 21))
+    assert steps == list(range(1, 22))
 
 
 def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
@@ -86,15 +89,21 @@ def test_a_start_that_failed_before_any_step_does_not_use_its_folder(tmp_path):
 
 def test_a_folder_with_a_recipe_of_the_users_own_is_not_taken(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {path: m}  # mine\n")
-    with pytest.raises(UserError, match=r"not a run's \(config.yaml\)"):
-        claim(config_in(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match=r"not a run's \(config.yaml, metrics.jsonl, model\)"):
+            claim(config_in(tmp_path), resume)
+    assert "# mine" in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     run, _ = claim(config_in(tmp_path / "run"))
     (run.path / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "train", "step": 1}\n')
     run.release()
-    assert claim(config_in(tmp_path / "run"), "auto")[1] == Start()
+    run, start = claim(config_in(tmp_path / "run"), "auto")
+    assert start == Start()
+    run.rewind(start.step)
     assert (run.path / "metrics.jsonl").read_text() == ""
 
 
@@ -119,6 +128,8 @@ def test_resume_auto_does_not_begin_anew_over_checkpoints_that_are_all_damaged(f
 def test_going_back_to_a_step_forgets_later_checkpoints(finished):
     run, start = claim(finished, "step=10")
     assert start.step == 10
+    assert run.commits.steps() == [10, 20], "the start may fail yet"
+    run.rewind(start.step)
     assert run.commits.steps() == [10]
 
 
@@ -137,7 +148,9 @@ def test_a_fork_that_has_no_checkpoint_yet_begins_again_where_it_began(finished,
     assert fork.newest() == start
     (fork.path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 21}) + "\n")
     fork.release()
-    assert claim(config_in(tmp_path / "fork"), "auto")[1] == start
+    fork, again = claim(config_in(tmp_path / "fork"), "auto")
+    assert again == start
+    fork.rewind(start.step)
     assert (fork.path / "metrics.jsonl").read_text() == ""
 
 
@@ -216,7 +229,8 @@ def test_going_back_to_a_step_forgets_what_came_of_later_ones(finished):
     exported(run, 0, 10, 20)
     kept = run.path / "eval" / "step-000020-mine.jsonl"
     kept.touch()
-    run, _ = claim(finished, "step=10")
+    run, start = claim(finished, "step=10")
+    run.rewind(start.step)
     assert [step for step in (0, 10, 20) if run.evaluation(step)] == [0, 10]
     assert not (run.path / "model").exists()
     assert not (run.path / "adapter").exists()
@@ -228,7 +242,8 @@ def test_going_on_from_the_end_keeps_what_came_of_it(finished):
     run = RunDir.open(Path(finished.run_dir))
     (run.path / "metrics.jsonl").write_text('{"kind": "train", "step": 20}\n')
     exported(run, 0, 20)
-    run, _ = claim(finished, "auto")
+    run, start = claim(finished, "auto")
+    run.rewind(start.step)
     assert [step for step in (0, 20) if run.evaluation(step)] == [0, 20]
     assert (run.path / "model" / "weights").exists()
     assert (run.path / "adapter" / "weights").exists()

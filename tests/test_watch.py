@@ -16,6 +16,7 @@ FINE = {"completion_tokens_mean": 100.0, "cut_share": 0.0, "empty_share": 0.0}
         ({"empty_share": 0.5}, "chat template"),
         ({"logprob_difference_mean": 0.5}, "loss.importance=token"),
         ({"effective_sample_share": 0.2}, "loss.importance_clip"),
+        ({"trained_tokens": 0}, "loss.skip_first_tokens"),
         ({"divergence_by_position": OPENING, "staleness_mean": 0.0}, "loss.skip_first_tokens=3"),
     ],
 )

@@ -1,0 +1,127 @@
+"""What is evaluated and saved between two steps, also where something ends the run there; the fleet is made up."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from helpers import config_of
+from test_commits import FakeSaver
+from test_rundir import claim
+
+from sdft_dist.between_steps import CASES, BetweenSteps
+from sdft_dist.errors import Diverged, Fault, Preempted
+from sdft_dist.evaluate import EvalSet
+from sdft_dist.runlog import RunLog, read_metrics
+
+EVERY = {"every": 2, "sets": {"new": "f"}, "metric": "new", "patience": 2}
+
+
+class Fleet:
+    """Answers every prompt with one token; `learner` saves."""
+
+    def __init__(self):
+        self.learner, self.asked = FakeSaver(), 0
+
+    def complete(self, prompts, max_tokens, seeds=None):
+        self.asked += 1
+        return [[1]] * len(prompts)
+
+
+class Run:
+    """A run of 8 steps in `folder`, from `start`."""
+
+    def __init__(self, folder, start=0, rows=3, stop=lambda: False, resume=None, **sections):
+        self.config = config_of(run_dir=str(folder / "run"), steps=8, eval=EVERY, **sections)
+        self.rundir, self.start = claim(self.config, resume)
+        self.fleet, self.scored = Fleet(), 0
+
+        def scorer(cases):
+            self.scored += len(cases)
+            return [True] * len(cases)
+
+        own = EvalSet(name="new", prompts=[[0]] * rows, questions=["q"] * rows, answers=["a"] * rows)
+        prepared = SimpleNamespace(
+            config=self.config,
+            eval_sets=[own],
+            scorer=scorer,
+            num_steps=8,
+            on_evaluation=lambda record: None,
+            inputs=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: "a")),
+        )
+        self.log = RunLog(self.rundir.path, title="")
+        self.between = BetweenSteps(prepared, self.rundir, self.log, stop, start)
+        self.rundir.rewind(start)
+        self.between.begin()
+
+    def after(self, *steps):
+        return [self.between.after_step(self.fleet, step) for step in steps]
+
+    def done(self):
+        self.log._metrics.close()
+        self.rundir.release()
+        return [e["step"] for e in read_metrics(self.rundir.path, "eval")], self.rundir.commits.steps()
+
+
+def fails():
+    raise KeyError("of the user's scorer")
+
+
+def test_an_evaluation_that_fails_leaves_the_steps_state_and_is_done_first_when_the_run_goes_on(tmp_path):
+    run = Run(tmp_path)
+    run.after(0, 1)
+    run.between._prepared.scorer = lambda cases: fails()
+    with pytest.raises(KeyError) as failed:
+        run.after(2)
+    run.between.rescue(run.fleet, failed.value)
+    assert run.done() == ([0], [2])
+    run = Run(tmp_path, start=2, resume="auto")
+    assert run.start.step == 2
+    run.after(2, 3, 4)
+    assert run.done() == ([0, 2, 4], [2])
+
+
+@pytest.mark.parametrize("error", [TimeoutError("silent"), Diverged("nan"), OSError("disk")])
+def test_what_has_ended_the_learner_or_the_disk_saves_nothing_more(tmp_path, error):
+    run = Run(tmp_path)
+    run.after(0, 1)
+    run.between.rescue(run.fleet, error)
+    assert run.done()[1] == []
+
+
+def test_nothing_is_saved_between_two_pushes_to_the_teachers(tmp_path):
+    run = Run(tmp_path, teacher={"sync_every": 2})
+    run.after(0, 1)
+    run.between.rescue(run.fleet, Fault("a judge"))
+    assert run.rundir.commits.steps() == []
+    run.after(2)
+    run.between.rescue(run.fleet, Fault("a judge"))
+    assert run.done()[1] == [2]
+
+
+def test_a_second_failure_does_not_hide_the_first(tmp_path):
+    run = Run(tmp_path)
+    run.after(0, 1)
+    run.fleet.learner = SimpleNamespace(state_bytes=fails)
+    run.between.rescue(run.fleet, Fault("a judge"))
+    assert "could not save step 1" in (run.rundir.path / "run.log").read_text()
+    run.done()
+
+
+def test_an_evaluation_ends_within_a_part_of_its_rows_where_the_run_is_asked_to_stop(tmp_path):
+    run = Run(tmp_path, rows=3 * CASES, stop=lambda: run.scored > 0)
+    with pytest.raises(Preempted):
+        run.after(0)
+    assert run.scored == CASES
+    assert run.done() == ([], [])
+
+
+def test_a_run_that_had_stopped_early_stops_again_at_once(tmp_path):
+    """Where the learner was lost while it ended."""
+    run = Run(tmp_path)
+    run.done()
+    lines = [{"kind": "eval", "step": step, "new": new} for step, new in ((0, 0.0), (2, 1.0), (4, 0.0), (6, 0.0))]
+    (run.rundir.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run(tmp_path, start=6, resume="auto")
+    assert run.after(6) == [True]
+    assert run.fleet.asked == 0
+    assert run.done()[1] == [6]
