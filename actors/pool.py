@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sdft_dist.errors import NotServing
-from sdft_dist.last_words import obituary
+from sdft_dist.last_words import is_death, obituary
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, TransportKind, WeightManifest
 
@@ -91,9 +91,7 @@ class Pool:
     def lose(self, index: int, error: Exception) -> None:
         """Note that an actor has died, or that it serves nothing after a push that failed. Raises `error`
         where it is neither."""
-        from ray.exceptions import RayActorError
-
-        if isinstance(error, RayActorError):
+        if is_death(error):
             self._dead.add(index)
         elif not isinstance(error, NotServing):
             raise error
@@ -102,9 +100,7 @@ class Pool:
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""
         if self.actors[index] is actor:
-            from ray.exceptions import RayActorError
-
-            self.lose(index, error if isinstance(error, RayActorError) else NotServing(str(error)))
+            self.lose(index, error if is_death(error) else NotServing(str(error)))
 
     def kill(self, index: int, why: str) -> None:
         """End an actor that does not answer."""

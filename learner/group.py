@@ -20,6 +20,7 @@ from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.last_words import is_death
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, ShardFile, Span, TrainItem, TransportKind, WeightManifest
 from sdft_dist.wire import bucket_bytes
@@ -142,13 +143,11 @@ class LearnerGroup:
             self._wait(receiving, what)
 
     def _all_alive(self, receivers: Receivers, *, must: bool) -> bool:
-        from ray.exceptions import RayActorError
-
         for i, actor in enumerate(receivers.actors):
             try:
                 self._wait([actor.__ray_ready__.remote()], f"{receivers.role} before a push")
-            except RayActorError as error:
-                if must:
+            except Exception as error:
+                if must or not is_death(error):
                     raise
                 receivers.push_failed(i, actor, error)
                 return False

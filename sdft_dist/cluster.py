@@ -28,7 +28,7 @@ from sdft_dist.errors import (
 )
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import Inputs
-from sdft_dist.last_words import obituary
+from sdft_dist.last_words import is_death, obituary
 from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
@@ -165,7 +165,7 @@ def explain(error: Exception, actors: list[Any]) -> Exception | None:
         return Fault(f"Ray's object store is full and has no disk to spill to; checkpoints are intact: {brief(error)}")
     # The third is what a process group says when a rank hangs; the error's note names the rank.
     lost = isinstance(error, TimeoutError | NotServing | ObjectLostError) or "timed out" in str(error).lower()
-    if lost or is_broken_device(getattr(error, "cause", None)) or _any_dead(actors):
+    if lost or is_death(error) or is_broken_device(getattr(error, "cause", None)) or _any_dead(actors):
         return ActorLost(obituary(error))
     return None
 
@@ -179,8 +179,10 @@ def _any_dead(actors: list[Any]) -> bool:
     for ref in ready:
         try:
             ray.get(ref)
-        except ray.exceptions.RayActorError:
-            return True
+        except Exception as error:
+            if is_death(error):
+                return True
+            raise
     return False
 
 

@@ -54,4 +54,6 @@ def brief(error: BaseException) -> str:
         return type(error).__name__
     if isinstance(error, OURS):
         return lines[0]
+    if type(error).__name__ == "OutOfMemoryError":  # Ray's ends with advice
+        return lines[0].split(". ")[0]
     return "; ".join([lines[-1].split(". ")[0], *getattr(error, "__notes__", ())])

@@ -11,6 +11,13 @@ LINES, WIDTH = 20, 200  # a native crash prints a stack
 BEGINNINGS = ("Fatal Python error", r"Traceback|\bError\b|terminate called|SIG[A-Z]+ received|out of memory")
 
 
+def is_death(error: BaseException) -> bool:
+    """Whether it tells of an actor's end, also by Ray's monitor of a node's memory."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+    return isinstance(error, RayActorError | OutOfMemoryError | NodeDiedError | WorkerCrashedError)
+
+
 def obituary(error: BaseException) -> str:
     """The error in one line, and below it the last words of the actor of whose death it tells."""
     words = last_words(error)

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from actors.pool import Pool
 from sdft_dist.errors import NotServing
@@ -36,6 +36,16 @@ def test_the_dead_are_replaced_and_the_tainted_forget():
     assert one.actors[0].asked == ["ready"]
     assert one.actors[1:] == before[1:]
     assert [actor.asked for actor in before[1:]] == [["forget"], []]
+
+
+def test_an_actor_that_rays_memory_monitor_has_ended_is_dead():
+    one = pool()
+    said = "1 worker(s) were killed due to the node running low on memory. Memory on the node …\nRefer to the docs"
+    one.lose(0, OutOfMemoryError(said))
+    assert one.lost == {0: "1 worker(s) were killed due to the node running low on memory"}
+    gone = one.actors[0]
+    one.replace_lost()
+    assert one.actors[0] is not gone
 
 
 def test_a_push_that_an_actor_missed_by_its_death_replaces_it():

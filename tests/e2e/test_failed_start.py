@@ -1,9 +1,9 @@
-"""A start that fails costs nothing of what the run directory holds."""
+"""A start that fails costs nothing of what the run directory holds, and machines that fail are told by name."""
 
 from pathlib import Path
 
 import pytest
-from processes import lab_config
+from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.errors import Fault, UserError
 from sdft_dist.runlog import read_metrics
@@ -37,3 +37,15 @@ def test_a_disk_that_is_full_for_the_metrics_is_a_fault(finished, tmp_path):
     (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(Fault, match="full: No space left on device; earlier checkpoints are intact"):
         run(config)
+
+
+@pytest.mark.fault("node's memory full", "a limit that Ray's monitor finds passed", "ends by name, exit 4")
+def test_actors_that_rays_memory_monitor_ends_are_lost_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "200")
+    process, mark = start(lab_config(tmp_path, method="sft", cluster={"device": "cpu", "max_restarts": 0}), tmp_path)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 4, output
+    assert "killed due to the node running low on memory" in output
+    assert "Traceback" not in output
+    assert nothing_left(mark)
