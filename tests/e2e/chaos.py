@@ -2,12 +2,14 @@
 
 Trains the lab twice with the same seed, strictly on-policy: once undisturbed, once while generators,
 teachers and learner ranks are killed at random moments. Whatever was lost must have been done again
-exactly: the last checkpoints of both runs are compared bit by bit. Prints a Markdown table.
+exactly: losses and the last checkpoints of both runs are compared bit by bit, and what generators say after the last
+step with what the exported model says. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -27,9 +29,11 @@ ROLES = {"generator": "ray::Generator", "teacher": "ray::Teacher", "learner rank
 
 
 def lab(folder, steps, ranks):
-    """A small run with a checkpoint every five steps, in `folder`/run."""
+    """A small run with a checkpoint every five steps, and its rows asked about before the first and after the last,
+    in `folder`/run."""
     folder.mkdir()
-    return lab_config(folder, steps=steps, checkpoint={"every": 5}, learner={"ranks": ranks})
+    asked = {"every": steps, "sets": {"rows": str(folder / "train.jsonl")}, "scorer": "sdft_dist.lab.world:score"}
+    return lab_config(folder, steps=steps, checkpoint={"every": 5}, learner={"ranks": ranks}, eval=asked)
 
 
 def steps_done(run):
@@ -62,14 +66,44 @@ def pids_of(role, mark):
     return [pid for pid, command in marked(mark) if command.startswith(ROLES[role])]
 
 
+def agreeing(records):
+    """Whether the learner found each sampled token as likely as the generator did, in nats."""
+    return max(m["logprob_difference_max"] for m in records) < 1e-4
+
+
+def said_at_the_end(config):
+    """What generators said to each row after the last step, greedily."""
+    lines = (Path(config.run_dir) / "eval" / f"step-{config.steps:06d}.jsonl").read_text().splitlines()
+    return [json.loads(line)["completion"] for line in lines]
+
+
+def said_by_the_export(config):
+    """What transformers makes of the same rows with the exported model."""
+    from transformers import AutoModelForCausalLM
+
+    from sdft_dist.evaluate import load_eval_sets
+    from sdft_dist.prompts import load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    (rows,) = load_eval_sets(config, tokenizer)
+    ids = {"input_ids": [prompt.tolist() for prompt in rows.prompts]}
+    padded = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    lm = AutoModelForCausalLM.from_pretrained(Path(config.run_dir) / "model")
+    out = lm.generate(**padded, max_new_tokens=config.rollout.max_completion_tokens, do_sample=False)
+    return tokenizer.batch_decode(out[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def finished_alike(config, undisturbed):
-    """Asserts that every step was done once, and that losses and last checkpoint are those of the undisturbed run."""
+    """Asserts that every step was done once, that losses and last checkpoint are those of the undisturbed run, and
+    that generators held the learner's weights at each step and after the last."""
     records = read_metrics(Path(config.run_dir), "train")
     assert [m["step"] for m in records] == list(range(1, STEPS + 1)), "every step once"
     assert {m["samples"] for m in records} == {8}, "with all its samples"
     checkpoint, losses = undisturbed
     assert [m["loss"] for m in records] == losses
     assert differing(last_checkpoint(config), checkpoint) == []
+    assert agreeing(records)
+    assert said_at_the_end(config) == said_by_the_export(config)
 
 
 def recovery(run, process, victim, how=signal.SIGKILL):
@@ -138,9 +172,18 @@ def main():
         assert process.returncode == 0, output
         config = lab(folder / "fire", steps, args.ranks)
         found = under_fire(config, folder / "fire", args.kills, args.seed)
-        different = differing(last_checkpoint(quiet), last_checkpoint(config))
         log = (Path(config.run_dir) / "run.log").read_text()
-        records = [m["step"] for m in read_metrics(Path(config.run_dir), "train")]
+        records = read_metrics(Path(config.run_dir), "train")
+        losses, expected = ([m["loss"] for m in read_metrics(Path(c.run_dir), "train")] for c in (config, quiet))
+        different = differing(last_checkpoint(quiet), last_checkpoint(config))
+        said, by_the_export = said_at_the_end(config), said_by_the_export(config)
+    holds = {
+        "every step recorded once": [m["step"] for m in records] == list(range(1, steps + 1)),
+        "every loss equals that of the undisturbed run": losses == expected,
+        "last checkpoint equals that of the undisturbed run bit by bit": not different,
+        "generators held the learner's weights at every step": agreeing(records),
+        "what generators say after the last step is what the exported model says": said == by_the_export,
+    }
     print(f"{len(found)} kills in one run of {steps} steps, {args.ranks} learner rank(s):\n")
     print("| killed | times | next step after, median (longest) |\n|---|---|---|")
     for role in ROLES:
@@ -150,9 +193,9 @@ def main():
     again = [float(s) for s in re.findall(r"serve version \d+ again, after ([\d.]+) s", log)]
     if again:
         print(f"\nengines served verified weights again after {statistics.median(again):.1f} s ({max(again):.1f} s)")
-    print(f"every step recorded once: {records == list(range(1, steps + 1))}")
-    print(f"last checkpoint equals that of the undisturbed run bit by bit: {not different}")
-    sys.exit(bool(different) or records != list(range(1, steps + 1)))
+    for what, true in holds.items():
+        print(f"{what}: {true}")
+    sys.exit(not all(holds.values()))
 
 
 if __name__ == "__main__":
