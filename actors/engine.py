@@ -92,6 +92,7 @@ class Engine:
         self.device = device
         self._stop_ids = list(stop_ids)
         self._next_id = 0
+        self._steps = self._stepped = 0  # decoding steps since `decode_batch`, and their requests added up
         self._under_way: dict[str, _Request] = {}
         self._done: dict[str, Completion] = {}  # what catching up has finished, for the next `advance`
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
@@ -165,8 +166,17 @@ class Engine:
         found, self._done = self._done, {}
         return found
 
+    def decode_batch(self) -> float:
+        """Requests of a decoding step, mean over those since it was last asked; 0 where there were none."""
+        mean = self._stepped / max(1, self._steps)
+        self._steps = self._stepped = 0
+        return mean
+
     def _step(self) -> None:
-        for output in self._engine_step():
+        outputs = self._engine_step()
+        self._steps += bool(outputs)  # one that only reads prompts decodes nothing
+        self._stepped += len(outputs)
+        for output in outputs:
             completion, request = output.outputs[0], self._under_way[output.request_id]
             request.num_tokens = len(completion.token_ids)
             if output.finished:

@@ -72,7 +72,8 @@ class Generator:
                 break
         done = [(self._keys.pop(name), self._finished.pop(name)) for name in [*self._keys] if name in self._finished]
         samples = [_sample(key, completion) for key, completion in done]
-        answer = Rollout(samples=sample_refs(samples, self.problems), span=Span("decode", started, time.time()))
+        span = Span("decode", started, time.time(), self.engine.decode_batch())
+        answer = Rollout(samples=sample_refs(samples, self.problems), span=span)
         return answer, samples
 
     def sample(self, problems: Sequence[int]) -> list[Sample]:

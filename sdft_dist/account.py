@@ -1,4 +1,4 @@
-"""What a role took beside what it could: utilisation, the plan's prediction, peak memory."""
+"""What a role took beside what it could: utilisation, the plan's predictions, peak memory, waiting."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdft_dist.config import Config
-from sdft_dist.dimensions import read_dimensions
+from sdft_dist.dimensions import Dimensions, read_dimensions
 from sdft_dist.plan import GPUS, Gpu, Lengths, flops, seconds
+from sdft_dist.plan_memory import memory_gib
 from sdft_dist.topology import sizes
 
 WORK = {"generator": "decode", "teacher": "score", "learner": "train"}  # spans in which a role does its own work
-WEIGHTS = ("await weights", "load weights", "gather weights")
+SYNC = ("load weights", "gather weights")  # an actor's own part in a push
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,24 +35,47 @@ def mean_lengths(problems: Sequence[Any], completion: float) -> Lengths:
     return Lengths(prompt=round(prompt), demonstration=round(teacher - prompt), completion=round(completion))
 
 
+def processed(n: Lengths) -> dict[str, int]:
+    """Tokens per sample that each role reads or, a generator, writes."""
+    trained = n.prompt + n.completion
+    return {
+        "generator": n.completion,
+        "teacher": n.prompt + n.demonstration + n.completion,
+        "learner": trained,
+        "sft": trained,
+    }
+
+
 def accounts(
     config: Config, lengths: Lengths, machine: Machine, device_s: Mapping[str, float], decode_batch: float
 ) -> dict[str, dict[str, float]]:
     """Of each role of `device_s`, which holds device-seconds per sample by role ("sft": the learner's without a
-    teacher): these, what the plan predicts, peak memory, and as `mfu` the share of the device's peak (by its data sheet
-    where plan.GPUS has it, else of a large product) that the model's own operations need."""
+    teacher): these, what the plan predicts, tokens per device-second, peak memory, beside it what the plan predicts for
+    a GPU that it knows, and as `mfu` the share of the device's peak (by its data sheet where plan.GPUS has it, else of
+    a large product) that the model's own operations need."""
     m, gpu, copies = read_dimensions(config), _gpu(config, machine), config.rollout.completions_per_prompt
-    work = flops(m, lengths, copies)
+    work, tokens, gib = flops(m, lengths, copies), processed(lengths), _predicted_gib(config, m, gpu)
     predicted = seconds(m, lengths, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
     return {
         role: {
             "device_s": taken,
             "predicted_s": getattr(predicted, role),
+            "tokens_per_device_s": tokens[role] / taken,
             "mfu": work[role] / taken / gpu.peak_flops,
             "peak_gib": machine.peak_gib["learner" if role == "sft" else role],
+            **({"predicted_gib": gib["learner" if role == "sft" else role]} if gib else {}),
         }
         for role, taken in device_s.items()
     }
+
+
+def _predicted_gib(config: Config, m: Dimensions, gpu: Gpu) -> dict[str, float]:
+    """Of one GPU by role, {} where its memory is not known: an engine takes its share, keys and values in what is left
+    of it."""
+    if not gpu.memory_gib:
+        return {}
+    share = config.cluster.engine_memory * gpu.memory_gib
+    return {"learner": memory_gib(config, m, config.learner.ranks)["learner"], "generator": share, "teacher": share}
 
 
 def _gpu(config: Config, machine: Machine) -> Gpu:
@@ -66,11 +90,21 @@ def _gpu(config: Config, machine: Machine) -> Gpu:
 
 
 def time_shares(busy: dict[str, float], config: Config) -> dict[str, dict[str, float]]:
-    """What one actor of each role does with its time: its work; waiting for new weights and loading them, or for a
-    learner gathering them; and the rest, in which it waits for data. `busy` holds shares over all actors of a role."""
+    """What one actor of each role does with its time: its work; waiting for the messages of a push; its own part in it,
+    which is loading them, for a learner gathering them; and the rest, in which it waits for data. `busy` holds shares
+    over all actors of a role."""
     found = {}
     for role, size in sizes(config).items():
-        spent = {what: busy.get(f"{role}/{what}", 0.0) / size.actors for what in (WORK[role], *WEIGHTS)}
-        work, weights = spent[WORK[role]], sum(spent[what] for what in WEIGHTS)
-        found[role] = {"work": work, "weights": weights, "data": max(0.0, 1 - work - weights)}
+        spent = {what: busy.get(f"{role}/{what}", 0.0) / size.actors for what in (WORK[role], "await weights", *SYNC)}
+        work, weights, sync = spent[WORK[role]], spent["await weights"], sum(spent[what] for what in SYNC)
+        found[role] = {"work": work, "weights": weights, "sync": sync, "data": max(0.0, 1 - work - weights - sync)}
     return found
+
+
+def push_split(shares: Mapping[str, Mapping[str, float]], step_s: float) -> dict[str, float]:
+    """Seconds that one actor of each role gives to pushes in a step of `step_s`, of its `time_shares`. A generator
+    pauses while it waits for the messages and while it loads them."""
+    found = {"learner_gather_s": shares["learner"]["sync"] * step_s}
+    for role in ("teacher", "generator"):
+        found[f"{role}_wire_s"], found[f"{role}_load_s"] = (shares[role][w] * step_s for w in ("weights", "sync"))
+    return found | {"generator_pause_s": found["generator_wire_s"] + found["generator_load_s"]}

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from sdft_dist import pieces
-from sdft_dist.account import Machine, accounts, mean_lengths
+from sdft_dist.account import Machine, accounts, mean_lengths, processed
 from sdft_dist.bench import Ours, contestant, machine, new_folder, spans, spread, summary
 from sdft_dist.cluster import launch, ray_session
 from sdft_dist.config import Config
@@ -31,7 +31,8 @@ from sdft_dist.topology import sizes
 from sdft_dist.types import Sample, SampleKey, SampleRef, TeacherTargets, TrainItem, VersionSpan
 
 WARM = 2  # batches that are not counted
-Batch = Callable[[int], int]  # does the work of one optimizer step; returns its completion tokens
+# Does the work of one optimizer step; returns its completion tokens, and of generators the decode batch.
+Batch = Callable[[int], tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,34 +83,32 @@ def bench_loads(ours: Ours, fleet: Fleet, loads: Sequence[Load], repeats: int) -
     return [_report(ours.config, problems, load, used, *found) for load, found in zip(loads, spent, strict=True)]
 
 
-def _work_on(ours: Ours, fleet: Fleet, load: Load, repeats: int) -> tuple[list[float], list[int]]:
-    """Seconds and completion tokens of each batch that counts."""
+def _work_on(ours: Ours, fleet: Fleet, load: Load, repeats: int) -> tuple[list[float], list[tuple[int, float]]]:
+    """Seconds of each batch that counts, and what it came to."""
     work = {"generator": _generating, "teacher": _scoring, "learner": _learning}[load.role](ours, fleet, load)
-    taken, tokens = [], []
+    taken, done = [], []
     for step in range(WARM + repeats):
         if load.role == "generator":
             fleet.version += 1  # so that no prompt's keys and values are there already
             fleet.learner.push(fleet.generators, fleet.version, fleet.version, wait=True)
         started = time.perf_counter()
-        tokens.append(work(step))
+        done.append(work(step))
         taken.append(time.perf_counter() - started)
-    return taken[WARM:], tokens[WARM:]
+    return taken[WARM:], done[WARM:]
 
 
 def _report(
-    config: Config, problems: ProblemSet, load: Load, used: Machine, taken: list[float], tokens: list[int]
+    config: Config,
+    problems: ProblemSet,
+    load: Load,
+    used: Machine,
+    taken: list[float],
+    done: list[tuple[int, float]],
 ) -> dict[str, Any]:
     cluster, batch = config.cluster, len(load.keys(config, 0))
+    tokens, decoding = zip(*done, strict=True)
     actors = sizes(config)[load.role].actors
     lengths = mean_lengths([problems[i] for i in load.rows], statistics.mean(tokens) / batch)
-    processed = (
-        lengths.completion
-        + {
-            "generator": 0,
-            "teacher": lengths.prompt + lengths.demonstration,
-            "learner": lengths.prompt,
-        }[load.role]
-    )
     name = load.role if config.method == "sdft" else "sft"
     device_s = {name: actors * spans(config)[load.role] * statistics.median(taken) / batch}
     decode_batch = min(batch / cluster.generators, cluster.max_sequences)
@@ -123,7 +122,8 @@ def _report(
         "device": used.device,
         "lengths": asdict(lengths),
         "batch_s": summary(taken),
-        "tokens_per_s": summary([batch * processed / seconds for seconds in taken]),
+        "tokens_per_s": summary([batch * processed(lengths)[load.role] / seconds for seconds in taken]),
+        **({"decode_batch": {"measured": statistics.mean(decoding), "planned": decode_batch}} if any(decoding) else {}),
         "account": account,
     }
 
@@ -138,7 +138,9 @@ def show(report: dict[str, Any], console: Console) -> None:
         f"seconds a batch: {spread(report['batch_s'], 3)}\n"
         f"tokens/s: {spread(report['tokens_per_s'], 0)}\n"
         f"device-seconds per sample: {account['device_s']:.5f}, predicted {account['predicted_s']:.5f}; "
-        f"MFU {100 * account['mfu']:.1f}%; peak memory {account['peak_gib']:.2f} GiB",
+        f"MFU {100 * account['mfu']:.1f}%; peak memory {account['peak_gib']:.2f} GiB"
+        + (f", predicted {account['predicted_gib']:.2f}" if "predicted_gib" in account else "")
+        + (f"; decode batch {report['decode_batch']['measured']:.1f}" if "decode_batch" in report else ""),
         highlight=False,
     )
 
@@ -148,11 +150,12 @@ def _generating(ours: Ours, fleet: Fleet, load: Load) -> Batch:
 
     generators = fleet.generators.actors
 
-    def batch(step: int) -> int:
+    def batch(step: int) -> tuple[int, float]:
         keys, n = load.keys(ours.config, step), len(generators)
         calls = [(actor.rollout.options(num_returns=2), keys[i::n]) for i, actor in enumerate(generators)]
         done = ray.get([rollout.remote(mine, None, load.max_tokens)[0] for rollout, mine in calls])
-        return sum(sample.num_completion_tokens for rollout in done for sample in rollout.samples)
+        tokens = sum(sample.num_completion_tokens for rollout in done for sample in rollout.samples)
+        return tokens, statistics.mean(rollout.span.batch for rollout in done)
 
     return batch
 
@@ -163,10 +166,10 @@ def _scoring(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     fleet.to_teachers(0)
     teachers = fleet.teachers.actors
 
-    def batch(step: int) -> int:
+    def batch(step: int) -> tuple[int, float]:
         refs, n = as_sampled(ours.config, ours.inputs.problems, load.keys(ours.config, step)), len(teachers)
         ray.get([actor.score.options(num_returns=2).remote(refs[i::n])[0] for i, actor in enumerate(teachers)])
-        return sum(ref.num_completion_tokens for ref in refs)
+        return sum(ref.num_completion_tokens for ref in refs), 0.0
 
     return batch
 
@@ -181,9 +184,9 @@ def _learning(ours: Ours, fleet: Fleet, load: Load) -> Batch:
     else:
         items = demonstrations(problems, keys)
 
-    def batch(step: int) -> int:
+    def batch(step: int) -> tuple[int, float]:
         fleet.learner.update(step, config.num_steps(len(problems)), items)
-        return sum(item.num_completion_tokens for item in items)
+        return sum(item.num_completion_tokens for item in items), 0.0
 
     return batch
 

@@ -45,6 +45,7 @@ class RunLog:
         self.samples = on_samples
         self._times: dict[str, float] = {}
         self._busy: dict[str, float] = {}
+        self._request_s = 0.0  # seconds of decoding times requests
         self._trace = Trace(trace) if trace else None
         self._watch = Watch()
         self._progress = Progress(
@@ -78,9 +79,11 @@ class RunLog:
         self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - started
 
     def span(self, role: str, index: int, span: Span) -> None:
-        """What an actor has done: adds to the current step's `busy/ROLE/WHAT`, in seconds over all actors."""
-        name = f"{role}/{span.what}"
-        self._busy[name] = self._busy.get(name, 0.0) + span.end - span.start
+        """What an actor has done: adds to the current step's `busy/ROLE/WHAT`, in seconds over all actors, and to the
+        mean of the requests that a generator decodes at a time."""
+        name, seconds = f"{role}/{span.what}", span.end - span.start
+        self._busy[name] = self._busy.get(name, 0.0) + seconds
+        self._request_s += seconds * span.batch
         if self._trace is not None:
             self._trace.add(role, index, span)
 
@@ -98,7 +101,9 @@ class RunLog:
             **{f"time/{name}": seconds for name, seconds in self._times.items()},
             **{f"busy/{name}": seconds for name, seconds in self._busy.items()},
         }
-        self._times, self._busy = {}, {}
+        if self._request_s:
+            record["decode_batch_mean"] = self._request_s / self._busy["generator/decode"]
+        self._times, self._busy, self._request_s = {}, {}, 0.0
         self.write("train", step, record)
         self._on_step({"step": step, **record})
         self.samples(step, items, record["skipped"] > 0)

@@ -46,6 +46,7 @@ class Span(NamedTuple):
     what: str
     start: float  # seconds since the epoch
     end: float
+    batch: float = 0.0  # of a generator: requests that it decoded at a time, mean
 
 
 OnSpan = Callable[[str, int, Span], None]  # role, index of the actor, what it did

@@ -1,5 +1,6 @@
 """Taking turns, rates and the account of who works; the contestants are fakes."""
 
+import io
 import json
 import threading
 import time
@@ -7,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from sdft_dist.account import Machine, accounts, mean_lengths, time_shares
-from sdft_dist.bench import SKIPPED, Turns, _rate, _report, contestant, devices, regression, timeline
+from sdft_dist.account import Machine, accounts, mean_lengths, push_split, time_shares
+from sdft_dist.bench import SKIPPED, Turns, _rate, _report, contestant, devices, regression, show, timeline
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.plan import Lengths
+from sdft_dist.plan_memory import memory_gib
 from sdft_dist.recipe import load_config, parse_config
 from sdft_dist.synthetic import SHAPES, parse_lengths, synthetic, write_model, write_rows
 from sdft_dist.trace import Trace
@@ -83,6 +86,8 @@ def test_an_account_sets_a_role_beside_its_device_and_the_plan(tmp_path):
     m = read_dimensions(config)
     assert found["teacher"]["mfu"] == pytest.approx(m.forward_flops(33) / 1e-3 / 1e11)
     assert found["teacher"]["peak_gib"] == 1.0
+    assert found["teacher"]["tokens_per_device_s"] == pytest.approx(33 / 1e-3)
+    assert "predicted_gib" not in found["teacher"], "the plan's memory is a GPU's"
     sft = 3 * m.forward_flops(18) + 6 * m.head * 8
     assert found["sft"]["mfu"] == pytest.approx(sft / 2e-3 / 1e11)
     assert found["sft"]["predicted_s"] == pytest.approx(sft / (0.45 * 1e11))
@@ -96,6 +101,11 @@ def test_an_account_knows_the_data_sheets_of_gpus(tmp_path):
     lengths = Lengths(prompt=10, demonstration=15, completion=8)
     found = accounts(config, lengths, machine, {"teacher": 1e-6}, decode_batch=4)
     assert found["teacher"]["mfu"] == pytest.approx(read_dimensions(config).forward_flops(33) / 1e-6 / 989e12)
+    assert found["teacher"]["predicted_gib"] == pytest.approx(0.85 * 139), (
+        "what cluster.gpu_memory_utilization gives it"
+    )
+    peak = accounts(config, lengths, replace(machine, peak_gib={"learner": 9.0}), {"learner": 1e-6}, decode_batch=4)
+    assert peak["learner"]["predicted_gib"] == memory_gib(config, read_dimensions(config), 1)["learner"]
 
 
 def test_a_trace_opens_as_json_and_gives_a_picture(tmp_path):
@@ -150,9 +160,16 @@ def test_samples_are_counted_as_each_method_takes_them(tmp_path):
     ours = [replace(contestant(config, m, tmp_path, fixed=True), machines=[used]) for m in ("sdft", "sft")]
     turns = Turns(["sdft", "sft"], segment=4, num_steps=12)
     busy = {"busy/learner/train": 0.25, "busy/generator/decode": 0.5, "busy/teacher/score": 0.25}
+    busy |= {
+        "busy/learner/gather weights": 0.1,
+        "busy/generator/await weights": 0.2,
+        "busy/generator/load weights": 0.05,
+    }
     for contestant_ in ours:
         turns.ends[contestant_.name] = [[float(i) for i in range(5)] for _ in range(3)]  # a step takes a second
-        record = {"kind": "train", "completion_tokens_mean": 5, "staleness_counts": [1], **busy}
+        samples = 16 if contestant_.name == "sdft" else 2
+        counted = {"samples": samples, "trained_tokens": 4 * samples, "padding_share": 0.1, "staleness_counts": [1]}
+        record = {"kind": "train", "completion_tokens_mean": 5, "decode_batch_mean": 7.0, **counted, **busy}
         (tmp_path / contestant_.name).mkdir()
         lines = [json.dumps(record | {"step": step}) for step in range(1, 13)]
         (tmp_path / contestant_.name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -164,6 +181,19 @@ def test_samples_are_counted_as_each_method_takes_them(tmp_path):
     assert seconds == pytest.approx(
         {"learner": 0.25 / 16, "generator": 0.5 / 16, "teacher": 0.25 / 16, "sft": 0.25 / 2}
     )
+    tokens = {name: {k: v["median"] for k, v in found.items()} for name, found in report["tokens_per_device_s"].items()}
+    assert tokens == {
+        "sdft": {"trained": 16 * 4, "processed": 16 * (12 + 5)},
+        "sft": {"trained": 2 * 4, "processed": 2 * (12 + 5)},
+    }
+    assert report["decode_batch"] == {"measured": pytest.approx(7), "planned": 16}
+    assert report["padding_share"] == pytest.approx({"sdft": 0.1, "sft": 0.1})
+    assert report["push_in_a_step"]["generator_pause_s"] == pytest.approx(0.25)
+    console = Console(file=io.StringIO(), width=120)
+    show(report, console)
+    shown = " ".join(console.file.getvalue().split())
+    assert "decode batch: 7.0, planned 16" in shown
+    assert "generator wire 200.0, generator load 50.0, generator pause 250.0" in shown
 
 
 @pytest.mark.parametrize(
@@ -189,6 +219,12 @@ def test_what_an_actor_does_with_its_time_is_its_work_its_weights_and_the_rest()
         "teacher/load weights": 0.1, "learner/train": 0.5, "learner/fetch": 0.1, "learner/gather weights": 0.1,
     }  # fmt: skip
     found = time_shares(busy, config)
-    assert found["generator"] == pytest.approx({"work": 0.6, "weights": 0.2, "data": 0.2})
-    assert found["teacher"] == pytest.approx({"work": 0.3, "weights": 0.1, "data": 0.6})
-    assert found["learner"] == pytest.approx({"work": 0.5, "weights": 0.1, "data": 0.4})
+    assert found["generator"] == pytest.approx({"work": 0.6, "weights": 0.1, "sync": 0.1, "data": 0.2})
+    assert found["teacher"] == pytest.approx({"work": 0.3, "weights": 0.0, "sync": 0.1, "data": 0.6})
+    assert found["learner"] == pytest.approx({"work": 0.5, "weights": 0.0, "sync": 0.1, "data": 0.4})
+    assert push_split(found, step_s=2.0) == pytest.approx(
+        {
+            "learner_gather_s": 0.2, "teacher_wire_s": 0, "teacher_load_s": 0.2,
+            "generator_wire_s": 0.2, "generator_load_s": 0.2, "generator_pause_s": 0.4,
+        }
+    )  # fmt: skip

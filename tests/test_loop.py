@@ -8,7 +8,7 @@ from sdft_dist.loop import batch_keys, cut_share, fresh, train, uncut
 from sdft_dist.problems import ProblemSet
 from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import RunLog, read_metrics
-from sdft_dist.types import Problem, SampleKey, TrainItem
+from sdft_dist.types import Problem, SampleKey, Span, TrainItem
 
 
 def item(key, *, policy_version=0, finish_reason="stop"):
@@ -85,6 +85,17 @@ def test_sdft_pushes_before_it_samples_and_samples_before_it_learns(problems, tm
     ]
     assert after == [0, 1, 2]
     assert [m["step"] for m in read_metrics(tmp_path, "train")] == [1, 2]
+
+
+def test_the_decode_batch_is_a_mean_over_the_time_in_which_generators_decode(tmp_path):
+    metrics = {"loss": 1.0, "divergence_per_token": 0.1, "cut_share": 0.0}
+    with RunLog(tmp_path, title="test") as log:
+        for spans in ([Span("decode", 0, 3, 8.0), Span("decode", 3, 4, 4.0)], [Span("decode", 4, 6, 2.0)], []):
+            for span in spans:
+                log.span("generator", 0, span)
+            log.span("teacher", 0, Span("score", 0, 9))
+            log.step(1, 3, metrics, [item(SampleKey(0, 0, 0))])
+    assert [m.get("decode_batch_mean") for m in read_metrics(tmp_path, "train")] == [7.0, 2.0, None]
 
 
 def test_sft_imitates_the_demonstrations(problems, tmp_path):
