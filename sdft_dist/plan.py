@@ -22,7 +22,7 @@ from rich.table import Table
 from sdft_dist.config import Config
 from sdft_dist.dimensions import Dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan_memory import host_gib, learner_gib, memory_gib, saving_gib, state_gib
+from sdft_dist.plan_memory import engine_parts, host_gib, learner_gib, learner_parts, memory_gib, saving_gib, state_gib
 from sdft_dist.topology import needs
 
 
@@ -128,7 +128,8 @@ class Plan:
     ratio_with_waiting: float  # GPU-seconds per sample, SDFT over SFT, idle GPUs counted in
     bottleneck: str
     idle_share: dict[str, float]
-    memory_gib: dict[str, float]  # of one GPU of the role
+    memory_gib: dict[str, float]  # of one GPU of the role, without keys and values
+    memory_parts_gib: dict[str, dict[str, float]]  # the same by what holds it, keys and values ("kv") too
     host_gib: float  # of one learner rank, for learner.offload and a checkpoint that is being written
     checkpoint_gib: float  # on disk
     fits: bool
@@ -185,6 +186,9 @@ def _plan(
     usable = USABLE * gpu.memory_gib
     reserve = cluster.engine_memory * gpu.memory_gib  # of each engine on one GPU, for all that it holds
     room = reserve - max(memory["generator"], memory["teacher"])  # for keys and values
+    parts = {"learner": learner_parts(config, m, split["learner"])}
+    for role, own in engine_parts(config, m).items():
+        parts[role] = own | {"kv": max(0.0, reserve - memory[role])}
     held = [sum(memory[role] if role == "learner" else reserve for role in group) for group in groups]
     if cluster.sleep:  # then all roles share each GPU, and engines hold nothing while the learner works
         resident, training, pushing = learner_gib(config, m, split["learner"])
@@ -211,6 +215,7 @@ def _plan(
         bottleneck=max(times, key=lambda role: times[role]),
         idle_share={role: 1 - t / step_s for role, t in times.items()},
         memory_gib=memory,
+        memory_parts_gib=parts,
         host_gib=host_gib(config, m, split["learner"]) + saving_gib(config, m, split["learner"]),
         checkpoint_gib=state_gib(config, m, 1),
         fits=room > 0 and max(held) <= usable,
@@ -220,6 +225,10 @@ def _plan(
 def as_json(plans: list[Plan]) -> list[dict[str, Any]]:
     """Plain data."""
     return [{**asdict(p), "device_seconds_ratio": p.seconds.ratio} for p in plans]
+
+
+def _parts(gib: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items() if size)
 
 
 def show(plans: list[Plan], console: Console) -> None:
@@ -244,6 +253,12 @@ def show(plans: list[Plan], console: Console) -> None:
         row = (p.gpus, split, f"{p.decode_batch:.0f}", f"{p.step_s:.2f}", f"{p.ratio_with_waiting:.2f}", p.bottleneck)
         table.add_row(*map(str, row), sizes, "yes" if p.fits else "NO")
     console.print(table)
+    best = next((p for p in plans if p.fits), first)
+    held = "; ".join(f"{role}: {_parts(best.memory_parts_gib[role])}" for role in ROLES)
+    console.print(
+        f"GiB on one GPU of {best.gpus}: {held} (gradients with activations, then with the optimizer's step)",
+        highlight=False,
+    )
     sizes = ", ".join(f"{p.host_gib:.0f}" for p in plans)
     console.print(
         f"Host memory of each learner rank, with a checkpoint being written: {sizes} GiB. A checkpoint on disk: "

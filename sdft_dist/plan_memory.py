@@ -11,30 +11,42 @@ from sdft_dist.topology import push_transport
 
 CHUNK = 512 << 20  # learner/fused.py: of one fp32 [chunk, V] buffer on a GPU
 PART = 2 << 30  # learner/checkpoint.py: of the state, copied at a time
+OPTIMIZER_BYTES = 12  # of one trained parameter: its master weight and two moments
 SUBGROUP = 10**9  # parameters that ZeRO-3 steps at a time
 
 
 def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
     """Of one GPU of each role, without the KV cache, which takes what is left. bf16 weights; fp32 master
     weights, moments and EMA."""
-    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
-    gib = {
-        "generator": 2 * m.total / config.cluster.generator_tensor_parallel + work,
-        "teacher": 2 * m.total / config.cluster.teacher_tensor_parallel + work,
-    }
     resident, training, pushing = learner_gib(config, m, ranks)
-    return {"learner": resident + max(training, pushing), **{role: size / 2**30 for role, size in gib.items()}}
+    engines = {role: sum(parts.values()) for role, parts in engine_parts(config, m).items()}
+    return {"learner": resident + max(training, pushing), **engines}
+
+
+def engine_parts(config: Config, m: Dimensions) -> dict[str, dict[str, float]]:
+    """GiB on one GPU of each engine, without keys and values."""
+    work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
+    spans = {"generator": config.cluster.generator_tensor_parallel, "teacher": config.cluster.teacher_tensor_parallel}
+    return {role: {"weights": 2 * m.total / n / 2**30, "activations": work / 2**30} for role, n in spans.items()}
 
 
 def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float, float]:
     """What a learner always holds, and what it needs besides in an optimizer step and in a push."""
+    gib = learner_parts(config, m, ranks)
+    resident = sum(gib[part] for part in ("weights", "optimizer", "ema", "teacher_heads"))
+    return resident, gib["gradients"] + max(gib["activations"], gib["step"]), gib["push"]
+
+
+def learner_parts(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
+    """GiB of a learner. Gradients, with activations and then with what the optimizer's step allocates, and a push are
+    not there at the same time; `optimizer` is fp32 master weights and moments."""
     learner, stage, rank = config.learner, config.learner.zero_stage, config.model.lora.rank
     trained = m.adapters(rank) if rank else m.total
     weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
     offload = learner.offload == "optimizer"
     gradients = (4 if stage >= 2 and not offload else 2) * trained / (ranks if stage >= 2 else 1)
     owned = trained / (ranks if stage >= 1 else 1)
-    states = 0 if offload else _state_bytes(config) * owned
+    ema = _state_bytes(config) - OPTIMIZER_BYTES
     step = 0 if offload else step_bytes(stage, owned, 0 if rank else m.head)
     backward = backward_bytes(m, learner, frozen_head=rank > 0)
     # What learner/push.py holds back at most, and the message that is being made.
@@ -42,8 +54,17 @@ def learner_gib(config: Config, m: Dimensions, ranks: int) -> tuple[float, float
     moving = not rank and config.teacher.kind != "base"
     heads = config.rollout.max_staleness + 2 if moving else 1  # of teachers, kept where the learner applies them
     versions = heads if config.method == "sdft" and config.loss.support == "full" else 0
-    resident = weights + states + versions * 2 * m.head
-    return resident / 2**30, (gradients + max(backward, step)) / 2**30, push / 2**30
+    parts = {
+        "weights": weights,
+        "optimizer": 0 if offload else OPTIMIZER_BYTES * owned,
+        "ema": 0 if offload else ema * owned,
+        "teacher_heads": versions * 2 * m.head,
+        "gradients": gradients,
+        "activations": backward,
+        "step": step,
+        "push": push,
+    }
+    return {part: size / 2**30 for part, size in parts.items()}
 
 
 def step_bytes(stage: int, owned: float, largest: float) -> float:
@@ -76,7 +97,7 @@ def state_gib(config: Config, m: Dimensions, ranks: int) -> float:
 
 def _state_bytes(config: Config) -> int:
     """Of one trained parameter, in fp32."""
-    return 12 + (4 if config.teacher.kind == "ema" else 0)
+    return OPTIMIZER_BYTES + (4 if config.teacher.kind == "ema" else 0)
 
 
 def backward_bytes(m: Dimensions, learner: LearnerConfig, *, frozen_head: bool) -> int:

@@ -9,7 +9,7 @@ from rich.console import Console
 from sdft_dist import simulate
 from sdft_dist.dimensions import dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan import GPUS, Lengths, own_plan, plan, seconds, show
+from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, seconds, show
 from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
@@ -81,6 +81,26 @@ def test_the_table_is_explained_and_says_what_to_try_where_nothing_fits():
         assert "GiB: memory on one GPU of each role" in shown
         assert "┃ gen/tea/lea ┃" in shown
         assert ("Nothing fits. Try learner.offload=optimizer, " in shown) == nothing
+
+
+def test_memory_is_told_by_what_holds_it():
+    """An engine's keys and values take what is left of its share; 4.02 B parameters are 7.49 GiB in bf16, and 8,192
+    tokens of 4 widths and 2 MLP widths 0.45 GiB."""
+    recipe = config_of(learner={"gradient_checkpointing": "full"}, cluster={"generator_tensor_parallel": 2})
+    (found,) = as_json([own_plan(recipe, QWEN4B, SHORT, GPUS["h200"])])
+    parts, memory = found["memory_parts_gib"], found["memory_gib"]
+    assert parts["teacher"] == pytest.approx({"weights": 7.49, "activations": 0.45, "kv": 0.85 * 139 - 7.94}, abs=0.01)
+    assert parts["generator"]["weights"] == parts["teacher"]["weights"] / 2
+    assert sum(parts["generator"].values()) == pytest.approx(0.85 * 139)
+    learner = parts["learner"]
+    together = ("weights", "optimizer", "ema", "teacher_heads", "gradients", "activations")
+    assert sum(learner[name] for name in together) == pytest.approx(memory["learner"])
+    assert learner["activations"] > learner["step"]
+    crowded = own_plan(config_of(cluster={"gpu_memory_utilization": 0.05}), QWEN4B, SHORT, GPUS["h200"])
+    assert crowded.memory_parts_gib["teacher"]["kv"] == 0
+    console = Console(file=io.StringIO(), width=300)
+    show([crowded], console)
+    assert "teacher: weights 7.5, activations 0.5; learner: weights 7.5, optimizer " in console.file.getvalue()
 
 
 def test_what_the_recipe_itself_asks_for():

@@ -12,7 +12,15 @@ from learner.model import MicroBatch, Student, tune
 from sdft_dist import plan_memory
 from sdft_dist.config import LearnerConfig
 from sdft_dist.dimensions import dimensions
-from sdft_dist.plan_memory import backward_bytes, host_gib, kept_for_backward, memory_gib, saving_gib, state_gib
+from sdft_dist.plan_memory import (
+    backward_bytes,
+    host_gib,
+    kept_for_backward,
+    learner_parts,
+    memory_gib,
+    saving_gib,
+    state_gib,
+)
 from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
@@ -27,6 +35,24 @@ def test_full_recomputation_by_hand():
     assert backward > 8 * QWEN4B.head
     expected = states + backward + 2 * 2 * QWEN4B.head
     assert memory_gib(settings, QWEN4B, ranks=4)["learner"] == pytest.approx(expected / 2**30)
+
+
+def test_a_learners_parts_by_hand():
+    """Qwen3-4B at ZeRO-2 on 4 ranks: bytes of a parameter, and of the head."""
+    settings = config_of(learner={"zero_stage": 2, "tokens_per_microbatch": 4096, "gradient_checkpointing": "full"})
+    parts = {name: gib * 2**30 for name, gib in learner_parts(settings, QWEN4B, ranks=4).items()}
+    assert parts == pytest.approx(
+        {
+            "weights": 2 * QWEN4B.total, "optimizer": 12 / 4 * QWEN4B.total, "ema": 4 / 4 * QWEN4B.total,
+            "teacher_heads": 2 * 2 * QWEN4B.head, "gradients": 4 / 4 * QWEN4B.total,
+            "activations": 2 * 2560 * 36 * 4096 + 6 * QWEN4B.head + 4 * (512 << 20), "step": 8 * QWEN4B.head,
+            "push": (1 << 30) + (256 << 20),
+        }
+    )  # fmt: skip
+    offloaded = config_of(learner={"offload": "optimizer", "zero_stage": 1}, teacher={"kind": "base"})
+    host = learner_parts(offloaded, QWEN4B, ranks=1)
+    assert (host["optimizer"], host["ema"], host["step"]) == (0, 0, 0)
+    assert host["gradients"] * 2**30 == pytest.approx(2 * QWEN4B.total)
 
 
 def test_adapters_need_no_room_for_what_is_frozen():
