@@ -48,11 +48,17 @@ chaos: setup ## inject every fault (20 minutes), then kill a run's processes at 
 	$(BIN)/python -m pytest $(TESTS) --fault-table -q
 	PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/chaos.py --kills $(KILLS)
 
+# What `make gpu` may take in all, seconds: tests at most half of it. Its figures go to the folder GPU_OUT.
+WITHIN ?= 480
+GPU_OUT ?= runs/gpu
 gpu: ## on a machine with a GPU, VENV=FOLDER of an environment with the extras `gpu` and `dev`: its tests, and all figures in one table
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "No GPU for the torch in \
 $(VENV): python3 -m venv venv && venv/bin/pip install -e '.[gpu,dev]', then make gpu VENV=venv"; exit 1; }
-	$(BIN)/python -m pytest $(TESTS) -m gpu
-	$(BIN)/python -m sdft_dist.gpu_check --out runs/gpu
+	@test -z "$$(ls -A $(GPU_OUT) 2>/dev/null)" || { echo "$(GPU_OUT) is already in use: give another as GPU_OUT=FOLDER"; exit 1; }
+	@end=$$(($$(date +%s) + $(WITHIN))); \
+	  timeout --signal=INT --kill-after=30 $$(($(WITHIN) / 2)) $(BIN)/python -m pytest $(TESTS) -m gpu; failed=$$?; \
+	  test $$failed != 124 || echo "The tests were stopped after half of WITHIN=$(WITHIN) seconds."; \
+	  $(BIN)/python -m sdft_dist.gpu_check --out $(GPU_OUT) --within $$((end - $$(date +%s))) && exit $$failed
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -3,6 +3,9 @@
 import argparse
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from sdft_dist.plan_memory import memory_gib
 from sdft_dist.synthetic import SHAPES, parse_lengths
 from sdft_dist.topology import needs
 
+ROOT = Path(__file__).parent.parent
+
 
 def test_every_role_is_measured_at_both_lengths(tmp_path):
     args = argparse.Namespace(out=tmp_path, device="cuda", shape="qwen3-4b", large="qwen3-8b")
@@ -48,6 +53,41 @@ def test_a_used_folder_is_refused_before_any_check(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "_in_a_process", lambda *_: pytest.fail("a check has begun"))
     with pytest.raises(SystemExit, match=f"^gpu_check: error: --out: {tmp_path} is already in use: give another"):
         gpu_check.main()
+
+
+def make_gpu(folder, out, within="100", pytest_does="exit 1"):
+    """`make gpu` with a Python that only writes down what it is asked for."""
+    python = folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\ncase "$*" in "-m pytest"*) {pytest_does};; esac\n')
+    python.chmod(0o755)
+    command = ["make", "-C", str(ROOT), "gpu", f"VENV={folder}/venv", f"GPU_OUT={out}", f"WITHIN={within}"]
+    environment = {"PATH": os.environ["PATH"]}  # without the settings of a `make test` around this
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in a shell's background ignore it
+    )  # fmt: skip
+    asked = (folder / "asked").read_text().splitlines()
+    return done, [line for line in asked if line.startswith("-m")]
+
+
+def test_tests_and_figures_share_a_budget_and_figures_come_whatever_the_tests_say(tmp_path):
+    done, (tests, figures) = make_gpu(tmp_path, tmp_path / "out")
+    assert (tests, done.returncode) == ("-m pytest tests -m gpu", 2)
+    assert figures.startswith(f"-m sdft_dist.gpu_check --out {tmp_path}/out --within ")
+    assert 90 < int(figures.split()[-1]) <= 100
+    (tmp_path / "asked").unlink()
+    done, (_, figures) = make_gpu(tmp_path, tmp_path / "out", within="6", pytest_does="exec sleep 30")
+    assert "stopped after half of WITHIN=6 seconds" in done.stdout
+    assert int(figures.split()[-1]) <= 3
+
+
+def test_a_used_folder_is_refused_before_the_tests(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lab.json").touch()
+    done, asked = make_gpu(tmp_path, tmp_path / "out")
+    assert (asked, done.returncode) == ([], 2)
+    assert f"{tmp_path}/out is already in use: give another as GPU_OUT=FOLDER" in done.stdout
 
 
 def test_a_load_is_of_the_rows_of_its_length_all_different(tmp_path):
