@@ -20,6 +20,7 @@ from actors import drafts, plugin
 from sdft_dist.config import Config
 from sdft_dist.errors import NotServing, UserError, is_broken_device
 from sdft_dist.types import Span, VersionSpan, WeightManifest
+from sdft_dist.wire import weight_sums
 
 
 class Sampling(NamedTuple):
@@ -274,6 +275,11 @@ class Engine:
             self._head = self._llm.collective_rpc(_kept_head)[0]
         return self._head
 
+    def weight_sums(self) -> tuple[int, int]:
+        """Of all that is served, as sdft_dist/wire.py adds it up. Of an engine in one process."""
+        (sums,) = self._llm.collective_rpc(_weight_sums)
+        return sums
+
     def _serving_version(self) -> int:
         if self.version is None:
             raise NotServing("this engine has no whole set of weights: a push must succeed before it serves")
@@ -359,6 +365,10 @@ def _leave_out_padding(worker: Any, vocab_size: int) -> None:
 
 def _wire_seconds(worker: Any) -> float:
     return worker.weight_transfer_engine.wire_s
+
+
+def _weight_sums(worker: Any) -> tuple[int, int]:
+    return weight_sums(worker.get_model().parameters())
 
 
 def _kept_head(worker: Any) -> Any:

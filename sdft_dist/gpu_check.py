@@ -41,6 +41,7 @@ DECODE = {"short": (64, 256, 128), "long": (128,)}  # requests at a time; SDFT/S
 SMALL_DECODE = {"short": (2, 8, 4), "long": (4,)}
 LOSS = {"tokens": 8192, "width": 4096, "vocab": 128_256}
 SMALL_LOSS = {"tokens": 64, "width": 4096, "vocab": 2048}
+ACCOUNT = ("device_s", "predicted_s", "mfu", "peak_gib")  # of a role's account; the rest is told already
 LIMIT_S = 240  # of one check
 TUNED = ("learner.compile=true", "learner.gradient_checkpointing=none")  # of SFT and SDFT alike
 SLOWER = {  # what the choice of TUNED and of varlen stands against
@@ -88,9 +89,10 @@ def main() -> None:
             table.add_row(name, figure, f"{value:.4g}" if isinstance(value, float) else str(value), seconds)
             name = seconds = ""
     for length, tokens in LENGTHS.items():
-        ratio = sdft_over_sft(args.out, length)
-        if ratio is not None:
-            table.add_row(f"SDFT/SFT, {tokens}", "device-seconds per sample", f"{ratio:.3f}", "")
+        for what, figure in (("device_s", "device-seconds per sample"), ("predicted_s", "the same, predicted")):
+            ratio = sdft_over_sft(args.out, length, what)
+            if ratio is not None:
+                table.add_row(f"SDFT/SFT, {tokens}", figure, f"{ratio:.3f}", "")
     Console().print(table)
 
 
@@ -114,13 +116,13 @@ def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[s
     return dict(json.loads(printed.strip().splitlines()[-1]))
 
 
-def sdft_over_sft(out: Path, length: str) -> float | None:
-    """Device-seconds per sample of all roles over those of plain SFT, of the figures in `out`; None where one is
-    missing."""
+def sdft_over_sft(out: Path, length: str, what: str) -> float | None:
+    """`what`, device-seconds per sample as measured or predicted, of all roles over that of plain SFT, of the figures
+    in `out`; None where one is missing."""
     figures = [("learner", ""), ("engines", "generator "), ("engines", "teacher "), ("sft", "")]
     files = {name: out / f"{name}.json" for name, _ in figures}
     found = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
-    seconds = [found.get(name, {}).get(f"{role}{length} device_s") for name, role in figures]
+    seconds = [found.get(name, {}).get(f"{role}{length} {what}") for name, role in figures]
     if None in seconds:
         return None
     *ours, sft = seconds
@@ -211,12 +213,14 @@ def _state_differences(config: Config, problems: Sequence[Any], targets: Sequenc
 
 def engines(out: Path, device: str, shape: str) -> Figures:
     """A generator and a teacher that share the learner's device, on random weights of a published shape: pushes to
-    them, then each by itself."""
+    them, and whether they then hold what the learner does; each by itself."""
     import torch
 
     from sdft_dist.bench import contestant
     from sdft_dist.bench_roles import bench_loads
     from sdft_dist.cluster import launch, ray_session
+    from sdft_dist.dimensions import read_dimensions
+    from sdft_dist.plan_memory import memory_gib
     from sdft_dist.topology import push_transport
 
     config = recipe(out, device, shape, list(ENGINES))
@@ -233,20 +237,53 @@ def engines(out: Path, device: str, shape: str) -> Figures:
     loads += [load("teacher", length, 64) for length in LENGTHS]
     start = launch(config, ours.inputs, on_span=note)
     with ray_session(config), start as fleet:
+        pools = (fleet.generators, fleet.teachers)
         for version in range(4):
-            for pool in (fleet.generators, fleet.teachers):
+            for pool in pools:
                 fleet.learner.open_push(pool)  # after which a push is of all weights
                 started = time.perf_counter()
                 fleet.learner.push(pool, version, version, wait=True)
                 spans.setdefault(f"push {pool.role}: all s", []).append(time.perf_counter() - started)
             fleet.version = version
         pushes = {name: statistics.median(taken[1:]) for name, taken in spans.items()}
+        pushes |= {f"push {pool.role}: equal by checksum": equal_after_push(fleet, pool) for pool in pools}
         reports = bench_loads(ours, fleet, loads, REPEATS)
     print(f"pushed over {push_transport(config, device)}", file=sys.stderr)
     found = {**pushes, **_by_load(loads, reports, lambda load: f"{load.role} ")}
-    if device == "cuda":  # keys and values take what is left of their share
-        found["predicted_gib"] = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
+    if device == "cuda":
+        share = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
+        found["predicted_gib"], own = share, memory_gib(config, read_dimensions(config), 1)
+        for role in ("generator", "teacher"):  # keys and values take what is left, by setting
+            found[f"{role} weights and work predicted_gib"] = own[role]
+            found[f"{role} keys and values predicted_gib"] = share - own[role]
     return found
+
+
+def equal_after_push(fleet: Any, pool: Any) -> bool:
+    """Whether a push of other weights than an engine has loaded, or was given before, leaves it with the learner's. Of
+    one learner rank and one engine, each in one process."""
+    import ray
+
+    (rank,), (engine,) = fleet.learner.ranks, pool.actors
+    before = ray.get(engine.__ray_call__.remote(lambda actor: actor.engine.weight_sums()))
+    ours = ray.get(rank.__ray_call__.remote(_halved, pool.role))
+    fleet.learner.open_push(pool)
+    fleet.learner.push(pool, fleet.version, fleet.version, wait=True)
+    after = ray.get(engine.__ray_call__.remote(lambda actor: actor.engine.weight_sums()))
+    return bool(before != ours == after)
+
+
+def _halved(rank: Any, role: str) -> tuple[int, int]:
+    """The sums of those of a rank's weights that engines of the role serve, after each has been halved."""
+    from sdft_dist.adapters import half_of
+    from sdft_dist.wire import weight_sums
+
+    weights = {name: weight.data for name, weight in rank.student.named_weights() if not half_of(name)}
+    for weight in weights.values():
+        weight.mul_(0.5)
+    if role == "teachers":  # which send states
+        weights.pop("lm_head.weight", None)
+    return weight_sums(weights.values())
 
 
 def learner(
@@ -298,7 +335,7 @@ def _by_load(loads: Sequence[Load], reports: Sequence[dict[str, Any]], prefix: C
         length = list(LENGTHS)[given.rows.start // ROWS]
         about = f"{prefix(given)}{length} "
         found[f"{about}tokens/s at {given.batch}"] = report["tokens_per_s"]["median"]
-        found |= {f"{about}{name}": value for name, value in report["account"].items()}
+        found |= {f"{about}{name}": report["account"][name] for name in ACCOUNT}
     return found
 
 

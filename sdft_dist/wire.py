@@ -74,6 +74,18 @@ def checksum(payload: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def weight_sums(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Sums over the bits of all numbers and over their squares, modulo 2^64: the same for the same weights, also where
+    an engine joins or pads them; `checksum` is about their order. -0.0 counts as 0.0, which it becomes where an adapter
+    is added."""
+    total = squares = 0
+    for tensor in tensors:
+        for part in tensor.detach().reshape(-1).split(CHECKED_WORDS):
+            bits = (part + 0).view(torch.int32 if part.dtype == torch.float32 else torch.int16).long()
+            total, squares = total + int(bits.sum()), squares + int((bits * bits).sum())
+    return total % 2**64, squares % 2**64
+
+
 def _layout(bucket: Bucket) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
     for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
         dtype: torch.dtype = getattr(torch, dtype_name)

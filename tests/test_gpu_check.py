@@ -39,12 +39,13 @@ def test_every_role_is_measured_at_both_lengths(tmp_path):
         "lab", "agreement", "sft", "learner", "engines", "loss", "large", "sft-eager", "sft-sdpa",
     }  # fmt: skip
     for length in LENGTHS:
-        assert sdft_over_sft(tmp_path, length) is None
+        assert sdft_over_sft(tmp_path, length, "device_s") is None
         found = {"sft": {f"{length} device_s": 2.0}, "learner": {f"{length} device_s": 2.5}, "engines": {}}
         found["engines"] = {f"generator {length} device_s": 1.0, f"teacher {length} device_s": 0.5}
         for name, figures in found.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(figures))
-        assert sdft_over_sft(tmp_path, length) == 2.0
+        assert sdft_over_sft(tmp_path, length, "device_s") == 2.0
+        assert sdft_over_sft(tmp_path, length, "predicted_s") is None
 
 
 def test_a_used_folder_is_refused_before_any_check(tmp_path, monkeypatch):

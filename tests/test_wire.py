@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdft_dist import wire
-from sdft_dist.wire import bucket_bytes, checksum, opened, pack, plan_buckets, unpack
+from sdft_dist.wire import bucket_bytes, checksum, opened, pack, plan_buckets, unpack, weight_sums
 
 
 def test_tensors_come_back_as_they_were_cast():
@@ -41,3 +41,22 @@ def test_checksum_is_that_of_all_words_at_once(monkeypatch):
     whole = int((words * torch.arange(1, 46, 2)).sum())
     monkeypatch.setattr(wire, "CHECKED_WORDS", 5)
     assert int(checksum(payload)) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_weights_do_not_depend_on_how_an_engine_lays_them_out(dtype, monkeypatch):
+    a, b = torch.randn(7, 5).to(dtype), torch.randn(3, 5).to(dtype)
+    a[0, 0] = 0.0
+    joined = torch.cat([b, a, torch.zeros(6, 5, dtype=dtype)])
+    joined[3, 0] = -0.0
+    whole = weight_sums([a, b])
+    assert weight_sums([joined]) == whole
+    monkeypatch.setattr(wire, "CHECKED_WORDS", 4)
+    assert weight_sums([a, b]) == whole
+    joined.view(torch.int32 if dtype == torch.float32 else torch.int16)[1, 1] ^= 1
+    assert weight_sums([joined]) != whole
+    moved = b.clone()  # by bits that leave their sum as it was
+    bits = moved.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[0, 0] += 1
+    bits[0, 1] -= 1
+    assert weight_sums([a, moved]) != whole

@@ -6,6 +6,8 @@ import ray
 import torch
 from harness import config_for, demonstration_items, exported
 
+from sdft_dist.wire import weight_sums
+
 
 def greedy(lm, prompt, count):
     ids = torch.tensor([prompt.tolist()])
@@ -49,6 +51,10 @@ def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, probl
             expected = ema.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
         assert states.shape == expected.shape
         assert np.abs(states - expected.numpy()).max() < 1e-5
+    actors = (generators.actors[0], teachers.actors[0])
+    sums = ray.get([actor.__ray_call__.remote(lambda actor: actor.engine.weight_sums()) for actor in actors])
+    assert sums == [weight_sums(student.parameters()), weight_sums(ema.model.parameters())]
+    assert sums[0] != sums[1]
 
 
 def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, problems, tmp_path):
