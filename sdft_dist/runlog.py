@@ -106,7 +106,7 @@ class RunLog:
         self._times, self._busy, self._request_s = {}, {}, 0.0
         self.write("train", step, record)
         self._on_step({"step": step, **record})
-        self.samples(step, items, record["skipped"] > 0)
+        self.samples(step, items, record.get("skipped", 0) > 0)
         rate = record["samples_per_s"]
         shown = (
             f"loss {metrics['loss']:.4f} KL {metrics['divergence_per_token']:.4f} "
