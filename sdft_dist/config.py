@@ -309,6 +309,13 @@ or INCORRECT."""
 class JudgeConfig(Section):
     url: str | None = Field(None, description="Base of an OpenAI-compatible endpoint, such as https://host/v1.")
     model: str | None = Field(None, description="The judge's name at that endpoint.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="Sampling temperature of the judge; default: not sent, as reasoning models refuse any but their "
+        "own. 0 makes verdicts of other models repeat as far as the endpoint can; those in `cache` repeat anyway.",
+    )
     key_variable: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key.")
     template: str = Field(
         JUDGE_TEMPLATE,

@@ -84,8 +84,11 @@ class Judge:
 
     def _ask(self, question: str) -> str:
         assert self._config.model is not None
+        temperature = self._config.temperature
         answer = self._client.chat.completions.create(
-            model=self._config.model, messages=[{"role": "user", "content": question}], temperature=0.0
+            model=self._config.model,
+            messages=[{"role": "user", "content": question}],
+            extra_body=None if temperature is None else {"temperature": temperature},
         )
         with self._lock:
             self.calls += 1

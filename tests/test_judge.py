@@ -74,7 +74,12 @@ def test_verdicts_and_what_they_cost(endpoint):
     assert path == "/v1/chat/completions"
     assert key == "Bearer s3cret"
     assert asked["model"] == "strict"
-    assert asked["temperature"] == 0
+    assert "temperature" not in asked, "models that reason refuse any but their own"
+
+
+def test_a_temperature_is_sent_where_it_is_given(endpoint):
+    judge(endpoint, temperature=0)(CASES[:1])
+    assert endpoint.requests[0][2]["temperature"] == 0
 
 
 def test_failures_are_tried_again_and_at_last_an_error(endpoint):
