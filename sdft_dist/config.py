@@ -322,9 +322,16 @@ class JudgeConfig(Section):
         description="Question with {prompt}, {answer} and {completion}; the last CORRECT or INCORRECT counts.",
     )
     parallel: int = Field(8, ge=1, description="Calls at a time.")
-    retries: int = Field(5, ge=0, description="Further attempts of a call that failed.")
+    retries: int = Field(
+        5,
+        ge=0,
+        description="Further attempts of a call that failed, or brought no verdict. Then no text at all ends the run, "
+        "and text without a verdict counts as wrong.",
+    )
     timeout_s: float = Field(60, gt=0, description="Longest wait for one reply, seconds.")
-    cache: str | None = Field(None, description="File that keeps the verdicts, for evaluations that are repeated.")
+    cache: str | None = Field(
+        None, description="File that keeps the verdicts, for evaluations that are repeated; made with its folders."
+    )
 
 
 class EvalConfig(Section):

@@ -12,15 +12,19 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdft_dist.config import JudgeConfig
 from sdft_dist.errors import ConfigError, Fault
 from sdft_dist.jsonl import read_jsonl
 from sdft_dist.prompts import fill
 
-_VERDICT = re.compile(r"\b(incorrect|correct)\b", re.IGNORECASE)
+# "NOT CORRECT", "isn't **correct**" and "not entirely correct" are negated; not so what stands behind a full stop.
+_VERDICT = re.compile(
+    r"((?:\bnot[ *_-]+|n['’]t[ *_]+)(?:(?:\w+ly|quite)[ *_]+)?)?(?<![a-z])(incorrect|correct)(?![a-z])", re.IGNORECASE
+)
 
 
 class Case(NamedTuple):
@@ -33,7 +37,7 @@ class Case(NamedTuple):
 
 class Judge:
     """Judges cases, several at a time. `calls`, `prompt_tokens` and `completion_tokens` are what that has cost,
-    `unclear` counts replies without a verdict, which count as wrong."""
+    `unclear` counts cases without a verdict in any of the attempts, which count as wrong. Only verdicts are cached."""
 
     def __init__(self, config: JudgeConfig) -> None:
         from openai import OpenAI
@@ -47,11 +51,13 @@ class Judge:
         # The client waits longer and longer between attempts, and heeds Retry-After.
         self._client = OpenAI(base_url=config.url, api_key=key, max_retries=config.retries, timeout=config.timeout_s)
         self._lock = threading.Lock()
+        _refuse_unwritable(config.cache)
         self._known = _read(config.cache)
         self.calls = self.prompt_tokens = self.completion_tokens = self.unclear = 0
 
     def __call__(self, cases: Sequence[Case]) -> list[bool]:
-        """Whether each case is right. Raises Fault where the endpoint fails for good."""
+        """Whether each case is right. Raises Fault where the endpoint fails for good, or gives no text for one of
+        them, or where the cache cannot be written to."""
         from openai import OpenAIError
 
         try:
@@ -72,47 +78,93 @@ class Judge:
     def _judge(self, case: Case) -> bool:
         question = fill(self._config.template, case._asdict())
         key = hashlib.sha256(f"{self._config.model}\n{question}".encode()).hexdigest()
-        reply = self._known.get(key)
-        if reply is None:
+        known = self._known.get(key)
+        if known is not None:
+            return bool(_verdict(known))
+        for _ in range(self._config.retries + 1):
             reply = self._ask(question)
-            self._remember(key, reply)
-        verdicts = _VERDICT.findall(reply)
-        if not verdicts:
-            with self._lock:
-                self.unclear += 1
-        return bool(verdicts) and verdicts[-1].lower() == "correct"
+            verdict = _verdict(reply)
+            if verdict is not None:
+                self._remember(key, reply)
+                return verdict
+        if not reply.strip():
+            raise Fault(
+                f"eval.judge.url: {self._config.url}: no text in the last of {self._config.retries + 1} replies about "
+                f"one completion: is it the base of an OpenAI-compatible endpoint (…/v1), and {self._config.model} "
+                "a model that answers within its limit of tokens?"
+            )
+        with self._lock:
+            self.unclear += 1
+        return False
 
     def _ask(self, question: str) -> str:
+        """The reply; no text where the endpoint sent none, or what is no completion: an error with status 200, a
+        page."""
         assert self._config.model is not None
         temperature = self._config.temperature
-        answer = self._client.chat.completions.create(
-            model=self._config.model,
-            messages=[{"role": "user", "content": question}],
-            extra_body=None if temperature is None else {"temperature": temperature},
-        )
+        answer: Any = None
+        with suppress(json.JSONDecodeError):  # which the client lets through
+            answer = self._client.chat.completions.create(
+                model=self._config.model,
+                messages=[{"role": "user", "content": question}],
+                extra_body=None if temperature is None else {"temperature": temperature},
+            )
         with self._lock:
             self.calls += 1
-            if answer.usage is not None:
-                self.prompt_tokens += answer.usage.prompt_tokens
-                self.completion_tokens += answer.usage.completion_tokens
-        return answer.choices[0].message.content or ""
+            usage = getattr(answer, "usage", None)
+            if usage is not None:
+                self.prompt_tokens += usage.prompt_tokens or 0
+                self.completion_tokens += usage.completion_tokens or 0
+        choices = getattr(answer, "choices", None)
+        message = choices[0].message if choices else None
+        content = getattr(message, "content", None)
+        return content if isinstance(content, str) else ""
 
     def _remember(self, key: str, reply: str) -> None:
         with self._lock:
             self._known[key] = reply
-            if self._config.cache is not None:
-                with Path(self._config.cache).open("a") as file:
+            if self._config.cache is None:
+                return
+            path = Path(self._config.cache)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
                     file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+            except OSError as error:
+                raise Fault(f"eval.judge.cache: {path}: cannot be written to: {error.strerror}") from error
+
+
+def _verdict(reply: str) -> bool | None:
+    """Whether the reply's last verdict is that the completion is right; None where it has none."""
+    found = _VERDICT.findall(reply)
+    if not found:
+        return None
+    negation, word = found[-1]
+    return (word.lower() == "correct") != bool(negation)
+
+
+def _refuse_unwritable(path: str | None) -> None:
+    """Raises ConfigError where the cache could not be written. Nothing is made yet: it may be below a `run_dir`, which
+    must be unused when the run takes it."""
+    if path is None:
+        return
+    file = Path(path).absolute()
+    if file.is_dir():
+        raise ConfigError(f"eval.judge.cache: {path}: is a folder, expected a file")
+    place = next(p for p in (file, *file.parents) if p.exists())
+    if not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
+        raise ConfigError(f"eval.judge.cache: {path}: nothing can be written to {place}: give another file")
 
 
 def _read(path: str | None) -> dict[str, str]:
-    """The replies in a cache, by the hash of what was asked; a line that a kill has cut is removed, so that the next
+    """The verdicts in a cache, by the hash of what was asked; a line that a kill has cut is removed, so that the next
     one begins a line. Raises UserError where another one is damaged."""
     if path is None or not Path(path).exists():
         return {}
-    known = {entry["key"]: entry["reply"] for entry in read_jsonl(Path(path))}
+    replies = {entry["key"]: entry["reply"] for entry in read_jsonl(Path(path))}
     raw = Path(path).read_bytes()
     whole = raw.rfind(b"\n") + 1
     if whole < len(raw):
         os.truncate(path, whole)
-    return known
+    # Earlier versions kept replies without a verdict, too.
+    return {key: reply for key, reply in replies.items() if _verdict(reply) is not None}

@@ -15,9 +15,18 @@ from sdft_dist.judge import Case
 CASES = [Case("2 + 2?", "four", "4"), Case("2 + 3?", "four", "5"), Case("2 + 5?", "hm", "7")]
 
 
+def reply(text):
+    return {
+        "id": "1", "object": "chat.completion", "created": 0, "model": "strict",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
+    }  # fmt: skip
+
+
 @pytest.fixture
 def endpoint(monkeypatch):
-    """Finds "four" right where the reference is 4, does not commit itself on "hm", and fails as often as told."""
+    """Finds "four" right where the reference is 4, does not commit itself on "hm", and fails as often as told; or
+    answers what it is told to."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -28,21 +37,20 @@ def endpoint(monkeypatch):
                 self.send_header("Retry-After", "0.01")
                 self.end_headers()
                 return
+            if server.bodies:
+                self.send(*server.bodies.pop(0))
+                return
             text = asked["messages"][0]["content"]
             right = "Reference answer:\n4" in text
             verdict = (
                 "Hard to say." if "hm" in text else f"Not incorrect as such: {'CORRECT' if right else 'INCORRECT'}"
             )
-            body = {
-                "id": "1", "object": "chat.completion", "created": 0, "model": asked["model"],
-                "choices": [{
-                    "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": verdict}
-                }],
-                "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
-            }  # fmt: skip
-            raw = json.dumps(body).encode()
+            self.send(reply(verdict))
+
+        def send(self, body, kind="application/json"):
+            raw = (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(200)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)
@@ -52,7 +60,7 @@ def endpoint(monkeypatch):
 
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.failures = [], []
+    server.requests, server.failures, server.bodies = [], [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -67,9 +75,9 @@ def judge(endpoint, **fields):
 
 
 def test_verdicts_and_what_they_cost(endpoint):
-    scorer = judge(endpoint)
+    scorer = judge(endpoint, retries=1)
     assert scorer(CASES) == [True, False, False]
-    assert (scorer.calls, scorer.prompt_tokens, scorer.completion_tokens, scorer.unclear) == (3, 30, 6, 1)
+    assert (scorer.calls, scorer.prompt_tokens, scorer.completion_tokens, scorer.unclear) == (4, 40, 8, 1)
     path, key, asked = endpoint.requests[0]
     assert path == "/v1/chat/completions"
     assert key == "Bearer s3cret"
@@ -84,8 +92,8 @@ def test_a_temperature_is_sent_where_it_is_given(endpoint):
 
 def test_failures_are_tried_again_and_at_last_an_error(endpoint):
     endpoint.failures += [429, 500, 503]
-    assert judge(endpoint, parallel=1)(CASES) == [True, False, False]
-    assert len(endpoint.requests) == 6
+    assert judge(endpoint, parallel=1)(CASES[:2]) == [True, False]
+    assert len(endpoint.requests) == 5
     endpoint.failures += [500] * 9
     with pytest.raises(Fault, match=r"eval\.judge\.url"):
         judge(endpoint, retries=1, parallel=1)(CASES)
@@ -93,11 +101,11 @@ def test_failures_are_tried_again_and_at_last_an_error(endpoint):
 
 def test_a_cache_asks_once(endpoint, tmp_path):
     cache = str(tmp_path / "verdicts.jsonl")
-    assert judge(endpoint, cache=cache)(CASES) == [True, False, False]
+    assert judge(endpoint, cache=cache)(CASES[:2]) == [True, False]
     cut = Path(cache).read_text() + '{"key": "cut'
     Path(cache).write_text(cut)
     again = judge(endpoint, cache=cache)
-    assert again(CASES) == [True, False, False]
+    assert again(CASES[:2]) == [True, False]
     assert again.calls == 0
     assert "s3cret" not in Path(cache).read_text()
     other = judge(endpoint, cache=cache, model="lenient")
@@ -141,3 +149,81 @@ def test_a_cache_goes_on_after_a_line_that_was_cut_and_names_a_damaged_one(endpo
     cache.write_text("cut\n" + cache.read_text())
     with pytest.raises(UserError, match=r"verdicts.jsonl:1: is damaged"):
         judge(endpoint, cache=str(cache))
+
+
+NOTHING = [
+    (reply(""),),
+    (reply(None),),
+    ({"choices": None, "error": {"message": "overloaded"}},),
+    ({"choices": []},),
+    ("",),
+    ("<html>no such page</html>", "text/html"),
+]
+
+
+@pytest.mark.parametrize("body", NOTHING)
+def test_a_reply_without_text_is_asked_for_again_and_at_last_an_error(endpoint, tmp_path, body):
+    cache = tmp_path / "verdicts.jsonl"
+    endpoint.bodies += [body, body]
+    assert judge(endpoint, parallel=1, cache=str(cache))(CASES[:1]) == [True]
+    assert (len(endpoint.requests), len(cache.read_text().splitlines())) == (3, 1)
+    endpoint.bodies += [body, body]
+    with pytest.raises(Fault, match=r"^eval\.judge\.url: .*/v1: no text in the last of 2 replies"):
+        judge(endpoint, parallel=1, retries=1)(CASES[:1])
+
+
+def test_a_reply_without_a_verdict_is_not_kept(endpoint, tmp_path):
+    cache = tmp_path / "verdicts.jsonl"
+    first = judge(endpoint, cache=str(cache), retries=1)
+    assert first(CASES[2:]) == [False]
+    assert (first.calls, first.unclear) == (2, 1)
+    assert not cache.exists()
+    judge(endpoint, cache=str(cache))(CASES[:1])
+    (line,) = cache.read_text().splitlines()
+    cache.write_text(json.dumps(json.loads(line) | {"reply": ""}) + "\n")  # as earlier versions wrote it
+    again = judge(endpoint, cache=str(cache))
+    assert (again(CASES[:1]), again.calls) == ([True], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("NOT CORRECT", False),
+        ("The answer is **not correct**.", False),
+        ("It isn't CORRECT", False),
+        ("It is not entirely correct.", False),
+        ("Verdict: not **CORRECT**", False),
+        ("NOT_CORRECT", False),
+        ("It is not INCORRECT", True),
+        ("It says 5, which it is not. CORRECT", True),
+        ("Is it wrong? It is not\nCORRECT", True),
+        ("The unit is not\nINCORRECT", False),
+        ("Its first half is not correct, but as a whole: CORRECT", True),
+        ("It was answered correctly: **CORRECT**", True),
+        ("__INCORRECT__", False),
+    ],
+)
+def test_a_verdict_that_is_negated(endpoint, text, right):
+    endpoint.bodies.append((reply(text),))
+    scorer = judge(endpoint)
+    assert (scorer(CASES[:1]), scorer.unclear) == ([right], 0)
+
+
+def test_the_cache_is_checked_at_the_start_and_its_folder_made(endpoint, tmp_path):
+    cache = tmp_path / "runs" / "medical" / "verdicts.jsonl"
+    scorer = judge(endpoint, cache=str(cache))
+    assert not cache.parent.exists(), "it may be a run_dir, which must be unused"
+    scorer(CASES[:1])
+    assert judge(endpoint, cache=str(cache))(CASES[:1]) == [True]
+    assert len(endpoint.requests) == 1
+    with pytest.raises(ConfigError, match=r"^eval\.judge\.cache: .*medical: is a folder, expected a file"):
+        judge(endpoint, cache=str(cache.parent))
+    with pytest.raises(ConfigError, match=r"^eval\.judge\.cache: .*below: nothing can be written to .*\.jsonl: give"):
+        judge(endpoint, cache=str(cache / "below"))
+
+
+def test_a_cache_that_fails_later_is_told(endpoint, tmp_path):
+    scorer = judge(endpoint, cache=str(tmp_path / "later" / "verdicts.jsonl"))
+    (tmp_path / "later").write_text("a file now")
+    with pytest.raises(Fault, match=r"^eval\.judge\.cache: .*verdicts.jsonl: cannot be written to: "):
+        scorer(CASES[:1])
