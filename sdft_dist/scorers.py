@@ -32,8 +32,17 @@ def text(completion: str, answer: str) -> bool:
 
 def letter(completion: str, answer: str) -> bool:
     """A multiple-choice letter: that of the last <answer> tags; where there are none, of the last \\boxed{},
-    of the last "answer is X" or "option X", or a completion that is nothing but the letter."""
-    return chosen_letter(completion) == answer.strip().upper()
+    of the last "answer is X" or "option X", or a completion that is nothing but the letter. Raises ValueError
+    where the answer is no letter."""
+    return chosen_letter(completion) == letter_answer(answer)
+
+
+def letter_answer(answer: str) -> str:
+    """The letter that `letter` looks for, as a capital. Raises ValueError where the answer is not one of A to Z, of
+    either case and but for white space around it."""
+    if not re.fullmatch(r"[A-Za-z]", answer.strip()):
+        raise ValueError(f"is {answer[:60]!r}; expected one letter, A to Z")
+    return answer.strip().upper()
 
 
 def chosen_letter(completion: str) -> str | None:

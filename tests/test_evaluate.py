@@ -84,6 +84,8 @@ def test_held_out_rows_that_cannot_be_judged_are_refused(model, tmp_path):
             loaded(model, rows, tmp_path)
     with pytest.raises(DataError, match=r"held.jsonl:1: answer: is 'a0'; expected a list of"):
         loaded(model, [good], tmp_path, scorer="sdft_dist.scorers:tool_calls")
+    with pytest.raises(DataError, match=r"held.jsonl:1: answer: is 'a0'; expected one letter, A to Z"):
+        loaded(model, [good], tmp_path, scorer="sdft_dist.scorers:letter")
     with pytest.raises(ConfigError, match=r"eval.scorer: 'nothing:here' is not a function"):
         loaded(model, [good], tmp_path, scorer="nothing:here")
 

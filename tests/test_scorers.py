@@ -10,7 +10,7 @@ import pytest
 from sdft_dist.config import EvalConfig
 from sdft_dist.evaluate import Judged, accuracy, interval, load_scorer
 from sdft_dist.judge import Case
-from sdft_dist.scorers import letter, text, tool_calls, tool_calls_answer
+from sdft_dist.scorers import letter, letter_answer, text, tool_calls, tool_calls_answer
 
 REAL = os.environ.get("SDFT_REAL_DATA")
 
@@ -157,3 +157,15 @@ def test_thousands_of_spaces_take_no_time():
 def test_an_answer_that_no_completion_can_match_is_refused(answer):
     with pytest.raises(ValueError, match=r"is '.*'; expected a list of"):
         tool_calls_answer(answer)
+
+
+@pytest.mark.parametrize("answer", ["", " ", "3", "(B)", "B.", "B. Paris", "Paris", "AB", "A\nB", "Ä", "ß", "Α"])
+def test_an_answer_that_is_no_letter_is_refused(answer):
+    with pytest.raises(ValueError, match=r"^is '.*'; expected one letter, A to Z$"):
+        letter_answer(answer)
+
+
+@pytest.mark.parametrize("answer", ["d", " D\n", "d "])
+def test_a_letter_may_be_small_and_have_space_around_it(answer):
+    assert letter_answer(answer) == "D"
+    assert letter("<answer>D</answer>", answer) is True
