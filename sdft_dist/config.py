@@ -343,8 +343,9 @@ class EvalConfig(Section):
     scorer: str = Field(
         "sdft_dist.evaluate:exact_match",
         description="module:function that takes (completion, answer), or (completion, answer, prompt), as text and "
-        "returns whether it is right; or judge. Where the module has function_answer too, it is asked about every "
-        "answer at load; its ValueError refuses the row.",
+        "returns whether it is right; or judge. A third parameter that has a default is the prompt only if it is named "
+        "prompt. Where the module has function_answer too, it is asked about every answer at load; its ValueError "
+        "refuses the row.",
     )
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     metric: str | None = Field(

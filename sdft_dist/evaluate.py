@@ -78,12 +78,27 @@ def _named(scorer: str) -> tuple[Callable[..., bool], bool, Callable[[str], Any]
     try:
         found = importlib.import_module(module)
         function = getattr(found, name)
-        wants_prompt = len(inspect.signature(function).parameters) == 3
+        signature = inspect.signature(function)
     except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as e:
         ours = [own for own in OURS if own.partition(":")[2] == scorer.rpartition(":")[2]]
         hint = f"; did you mean {ours[0]}?" if ours else ""
         raise ConfigError(f"eval.scorer: {scorer!r} is not a function as module:function: {e}{hint}") from e
+    wants_prompt = _wants_prompt(signature)
+    try:
+        signature.bind("completion", "answer", *(["prompt"] if wants_prompt else []))
+    except TypeError as e:
+        raise ConfigError(
+            f"eval.scorer: {scorer!r} cannot be called with (completion, answer) or (completion, answer, prompt): {e}; "
+            "give other parameters a default"
+        ) from e
     return function, wants_prompt, getattr(found, f"{name}_answer", lambda answer: None)
+
+
+def _wants_prompt(signature: inspect.Signature) -> bool:
+    """Whether a third positional parameter is the prompt: it is called so, or has no default of its own."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    third = [own for own in signature.parameters.values() if own.kind in positional][2:3]
+    return any(own.name == "prompt" or own.default is own.empty for own in third)
 
 
 def load_eval_sets(config: Config, tokenizer: Any) -> list[EvalSet]:

@@ -1,6 +1,8 @@
 """Accuracy and pass@k; the model is made up."""
 
+import importlib
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from helpers import config_of, tiny_model, write_jsonl
 from sdft_dist.config import EvalConfig
 from sdft_dist.errors import ConfigError, DataError
 from sdft_dist.evaluate import EvalSet, Judged, evaluate, load_eval_sets, load_scorer, pass_at
+from sdft_dist.judge import Case
 from sdft_dist.prompts import load_tokenizer
 
 
@@ -112,3 +115,44 @@ def test_a_scorer_without_its_module_is_named_with_it(scorer, hint):
 def test_a_set_does_not_overwrite_a_field_of_the_record(model, tmp_path, name):
     with pytest.raises(ConfigError, match=f"eval.sets.{name}: an evaluation's record has a field of that name"):
         loaded(model, [{"prompt": "rev a0", "answer": "a0"}], tmp_path, name=name)
+
+
+@pytest.fixture
+def scorer_of(monkeypatch, tmp_path):
+    """A function `mine` of a module, with these parameters and this value, as a scorer."""
+
+    def make(parameters, value="True"):
+        (tmp_path / "own.py").write_text(f"def mine({parameters}):\n    return {value}\n")
+        monkeypatch.delitem(sys.modules, "own", raising=False)
+        importlib.invalidate_caches()
+        return load_scorer(EvalConfig(scorer="own:mine"))
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be as old as the next module of that name
+    monkeypatch.syspath_prepend(tmp_path)
+    return make
+
+
+@pytest.mark.parametrize("third", ["prompt", "question", "prompt=None", "question, /", "prompt, limit=3"])
+def test_a_function_may_want_the_prompt(scorer_of, third):
+    name = third.split(",")[0].split("=")[0]
+    scorer = scorer_of(f"completion, answer, {third}", f"completion in {name}")
+    assert scorer([Case("four?", "four", ""), Case("a", "b", "")]) == [True, False]
+
+
+@pytest.mark.parametrize("third", ["limit=0.1", "*, limit=0.1", "*, prompt=None, limit=0.1", "limit=0.1, more=2"])
+def test_a_parameter_with_a_default_of_its_own_keeps_it(scorer_of, third):
+    scorer = scorer_of(f"completion, answer, {third}", "abs(float(completion) - float(answer)) < limit")
+    assert scorer([Case("?", "1.05", "1"), Case("?", "1.2", "1")]) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ("completion", "too many positional arguments"),
+        ("completion, answer, *, limit", "missing a required.* argument: 'limit'"),
+        ("completion, answer, prompt, row", "missing a required argument: 'row'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_at_load(scorer_of, parameters, why):
+    with pytest.raises(ConfigError, match=rf"^eval\.scorer: 'own:mine' cannot be called with .*: {why}; give other"):
+        scorer_of(parameters)

@@ -121,15 +121,6 @@ def test_what_is_missing_is_named(endpoint, monkeypatch):
         judge(endpoint)
 
 
-def test_a_function_may_want_the_prompt(monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text("def asked(completion, answer, prompt):\n    return completion in prompt\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert load_scorer(EvalConfig(scorer="mine:asked"))([Case("four?", "four", ""), Case("a", "b", "")]) == [
-        True,
-        False,
-    ]
-
-
 def test_braces_in_a_completion_are_text(endpoint):
     scorer = judge(endpoint, template="Asked: {prompt}; said: {completion}; reference: {answer}; {else}")
     scorer([Case("{completion}?", "it is {answer} {prompt}", "4")])
