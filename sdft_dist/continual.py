@@ -7,11 +7,13 @@ it was interrupted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,20 +32,36 @@ from sdft_dist.train import run
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # also the name of a folder
 
+# Fields that every stage gets from the plan, and where the plan has them.
+OWN_FIELDS = {
+    "run_dir": "the folder of all runs is `out`",
+    "seed": "give `seeds`",
+    "model.path": "the start is model.path of the recipe, and then the model of the stage before",
+    "data.train": "give `train` of each task",
+    "eval.sets": "give `eval` of each task, and `prior`",
+}
+
 
 class TaskPlan(Section):
     """One task of a plan."""
 
     train: str = Field(description="Demonstrations, as data.train.")
     eval: str = Field(description="Held-out rows, as eval.sets.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe for this task, dotted.")
+    set: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the recipe for this task, dotted; not those that a plan itself sets: run_dir, seed, "
+        "model.path, data.train, eval.sets.",
+    )
 
 
 class MethodPlan(Section):
     """One method of a plan."""
 
     rehearse: float = Field(0.0, ge=0, lt=1, description="Share of each stage's rows that come from earlier tasks.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe, dotted: {method: sft}.")
+    set: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the recipe, dotted: {method: sft}; not those that a plan itself sets.",
+    )
 
 
 class Plan(Section):
@@ -85,6 +103,26 @@ class Plan(Section):
         for name in self.tasks.keys() & self.prior.keys():
             raise ValueError(f"prior.{name}: is a task's name too")
         return self
+
+    @model_validator(mode="after")
+    def own_fields(self) -> Plan:
+        """Refuse fields that would be replaced by the plan's own."""
+        sets = {f"tasks.{name}": task.set for name, task in self.tasks.items()}
+        sets |= {f"methods.{name}": method.set for name, method in self.methods.items()}
+        for place, fields in sets.items():
+            for field, (own, instead) in itertools.product(_dotted(fields), OWN_FIELDS.items()):
+                if f"{field}.".startswith(f"{own}."):
+                    raise ValueError(f"{place}.set: {field}: is what the plan itself sets: {instead}")
+        return self
+
+
+def _dotted(fields: dict[str, Any]) -> Iterator[str]:
+    """The names of fields, those of sections that are given whole among them."""
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{below}" for below in _dotted(value))
+        else:
+            yield name
 
 
 @dataclass(frozen=True)

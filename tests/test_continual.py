@@ -59,6 +59,18 @@ def test_the_teacher_starts_from_the_stages_start_or_from_the_first(plan):
         ("seeds: [1, 0, 1]", "seeds: .* 1 is given 2 times"),
         ("methods: {sdft: {set: {eval.every: 0}}}", "eval.every: got 0 with methods.sdft and tasks.t35"),
         ("methods: {sdft: {set: {optim.learning_rat: 1}}}", "did you mean optim.learning_rate"),
+        (
+            "methods: {sdft: {set: {model.path: m}}}",
+            "methods.sdft.set: model.path: is what the plan itself sets: the start",
+        ),
+        ("methods: {sdft: {set: {model: {path: m}}}}", "methods.sdft.set: model.path: is what the plan itself sets"),
+        ("methods: {sdft: {set: {seed: 3}}}", "methods.sdft.set: seed: is what the plan itself sets: give `seeds`"),
+        ("methods: {sdft: {set: {run_dir: r}}}", "methods.sdft.set: run_dir: is what the plan itself sets: .* `out`"),
+        (
+            "tasks: {a: {train: x, eval: y, set: {data.train: z}}}",
+            "tasks.a.set: data.train: is what the plan itself sets",
+        ),
+        ("tasks: {a: {train: x, eval: y, set: {eval.sets.b: z}}}", "tasks.a.set: eval.sets.b: is what .* and `prior`"),
         ("methods: {sdft: {rehearse: 1}}", "methods.sdft.rehearse: got 1"),
         ("methods: {../x: {}}", "letters, digits"),
         ("prior: {prior: file}", "prior.prior: is what results call the mean of all prior sets: give it another"),
