@@ -57,7 +57,12 @@ class TaskPlan(Section):
 class MethodPlan(Section):
     """One method of a plan."""
 
-    rehearse: float = Field(0.0, ge=0, lt=1, description="Share of each stage's rows that come from earlier tasks.")
+    rehearse: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each stage's rows of earlier tasks, evenly; those of a task with too few repeat.",
+    )
     set: dict[str, Any] = Field(
         default_factory=dict,
         description="Fields of the recipe, dotted: {method: sft}; not those that a plan itself sets.",
@@ -200,7 +205,8 @@ def _mixture(plan: Plan, method: str, number: int, rows: DataConfig) -> Path:
 
 def write_mixtures(plan: Plan) -> None:
     """Write the rows of all stages that rehearse: those of the task itself within data.limit, and as many of those
-    that the earlier stages taught, evenly, as make up the share. The same whenever it is called. Raises DataError."""
+    that the earlier stages taught, evenly, as make up the share; rows of a task that has too few come again. The same
+    whenever it is called. Raises DataError."""
     for method, own in plan.methods.items():
         if not own.rehearse:
             continue
@@ -210,10 +216,16 @@ def write_mixtures(plan: Plan) -> None:
             if taught:
                 each = math.ceil(len(rows) * own.rehearse / (1 - own.rehearse) / len(taught))
                 rng = random.Random(f"rehearsal/{len(taught) + 1}")
-                again = [row for earlier in taught for row in rng.sample(earlier, min(each, len(earlier)))]
+                again = [row for earlier in taught for row in _drawn(rng, earlier, each)]
                 lines = [json.dumps(row.record(), ensure_ascii=False) + "\n" for row in [*rows, *again]]
                 write_whole(Path(stage.config.data.train), "".join(lines))
             taught.append(rows)
+
+
+def _drawn(rng: random.Random, rows: list[Row], number: int) -> list[Row]:
+    """`number` of the rows, none of them again before all have come."""
+    rounds, rest = divmod(number, len(rows))
+    return [row for size in [*[len(rows)] * rounds, rest] for row in rng.sample(rows, size)]
 
 
 def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -141,6 +142,37 @@ def test_a_limit_is_of_the_tasks_own_rows_and_rehearsal_is_a_share_of_those(plan
     taught = [row.messages for row in load_training_rows(first.data, "sft")]
     assert all(row.messages in taught for row, word in zip(rows, words, strict=True) if word == "t35")
     assert len(load_training_rows(stages(plan)[5].config.data, "sft")) == 6400, "the other method has no limit"
+
+
+def test_earlier_tasks_with_few_rows_are_rehearsed_as_often_as_the_share_needs(plan, tmp_path):
+    """3 rows of the first task and 50 of the second make up half of the third stage's 90."""
+    tasks = {}
+    for word, number in (("t35", 3), ("t36", 50), ("t37", 45)):
+        rows = [{"prompt": f"{word} {i}", "demonstration": "d"} for i in range(number)]
+        tasks[word] = plan.tasks[word].model_copy(update={"train": str(write_jsonl(tmp_path / f"{word}.jsonl", rows))})
+    plan = plan.model_copy(update={"tasks": tasks, "methods": {"sft": MethodPlan(rehearse=0.5)}})
+    write_mixtures(plan)
+    path = Path(stages(plan)[2].config.data.train)
+    prompts = [row.messages[-1]["content"] for row in load_rows(str(path))]
+    assert len(prompts) == 45 + 2 * 23
+    assert sorted(prompts.count(f"t35 {i}") for i in range(3)) == [7, 8, 8]
+    assert [prompts.count(f"t36 {i}") for i in range(50)].count(1) == 23, "enough rows, none of them twice"
+    text = path.read_text()
+    write_mixtures(plan)
+    assert path.read_text() == text
+
+
+def test_rows_to_rehearse_are_drawn_as_ever_where_there_are_enough(plan, tmp_path):
+    """Published figures are of these files; the hashes are of those that were written before rows could repeat."""
+    tasks = {}
+    for word in ("t35", "t36", "t37"):
+        rows = [{"prompt": f"{word} {i}", "demonstration": "d"} for i in range(40)]
+        tasks[word] = plan.tasks[word].model_copy(update={"train": str(write_jsonl(tmp_path / f"{word}.jsonl", rows))})
+    plan = plan.model_copy(update={"tasks": tasks, "methods": {"sft": MethodPlan(rehearse=0.5)}})
+    write_mixtures(plan)
+    files = [Path(stage.config.data.train) for stage in stages(plan)[1:3]]
+    found = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+    assert found == ["b2d25d9f2ac9015d", "080d5f5a4b6b93a1"]
 
 
 def test_a_changed_limit_is_noticed_in_every_stage(plan):
