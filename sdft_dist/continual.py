@@ -230,10 +230,11 @@ def _drawn(rng: random.Random, rows: list[Row], number: int) -> list[Row]:
 
 def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
-    where a stage was run with other settings before, DataError where a file is wrong: both before anything starts."""
+    where a stage was run before with other settings (of where and how fast it works others are taken), DataError where
+    a file is wrong: both before anything starts."""
     work = stages(plan)
     for stage in work:
-        refuse_other_settings(stage.config)
+        refuse_other_settings(stage.config, ignore=("cluster", "checkpoint", "trace"))
     for rows, method in dict.fromkeys((stage.rows, stage.config.method) for stage in work):
         load_training_rows(rows, method)  # a mistake in the last file must not be found after days
     held_out = {f"tasks.{name}.eval": task.eval for name, task in plan.tasks.items()}

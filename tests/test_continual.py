@@ -106,6 +106,17 @@ def test_a_stage_that_was_run_with_other_settings_is_refused_before_anything_sta
         continual(plan)
 
 
+def test_a_stage_may_go_on_with_another_cluster(plan):
+    plan = plan.model_copy(update={"prior": {"old": "absent.jsonl"}})
+    stage = stages(plan)[0]
+    stage.folder.mkdir(parents=True)
+    file = stage.folder / "config.yaml"
+    file.write_text(dump_config(stage.config))
+    file.write_text(dump_config(load_config(file, ["cluster.generators=2", "checkpoint.every=7", "trace=true"])))
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):  # of what is checked after the settings
+        continual(plan)
+
+
 def test_a_mistake_in_the_last_file_is_found_before_anything_starts(plan):
     path = Path(plan.tasks["t37"].eval)
     path.write_text(path.read_text() + '{"prompt": 3, "answer": "x"}\n')
