@@ -18,10 +18,15 @@ def is_override(word: str) -> bool:
 
 
 def train(args: argparse.Namespace) -> None:
-    """`sdft train`, `sdft sft`."""
+    """`sdft train`, `sdft sft`. Raises ConfigError where the second is asked for another method."""
+    from sdft_dist.errors import ConfigError
     from sdft_dist.recipe import load_config
 
-    overrides = [*args.overrides, *([f"method={args.method}"] if args.method else [])]
+    own = f"method={args.method}"
+    for word in args.overrides if args.method else []:
+        if word.startswith("method=") and word not in (own, f"method='{args.method}'", f'method="{args.method}"'):
+            raise ConfigError(f"{word}: sdft {args.method} is {own}; for another method: sdft train RECIPE … {word}")
+    overrides = [*args.overrides, *([own] if args.method else [])]
     config = load_config(args.recipe, overrides)
     if args.dry_run:
         _dry_run(config)

@@ -329,3 +329,12 @@ def test_a_dry_run_prints_settings_and_needs_and_starts_nothing(recipe, tmp_path
     assert yaml.safe_load(shown)["learner"]["ranks"] == 2
     assert "# learner ranks 2 × 1, generators 1 × 1, teachers 1 × 1: 4 GPUs on cuda" in shown
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["dft", "sdft"])
+def test_sft_by_another_method_is_refused(recipe, capsys, method):
+    assert main(["sft", str(recipe), f"method={method}", "--dry-run"]) == 2
+    says = f"method={method}: sdft sft is method=sft; for another method: sdft train RECIPE … method={method}"
+    assert says in capsys.readouterr().err
+    assert main(["sft", str(recipe), "method=sft", "--dry-run"]) == 0
+    assert "\nmethod: sft\n" in f"\n{capsys.readouterr().out}"
