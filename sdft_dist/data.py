@@ -124,7 +124,8 @@ def _records(source: str, split: str, setting: str) -> Iterator[tuple[str, Any]]
     elif path.is_file() and kind == ".json":
         yield from _json_array(path)
     else:
-        for i, record in enumerate(_dataset(source, split, setting), start=1):
+        records = _parquet(path, setting) if path.is_file() else _dataset(source, split, setting)
+        for i, record in enumerate(records, start=1):
             yield f"{source}:{i}", record
 
 
@@ -136,13 +137,23 @@ def _may_be_hub_id(source: str) -> bool:
     return "." not in name or bool(slash and not Path(owner).exists())
 
 
+def _parquet(path: Path, setting: str) -> Iterator[Any]:
+    """Records of one file. Read by pyarrow itself: `datasets` takes a path for a pattern, and answers from a cache."""
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with path.open("rb") as file:
+            for batch in ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+    except Exception as e:  # pyarrow raises many kinds for a bad file
+        raise DataError(f"{setting}: {path}: could not be read: {type(e).__name__}: {e}") from e
+
+
 def _dataset(source: str, split: str, setting: str) -> Any:
     import datasets
 
     path = Path(source)
     try:
-        if path.is_file():
-            return datasets.Dataset.from_parquet(source)
         found = datasets.load_from_disk(source) if path.is_dir() else datasets.load_dataset(source)
     except Exception as e:  # datasets raises many kinds for a bad file or an unreachable hub
         what = "could not be read" if path.exists() else "no such file, and no data set of the hub could be read"

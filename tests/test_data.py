@@ -2,12 +2,15 @@
 
 import datetime
 import json
+import os
 import re
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import write_jsonl
+from pyarrow.parquet import write_table
 
 from sdft_dist.config import DataConfig
 from sdft_dist.data import load_rows, load_training_rows
@@ -46,6 +49,37 @@ def test_sources_give_the_same_rows(tmp_path):
     for name in ("d.json", "d.parquet", "saved"):
         assert [(r.messages, r.demonstration) for r in load_rows(str(tmp_path / name))] == expected
     assert len(load_rows(str(jsonl), limit=2)) == 2
+
+
+def parquet(path, prompts):
+    write_table(pa.table({name: pa.array(prompts, pa.string()) for name in ("prompt", "demonstration")}), path)
+    return path
+
+
+def prompts_of(path):
+    return [row.messages[-1]["content"] for row in load_rows(str(path))]
+
+
+def test_the_path_of_a_parquet_file_is_no_pattern(tmp_path):
+    parquet(tmp_path / "x1.parquet", ["other"])
+    assert prompts_of(parquet(tmp_path / "x[1].parquet", ["own"])) == ["own"]
+    (tmp_path / "set [v2]").mkdir()
+    assert prompts_of(parquet(tmp_path / "set [v2]" / "t*.parquet", ["a", "b"])) == ["a", "b"]
+
+
+def test_a_parquet_file_is_read_as_it_is_now(tmp_path):
+    link = tmp_path / "now.parquet"
+    for name in ("a", "b"):
+        target = parquet(tmp_path / f"{name}.parquet", [name])
+        os.utime(target, (0, 0))
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert prompts_of(link) == [name]
+
+
+def test_a_parquet_file_without_rows_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"^data.train: .*none.parquet: no rows$"):
+        load_rows(str(parquet(tmp_path / "none.parquet", [])))
 
 
 @pytest.mark.fault("bad rows", "one of each kind", "all reported with line and field, before anything starts")
