@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from sdft_dist.config import Config
@@ -19,15 +18,10 @@ class Inputs:
     tokenizer: Any
     rows: list[Row]
     problems: ProblemSet
+    kept: list[Row]  # those of `problems`, in their order
     dropped: list[str]
     truncated: list[str]
     stop_ids: list[int]  # tokens that end a completion
-
-    @cached_property
-    def kept(self) -> list[Row]:
-        """The rows of `problems`, in their order."""
-        left_out = {line.split(": ")[0] for line in self.dropped}
-        return [row for row in self.rows if row.where not in left_out]
 
     @property
     def vocab_size(self) -> int:

@@ -129,6 +129,7 @@ class Encoded(NamedTuple):
     """What became of the rows."""
 
     problems: ProblemSet
+    kept: list[Row]  # those of `problems`, in their order
     dropped: list[str]  # a line for each dropped row: where it is and why
     truncated: list[str]  # the same for each shortened demonstration
 
@@ -144,6 +145,7 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
         check_views(tokenizer, row, config.prompt.template)
     policy = config.data.too_long
     problems: list[Problem] = []
+    kept: list[Row] = []
     dropped: list[str] = []
     truncated: list[str] = []
     unfit: list[str] = []
@@ -157,13 +159,14 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
             message = still
         if message is None:
             problems.append(problem)
+            kept.append(row)
         else:
             (dropped if policy == "drop" else unfit).append(f"{row.where}: {message}")
     if unfit:
         raise DataError("\n".join([f"{len(unfit)} rows are too long", *few(unfit), _ADVICE]))
     if not problems:
         raise DataError("\n".join(["data.too_long=drop leaves no row", *few(dropped)]))
-    return Encoded(ProblemSet(problems), dropped, truncated)
+    return Encoded(ProblemSet(problems), kept, dropped, truncated)
 
 
 _ADVICE = "Raise model.max_length, or see data.too_long for dropping rows or shortening demonstrations."

@@ -11,6 +11,7 @@ from helpers import tiny_model, write_jsonl
 
 from sdft_dist.data import Row, load_rows
 from sdft_dist.errors import DataError, UserError
+from sdft_dist.inputs import read_inputs
 from sdft_dist.prompts import (
     check_views,
     encode_chat,
@@ -116,6 +117,16 @@ def test_rows_that_do_not_fit_are_dropped_and_counted_when_asked(model, tokenize
     assert "teacher prompt of" in encoded.dropped[0]
     with pytest.raises(DataError, match="leaves no row"):
         encode_problems(config, tokenizer, [row(demonstration=LONG)])
+
+
+def test_which_rows_were_kept_is_known_whatever_their_path_holds(model, tmp_path):
+    folder = tmp_path / "runs: one"
+    folder.mkdir()
+    rows = [{"prompt": f"rev a{i}", "demonstration": LONG if i == 1 else "a0"} for i in range(3)]
+    path = write_jsonl(folder / "d.jsonl", rows)
+    inputs = read_inputs(config_for(model, data={"train": str(path), "too_long": "drop"}))
+    assert [row.where for row in inputs.kept] == [f"{path}:1", f"{path}:3"]
+    assert len(inputs.problems) == 2
 
 
 def test_demonstrations_are_shortened_at_their_end_when_asked(model, tokenizer):

@@ -31,6 +31,7 @@ def inputs():
         tokenizer=SimpleNamespace(decode=decode),
         rows=rows,
         problems=problems,
+        kept=[rows[0], rows[2]],
         dropped=["r.jsonl:2: is too long"],
         truncated=[],
         stop_ids=[],
