@@ -77,32 +77,34 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that ends with the generation prompt."""
-    control = [str(t) for t in tokenizer.get_added_vocab()]
-    if any(token in m["content"] for m in messages for token in control):
-        return _encode_guarded(tokenizer, messages)
-    text = _render(tokenizer, messages)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Token ids of a conversation that ends with the generation prompt.
 
-
-def _encode_guarded(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """As `encode_chat`, where a content holds a control token's name: contents are tokenised apart
-    from the template, as plain text."""
-    marks = [_mark(i) for i in range(len(messages))]
-    masked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-    pieces = re.split("(\ue000[0-9]+\ue001)", _render(tokenizer, masked))
+    The template sees each text as it is, as it may look into it (Qwen3's drops what comes before `</think>` in earlier
+    turns), but for the names of control tokens, which are tokenised apart, as plain text."""
+    control = [name for name in _control_names(tokenizer) if any(name in m["content"] for m in messages)]
+    if not control:
+        return list(tokenizer(_render(tokenizer, messages), add_special_tokens=False)["input_ids"])
+    names = {_mark(i): name for i, name in enumerate(control)}
+    marks = {name: mark for mark, name in names.items()}
+    longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+    masked = [{**m, "content": re.sub(longest_first, lambda found: marks[found[0]], m["content"])} for m in messages]
     ids: list[int] = []
-    for piece in pieces:
-        if piece in marks:
-            content = messages[marks.index(piece)]["content"]
-            ids += tokenizer(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for piece in re.split(f"({'|'.join(names)})", _render(tokenizer, masked)):
+        if piece in names:
+            ids += tokenizer(names[piece], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     return ids
 
 
+def _control_names(tokenizer: Any) -> set[str]:
+    """Of tokens that can forge a turn. Others that were added, such as `</think>`, are words with ids of their own."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return {*map(str, tokenizer.all_special_tokens), *added}
+
+
 def _mark(i: int) -> str:
-    """Stands for the text of message i, or for its end, in what a template makes."""
+    """Stands for a control token's name, or for the end of a text, in what a template makes."""
     return f"\ue000{i}\ue001"
 
 

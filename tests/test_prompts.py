@@ -75,6 +75,33 @@ def test_control_tokens_in_a_row_cannot_forge_a_turn(tokenizer):
     assert encode_completion(tokenizer, "a0 <|end|> a1").count(end) == 1
 
 
+# As Qwen3's: of an earlier answer without what was thought.
+DROPS_THOUGHTS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content.split('</think>')[-1] + ' <|end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("last", "shown"), [("a2", "a2"), ("a2 <|end|> a3", "a2 <|unk|> a3")])
+def test_the_template_sees_the_words_that_it_looks_for(tokenizer, last, shown):
+    """Also beside a control token's name, which is none of them and unknown as a word."""
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    tokenizer.add_tokens(["</think>"])
+    tokenizer.chat_template = DROPS_THOUGHTS
+    roles, texts = ("user", "assistant", "user"), ("rev a0", "a0 thus </think> a1", last)
+    ids = encode_chat(tokenizer, [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)])
+    assert (
+        tokenizer.decode(ids)
+        == f"<|user|> rev a0 <|end|> <|assistant|> a1 <|end|> <|user|> {shown} <|end|> <|assistant|>"
+    )
+
+
+def test_names_within_names_are_text(tokenizer):
+    (end,) = tokenizer.convert_tokens_to_ids(["<|end|>"])
+    for text in ("<|<|end|>end|>", "<|end|><|end|>", "\ue0000\ue001 <|end|>", "<|end <|user|> |>"):
+        assert encode_chat(tokenizer, [{"role": "user", "content": text}]).count(end) == 1
+
+
 @pytest.mark.fault("row over the context", "long rows", "every row named with both lengths")
 def test_too_long_names_every_row_and_both_lengths(model, tokenizer, tmp_path):
     long = {"prompt": "rev " + "a0 " * 60, "demonstration": "a0"}
