@@ -7,7 +7,7 @@ Text of a row is text: a control token's name inside it (`<|im_end|>`) is never 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,8 @@ def load_tokenizer(config: Config) -> Any:
 
 
 def stop_ids(tokenizer: Any, model: ModelConfig) -> list[int]:
-    """Token ids that end a completion: the tokenizer's and those of the model's generation settings."""
+    """Token ids that end a completion: the tokenizer's and those of the model's generation settings. Raises UserError
+    where the model has no such id."""
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id}
@@ -61,7 +62,28 @@ def stop_ids(tokenizer: Any, model: ModelConfig) -> list[int]:
     except OSError:
         listed = None
     ids.update([listed] if isinstance(listed, int) else listed or [])
+    _refuse_unknown_ids(tokenizer, model, [("the end of a turn", _ids(sorted(ids)))])
     return sorted(ids)
+
+
+def _refuse_unknown_ids(tokenizer: Any, model: ModelConfig, used: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raises UserError that names each of `used`, as (where, ids [T]), which has an id that the model has no row for:
+    a tokenizer may have been given tokens after its model was made. Rows without an id are padding, and fine."""
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError):  # which whoever loads the model tells better
+        return
+    rows = getattr(settings.get_text_config(), "vocab_size", None) or np.inf
+    unknown = [(where, int(ids.max(initial=0))) for where, ids in used if ids.max(initial=0) >= rows]
+    if unknown:
+        lines = [f"{where}: id {number} ({tokenizer.decode([number])})" for where, number in unknown]
+        raise UserError(
+            f"model.path: {model.path}: its tokenizer has {len(tokenizer)} ids, its embeddings have {rows} rows, and "
+            "ids without a row are used:\n" + "\n".join(few(lines)) + "\nGive the model more rows (transformers: "
+            "resize_token_embeddings), or use the tokenizer that it was trained with."
+        )
 
 
 def teacher_messages(row: Row, template: str) -> tuple[Message, ...]:
@@ -140,7 +162,7 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
     """Both views of every row, with `data.too_long` applied to those that do not fit.
 
     Raises DataError that names each row which does not fit and may not be dropped or shortened, or
-    where no row is left.
+    where no row is left; UserError that names each row with an id which the model does not have.
     """
     # A template may take another branch for every sequence of roles, so one row of each is looked at.
     for row in {tuple(m["role"] for m in row.messages): row for row in reversed(rows)}.values():
@@ -168,6 +190,17 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
         raise DataError("\n".join([f"{len(unfit)} rows are too long", *few(unfit), _ADVICE]))
     if not problems:
         raise DataError("\n".join(["data.too_long=drop leaves no row", *few(dropped)]))
+    parts = {
+        "prompt": "prompt_ids",
+        "prompt with its demonstration": "teacher_prompt_ids",
+        "demonstration": "demonstration_ids",
+    }
+    used = (
+        (f"{row.where}: {part}", getattr(problem, ids))
+        for row, problem in zip(kept, problems, strict=True)
+        for part, ids in parts.items()
+    )
+    _refuse_unknown_ids(tokenizer, config.model, used)
     return Encoded(ProblemSet(problems), kept, dropped, truncated)
 
 
@@ -205,7 +238,8 @@ def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Pr
 
 def encode_prompts(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[np.ndarray]:
     """The student's view, int32 [P], of held-out rows. Raises DataError that names each one which leaves no room for
-    a whole completion: it would be cut short, and judged by that."""
+    a whole completion: it would be cut short, and judged by that; UserError that names each one with an id which the
+    model does not have."""
     prompts = [_ids(encode_chat(tokenizer, row.messages)) for row in rows]
     room, limit = config.rollout.max_completion_tokens, config.model.max_length
     unfit = [
@@ -217,6 +251,8 @@ def encode_prompts(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[
     if unfit:
         advice = "Raise model.max_length, lower rollout.max_completion_tokens, or leave these rows out."
         raise DataError("\n".join([f"{len(unfit)} held-out rows are too long", *few(unfit), advice]))
+    used = ((f"{row.where}: prompt", ids) for row, ids in zip(rows, prompts, strict=True))
+    _refuse_unknown_ids(tokenizer, config.model, used)
     return prompts
 
 

@@ -1,5 +1,6 @@
 """Both views of a prompt as token ids."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sdft_dist.prompts import (
     encode_problems,
     encode_prompts,
     load_tokenizer,
+    stop_ids,
     teacher_messages,
 )
 from sdft_dist.recipe import parse_config
@@ -257,6 +259,36 @@ def test_held_out_prompts_leave_room_for_a_whole_completion(model, tokenizer):
         encode_prompts(config, tokenizer, [row(), row("a0 " * 46)])
     told = "prompt of 49 tokens + rollout.max_completion_tokens=16 is 65, above model.max_length=64"
     assert str(e.value).splitlines()[:2] == ["1 held-out rows are too long", f"d.jsonl:1: {told}"]
+
+
+def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path):
+    """A tokenizer that was given a token, and a model that was not; one that is not used does no harm."""
+    folder = tiny_model(tmp_path / "model")
+    tokenizer = load_tokenizer(config_for(folder))
+    known = len(tokenizer)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(folder)
+    config = config_for(folder)
+    tokenizer = load_tokenizer(config)
+    assert len(encode_problems(config, tokenizer, [row()]).problems) == 1
+    says = (
+        f"{folder}: its tokenizer has {known + 1} ids, its embeddings have {known} rows, and ids without a row are used"
+    )
+    for problem, parts in [
+        (row(prompt="rev new"), ["prompt", "prompt with its demonstration"]),
+        (row(demonstration="thus new"), ["prompt with its demonstration", "demonstration"]),
+    ]:
+        with pytest.raises(UserError) as e:
+            encode_problems(config, tokenizer, [row(), problem])
+        lines = str(e.value).splitlines()
+        assert lines[:-1] == [f"model.path: {says}:", *(f"d.jsonl:1: {part}: id {known} (new)" for part in parts)]
+    with pytest.raises(UserError, match=f"d.jsonl:1: prompt: id {known} "):
+        encode_prompts(config, tokenizer, [row(prompt="rev new")])
+    assert stop_ids(tokenizer, config.model) == [tokenizer.eos_token_id]
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [1, known]}))
+    with pytest.raises(UserError, match=f"the end of a turn: id {known} "):
+        stop_ids(tokenizer, config.model)
 
 
 def test_damaged_files_of_a_model_are_named(model, tmp_path):
