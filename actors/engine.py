@@ -24,7 +24,8 @@ from sdft_dist.wire import weight_sums
 
 
 class Sampling(NamedTuple):
-    """How completions are sampled. `temperature` 0 is greedy; `num_top` likeliest ids are reported."""
+    """How completions are sampled. `temperature` 0 is greedy; `num_top` likeliest ids are reported, or
+    all where there are fewer."""
 
     max_tokens: int
     temperature: float
@@ -97,6 +98,7 @@ class Engine:
         self._under_way: dict[str, _Request] = {}
         self._done: dict[str, Completion] = {}  # what catching up has finished, for the next `advance`
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
+        self._num_ids = min(self.settings.vocab_size, vocab_size or self.settings.vocab_size)
         self.version: int | None = None
         self._head: Any = None  # of the last push, once it has been asked for: it may come from another process
 
@@ -128,7 +130,7 @@ class Engine:
         current push."""
         from vllm import SamplingParams
 
-        version = self._serving_version()
+        version, num_top = self._serving_version(), min(how.num_top, self._num_ids)
         names = [self._new_id() for _ in prompts]
         for name, prompt_ids, seed in zip(names, prompts, seeds, strict=True):
             params = SamplingParams(
@@ -137,7 +139,7 @@ class Engine:
                 top_p=how.top_p,
                 top_k=how.top_k,
                 seed=seed,
-                logprobs=how.num_top,
+                logprobs=num_top,
                 flat_logprobs=True,  # a tenth of the Python time of one dictionary a token
                 stop_token_ids=self._stop_ids,
                 ignore_eos=True,  # besides those: what the model's folder names is among them where it counts
@@ -146,7 +148,7 @@ class Engine:
             # The salt keeps prefixes computed under other weights out of the cache's answers.
             prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(version)}
             self._llm.llm_engine.add_request(name, prompt, params)
-            self._under_way[name] = _Request(how.num_top, version)
+            self._under_way[name] = _Request(num_top, version)
         return names
 
     def abort(self) -> None:

@@ -152,7 +152,7 @@ class LossConfig(Section):
     support: Literal["full", "topk", "sampled"] = Field(
         "full", description="Where the divergence is taken: the whole vocabulary, top_k ids, or the sampled token."
     )
-    top_k: int = Field(100, ge=1, description="Ids at each position for support=topk.")
+    top_k: int = Field(100, ge=1, description="Ids at each position for support=topk; all where there are fewer.")
     topk_from: Literal["teacher", "student"] = Field("teacher", description="Whose likeliest ids support=topk takes.")
     tail: bool = Field(
         True,
