@@ -92,7 +92,12 @@ class PromptConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: int = Field(32, ge=1, description="Prompts in one optimizer step.")
     completions_per_prompt: int = Field(1, ge=1, description="Student completions sampled for each prompt.")
-    temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature; both models' logits use it too.")
+    temperature: float = Field(
+        1.0,
+        ge=0.01,
+        le=2,
+        description="Sampling temperature; both models' logits use it too. vLLM samples at no lower one.",
+    )
     max_completion_tokens: int = Field(1024, ge=1, description="A completion is cut at this many tokens.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; biases importance weights, refused with them.")
     top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0 is all. As top_p.")
@@ -395,6 +400,7 @@ class Config(Section):
     epochs: float = Field(
         1.0,
         gt=0,
+        le=1e6,
         description="Passes over the data, where `steps` is not given. The last step is filled up from a further pass.",
     )
     model: ModelConfig
@@ -480,6 +486,11 @@ class Config(Section):
 
     def _check_loss(self) -> None:
         loss, rollout = self.loss, self.rollout
+        if self.skipped_tokens >= rollout.max_completion_tokens:
+            raise ValueError(
+                f"loss.skip_first_tokens: {loss.skip_first_tokens} leaves nothing to train on of completions of "
+                f"rollout.max_completion_tokens={rollout.max_completion_tokens}: lower it"
+            )
         if loss.support == "sampled" and not loss.tail and loss.divergence != "reverse_kl":
             raise ValueError(
                 f"loss.tail: without it, support=sampled has one category and {loss.divergence} is always 0; only "

@@ -53,6 +53,13 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
         ("eval.every=5", "eval.every: there is nothing to evaluate"),
         ("teacher.reanchor=false", "teacher.anchor: is where the teacher starts when teacher.reanchor is false"),
         ("epochs=inf", "epochs: got 'inf': Input should be a finite number"),
+        ("epochs=1e308", "epochs: got 1e+308: Input should be less than or equal to 1000000"),
+        ("rollout.temperature=0.009", "rollout.temperature: got 0.009: Input should be greater than or equal to 0.01"),
+        (
+            "loss.skip_first_tokens=1024",
+            "loss.skip_first_tokens: 1024 leaves nothing to train on of completions of "
+            "rollout.max_completion_tokens=1024: lower it",
+        ),
         ("optim.grad_clip=.nan", "optim.grad_clip: got nan: Input should be a finite number"),
         ("optim.betas=[1.5, 0.9]", "optim.betas.0: got 1.5: Input should be less than 1"),
         ("optim.betas=[0.9, -1]", "optim.betas.1: got -1: Input should be greater than or equal to 0"),
