@@ -65,12 +65,12 @@ class RunDir:
         keep = config.checkpoint
         run.commits = Commits(run.commits.folder, keep_last=keep.keep_last, keep_every=keep.keep_every, facts=facts)
         here = resume == "auto" or (resume or "").startswith("step=")
-        if not here or not run._is_run():
-            run._refuse_used()
         try:
+            if not here or not run._is_run():
+                run._refuse_used()
             run.path.mkdir(parents=True, exist_ok=True)
             run._take_lock()
-        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as e:
+        except OSError as e:
             raise UserError(f"run_dir: {run.path}: cannot be made or written to: {e.strerror}") from e
         try:
             start = run._begin(resume, facts, allow_changes)
@@ -174,7 +174,8 @@ class RunDir:
         """A folder for what belongs to one attempt only, numbered from 001: its settings, and its trace."""
         attempts = self.path / "attempts"
         attempts.mkdir(exist_ok=True)
-        folder = attempts / f"{1 + len(list(attempts.iterdir())):03d}"
+        last = max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
+        folder = attempts / f"{last + 1:03d}"
         folder.mkdir()
         (folder / "config.yaml").write_text(dump_config(config))
         return folder

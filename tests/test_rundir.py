@@ -1,6 +1,7 @@
 """Who may write into a run's folder, and where a run begins."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_resume_auto_begins_at_the_newest_and_forgets_later_metrics(finished):
         log.write('{"kind": "train", "step": 21}\n')
     steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 22))
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, resume):
+    (tmp_path / "file").touch()
+    for name, why in (("n" * 300, "File name too long"), ("file/below", "Not a directory")):
+        with pytest.raises(UserError, match=rf"^run_dir: {tmp_path / name}: cannot be made or written to: {why}$"):
+            claim(config_in(tmp_path / name), resume)
 
 
 def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
@@ -206,6 +215,8 @@ def test_every_attempt_has_a_folder_and_the_log_indents_last_words(tmp_path):
     first, second = run.new_attempt(config), run.new_attempt(config)
     assert [first.name, second.name] == ["001", "002"]
     assert (second / "config.yaml").read_text() == (run.path / "config.yaml").read_text()
+    shutil.rmtree(first)
+    assert run.new_attempt(config).name == "003", "after the last one, whatever was removed"
     run.say("lost teachers 0: it died; its last words:\nFatal Python error: Aborted")
     said, words = (run.path / "run.log").read_text().splitlines()
     assert said.endswith("its last words:")
