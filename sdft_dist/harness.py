@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -48,11 +48,11 @@ class Engines(Protocol):
 
 class HarnessModel(TemplateLM):
     """The harness's view of generators; prompts that do not fit `max_length` lose their beginning, as in the
-    harness's own models."""
+    harness's own models. `ends` are the token ids that end a completion in the engines."""
 
-    def __init__(self, engines: Engines, tokenizer: Any, max_length: int):
+    def __init__(self, engines: Engines, tokenizer: Any, max_length: int, ends: Collection[int]):
         super().__init__()
-        self._engines, self.tokenizer, self._max_length = engines, tokenizer, max_length
+        self._engines, self.tokenizer, self._max_length, self._ends = engines, tokenizer, max_length, ends
 
     @property
     def eot_token_id(self) -> int:
@@ -156,7 +156,7 @@ class _Generation:
         ends = [place for stop in self._until if stop and (place := self.text.find(stop)) >= 0]
         if ends:
             self.text = self.text[: min(ends)]
-        ended = len(ids) < asked or (len(ids) > 0 and int(ids[-1]) == self._model.eot_token_id)
+        ended = len(ids) < asked or (len(ids) > 0 and int(ids[-1]) in self._model._ends)
         self.done = bool(ends) or ended or self._left == 0
 
 
@@ -184,7 +184,7 @@ def harness(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ray_session(config), serving(config, ends) as engines, _reaching_the_hub():
         found = evaluator.simple_evaluate(
-            model=HarnessModel(engines, tokenizer, config.model.max_length),
+            model=HarnessModel(engines, tokenizer, config.model.max_length, ends),
             tasks=names,
             task_manager=manager,
             num_fewshot=0,

@@ -12,6 +12,7 @@ from sdft_dist.harness import OWN_TASKS, HarnessModel
 from sdft_dist.lab.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
+ENDS = [TOKENIZER.eos_token_id]
 
 
 class Engines:
@@ -35,7 +36,7 @@ def request(*args):
 
 
 def test_a_completion_ends_before_the_first_stop_string():
-    model = HarnessModel(Engines("rev answer a1 a2 done so a3", prompt=2), TOKENIZER, 512)
+    model = HarnessModel(Engines("rev answer a1 a2 done so a3", prompt=2), TOKENIZER, 512, ENDS)
     assert model.generate_until([request("rev a1", {"until": ["done", "so"], "max_gen_toks": 20})]) == [
         "rev answer a1 a2 "
     ]
@@ -43,46 +44,63 @@ def test_a_completion_ends_before_the_first_stop_string():
 
 def test_a_long_completion_is_asked_for_in_parts_until_it_ends():
     engines = Engines(" ".join(["a1"] * 100), prompt=2)
-    model = HarnessModel(engines, TOKENIZER, 512)
+    model = HarnessModel(engines, TOKENIZER, 512, ENDS)
     (text,) = model.generate_until([request("rev a1", {"until": [], "max_gen_toks": 200})])
     assert len(text.split()) == 100
     assert engines.asked == [32, 64, 128]
 
 
+@pytest.mark.parametrize("at", [31, 32, 33])
+def test_a_completion_ends_at_any_of_the_models_end_tokens(at):
+    """One of its generation settings besides the tokenizer's own, before, at and behind the border of two parts."""
+    engines = Engines(" ".join(["a1"] * 100), prompt=2)
+    engines.ids[at - 1] = end = TOKENIZER.convert_tokens_to_ids("done")
+    complete = engines.complete
+
+    def stopping(prompts, max_tokens):
+        """As vLLM: what ends a completion is its last token."""
+        return [ids[: [*ids, end].index(end) + 1] for ids in complete(prompts, max_tokens)]
+
+    engines.complete = stopping
+    model = HarnessModel(engines, TOKENIZER, 512, [*ENDS, end])
+    (text,) = model.generate_until([request("rev a1", {"until": [], "max_gen_toks": 200})])
+    assert text.split() == ["a1"] * (at - 1) + ["done"]
+
+
 def test_a_completion_has_no_more_tokens_than_the_task_allows():
-    model = HarnessModel(Engines(" ".join(["a1"] * 100), prompt=2), TOKENIZER, 512)
+    model = HarnessModel(Engines(" ".join(["a1"] * 100), prompt=2), TOKENIZER, 512, ENDS)
     (text,) = model.generate_until([request("rev a1", {"until": [], "max_gen_toks": 40})])
     assert len(text.split()) == 40
 
 
 def test_a_task_that_samples_is_refused():
-    model = HarnessModel(Engines(), TOKENIZER, 512)
+    model = HarnessModel(Engines(), TOKENIZER, 512, ENDS)
     with pytest.raises(UserError, match="sampling"):
         model.generate_until([request("rev", {"do_sample": True, "temperature": 0.8})])
 
 
 def test_a_context_without_room_for_the_answer_is_refused():
-    model = HarnessModel(Engines(), TOKENIZER, 16)
+    model = HarnessModel(Engines(), TOKENIZER, 16, ENDS)
     with pytest.raises(UserError, match=r"model.max_length: 16"):
         model.generate_until([request("rev", {"max_gen_toks": 16})])
 
 
 def test_only_the_continuation_is_scored():
     engines = Engines()
-    model = HarnessModel(engines, TOKENIZER, 512)
+    model = HarnessModel(engines, TOKENIZER, 512, ENDS)
     assert model.loglikelihood([request("rev a1 a2", " a2 a1")]) == [(-2.0, True)]
     assert engines.starts == [3]
 
 
 def test_what_does_not_fit_loses_its_beginning():
     engines = Engines()
-    model = HarnessModel(engines, TOKENIZER, 8)
+    model = HarnessModel(engines, TOKENIZER, 8, ENDS)
     assert model.loglikelihood([request(" ".join(["a1"] * 20), " a2 a3")]) == [(-2.0, True)]
     assert len(engines.sequences[0]) == 7
 
 
 def test_a_rolling_text_is_scored_once_in_all_its_tokens():
-    model = HarnessModel(Engines(), TOKENIZER, 10)
+    model = HarnessModel(Engines(), TOKENIZER, 10, ENDS)
     assert model.loglikelihood_rolling([request(" ".join(["a1"] * 21))]) == [-21.0]
 
 
