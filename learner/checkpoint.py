@@ -139,11 +139,11 @@ class Shards:
 
     def sizes(self, kind: str) -> dict[str, int]:
         """The parameters of which `kind` was saved, and their numbers of elements."""
-        return {
-            name: max(start + file.get_slice(key).get_shape()[0] for start, file, key in pieces)
-            for (found, name), pieces in self._pieces.items()
-            if found == kind
-        }
+        return {name: self._size(kind, name) for found, name in self._pieces if found == kind}
+
+    def _size(self, kind: str, name: str) -> int:
+        pieces = self._pieces.get((kind, name), [])
+        return max((start + file.get_slice(key).get_shape()[0] for start, file, key in pieces), default=0)
 
     def read(self, kind: str, name: str, start: int, size: int) -> torch.Tensor:
         """Elements [start, start + size) of a flattened parameter, fp32. Raises UserError where they are
@@ -161,8 +161,14 @@ class Shards:
         return out
 
     def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """One whole parameter, fp32. Raises UserError where it is not all there."""
-        return self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
+        """One whole parameter, fp32. Raises UserError where it is not all there, or is larger."""
+        expected, saved = torch.Size(shape).numel(), self._size(kind, name)
+        if saved > expected:
+            raise UserError(
+                f"{self.folder}: {kind} of {name} has {saved} elements, expected {expected} by model.path: give the "
+                "model folder that the run began with"
+            )
+        return self.read(kind, name, 0, expected).view(shape)
 
     def rng_state(self, rank: int) -> torch.Tensor | None:
         """The state of torch's generator on `rank`; None where there was no such rank."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_dist.commits import read_manifest
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.fingerprint import refuse_another_base
 from sdft_dist.model_card import model_card
 from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir, refuse_used
@@ -27,7 +28,7 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
 
     `weights` is "student" or "ema", its average. The folder loads with transformers and with vLLM, and its
     README tells where it comes from. Raises UserError where there is no such checkpoint, the run kept no average to
-    export, or `out` is in use.
+    export, `out` is in use, or model.path holds another model by now.
     """
     import torch
     from transformers import GenerationConfig
@@ -36,6 +37,8 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     from sdft_dist.prompts import load_tokenizer
 
     config, shards, facts = _read(rundir, out, weights, step)
+    tokenizer = load_tokenizer(config)  # of a hub id this tells the commit
+    refuse_another_base(config, facts["fingerprint"])
     disable_progress_bar()
     with torch.no_grad():
         lm = checkpoint_model(config, shards, KINDS[weights])
@@ -45,7 +48,7 @@ def export(rundir: RunDir, out: Path, *, weights: str = "student", step: int | N
     with suppress(OSError):  # a model folder need not have them
         settings = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision)
         settings.to_json_file(out / "generation_config.json")
-    load_tokenizer(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     (out / "README.md").write_text(model_card(rundir, config, facts, weights))
     return out
 

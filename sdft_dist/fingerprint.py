@@ -39,6 +39,24 @@ def fingerprint(config: Config, problems: Iterable[Problem]) -> dict[str, Any]:
     return entries
 
 
+def refuse_another_base(config: Config, before: dict[str, Any]) -> None:
+    """Raises ConfigError where model.path holds another model than when the fingerprint `before` was taken, in what an
+    export takes from it: the configuration, and the weights where adapters are added to them."""
+    parts = ("config.json", "weights", "hub commit") if config.model.lora.rank else ("config.json",)
+    now = _identity(config.model.path, config.model.revision)
+    # What is None or not there was not known then, or is not now.
+    known = [part for part in parts if None not in (before.get(f"model ({part})"), now.get(part))]
+    changed = [part for part in known if before[f"model ({part})"] != now[part]]
+    if changed:
+        back = "put that one back"
+        if "hub commit" in changed:
+            back = f"give model.revision: {before['model (hub commit)']} in the run's config.yaml"
+        raise ConfigError(
+            f"model.path: {config.model.path}: is not the model that the run began with: another {', '.join(changed)}; "
+            f"{back}"
+        )
+
+
 def _identity(path: str, revision: str | None) -> dict[str, Any]:
     """What tells the model in the folder `path` from another one: its configuration, weights and end tokens; of a hub
     id its commit, once its tokenizer is in the cache."""

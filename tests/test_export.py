@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from sdft_dist.cli import main
 from sdft_dist.commits import Commits
-from sdft_dist.export import export
+from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.export import export, export_adapter
+from sdft_dist.fingerprint import fingerprint, refuse_another_base
 from sdft_dist.recipe import dump_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.types import ShardFile
@@ -37,8 +39,9 @@ def finished_run(folder, tensors, **sections):
     """The directory of a run that has saved `tensors` after one step."""
     run = RunDir(folder / "run")
     run.path.mkdir()
-    (run.path / "config.yaml").write_text(dump_config(config_of(run_dir=str(run.path), **sections)))
-    facts = {"fingerprint": {"data (token ids)": "f00d"}}
+    config = config_of(run_dir=str(run.path), **sections)
+    (run.path / "config.yaml").write_text(dump_config(config))
+    facts = {"fingerprint": fingerprint(config, [])}
     store, saver = Commits(run.path / "checkpoints", facts=facts), Saver(tensors)
     store.start(saver, 1)
     store.finish(saver, wait=True)
@@ -78,3 +81,66 @@ def test_what_a_model_keeps_besides_its_parameters_is_exported_too(tmp_path):
     assert found.tolist() == [1, 2, 3, 4]
     again = dict(Glm4MoeForCausalLM.from_pretrained(out).named_parameters())
     assert all(torch.equal(again[name], tensor) for (_, name), tensor in trained.items())
+
+
+def saved_weights(folder):
+    """Of a model folder, as a run with all weights saves them."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    return {("master", name): param.detach() for name, param in lm.named_parameters()}
+
+
+def test_adapters_are_not_merged_into_another_base(tmp_path):
+    base, name = tiny_model(tmp_path / "base"), "model.layers.0.self_attn.q_proj"
+    halves = {("master", f"{name}.lora_A.default.weight"): torch.ones(4, 64)}
+    halves["master", f"{name}.lora_B.default.weight"] = torch.ones(128, 4)
+    run = finished_run(tmp_path, halves, model={"path": str(base), "lora": {"rank": 4}})
+    export(run, tmp_path / "first")
+    tiny_model(base, seed=1)
+    with pytest.raises(
+        ConfigError, match=r"^model\.path: .*base: is not the model .*: another weights; put that one back"
+    ):
+        export(run, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+    export_adapter(run, tmp_path / "adapter")  # holds nothing of the base
+    tiny_model(base)
+    export(run, tmp_path / "third")
+    first, third = (load_file(tmp_path / out / "model.safetensors") for out in ("first", "third"))
+    assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_all_weights_are_exported_whatever_the_bases_are_but_not_into_another_shape(tmp_path):
+    base = tiny_model(tmp_path / "base")
+    saved = saved_weights(base)
+    run = finished_run(tmp_path, saved, model={"path": str(base)})
+    tiny_model(base, seed=1)
+    export(run, tmp_path / "out")
+    found = saved_weights(tmp_path / "out")
+    assert all(torch.equal(found[key], tensor) for key, tensor in saved.items())
+    tiny_model(base, intermediate_size=48)
+    with pytest.raises(ConfigError, match=r"another config\.json; put that one back"):
+        export(run, tmp_path / "smaller")
+
+
+def test_a_saved_parameter_that_is_larger_than_the_models_is_no_part_of_it(tmp_path, monkeypatch):
+    """Of a checkpoint whose version noted nothing of the model."""
+    base = tiny_model(tmp_path / "base")
+    saved = saved_weights(base)
+    monkeypatch.setattr("test_export.fingerprint", lambda config, problems: {"data (token ids)": "f00d"})
+    run = finished_run(tmp_path, saved, model={"path": str(base)})
+    tiny_model(base, intermediate_size=48)
+    with pytest.raises(
+        UserError, match=r"master of .*gate_proj.* has 6144 elements, expected 3072 by model.path: give"
+    ):
+        export(run, tmp_path / "out")
+
+
+def test_another_commit_of_the_hub_is_told(monkeypatch):
+    config = config_of(model={"path": "org/model", "lora": {"rank": 4}})
+    monkeypatch.setattr("sdft_dist.fingerprint._identity", lambda path, revision: {"hub commit": "b" * 40})
+    before = {"model (hub commit)": "a" * 40}
+    with pytest.raises(ConfigError, match=r"another hub commit; give model\.revision: a{40} in the run's config\.yaml"):
+        refuse_another_base(config, before)
+    for known in ({}, {"model (hub commit)": None}, {"model (hub commit)": "b" * 40}):
+        refuse_another_base(config, known)
