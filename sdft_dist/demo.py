@@ -18,6 +18,7 @@ from rich.table import Table
 
 from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config
+from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
 from sdft_dist.lab.teaching import RECIPE, write_teaching_set
@@ -127,6 +128,12 @@ def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None,
         **({"steps": steps} if steps else {}),
     }
     config = load_config(RECIPE, [fields, *more])
+    own = {"new", *world.OLD_SKILLS}
+    if not config.eval.every or not own.issubset(config.eval.sets):
+        raise UserError(
+            f"eval: the demo compares accuracies on its own sets, got eval.every={config.eval.every} and eval.sets "
+            f"{', '.join(config.eval.sets) or 'without any'}: give an eval.every above 0, and leave eval.sets out"
+        )
     if not data.exists():
         write_teaching_set(data, WORD, DOMAIN, seed, num_eval=150)
     (out / f"seed-{seed}" / f"{method}.yaml").write_text(dump_config(config))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sdft_dist.config import MEAN, Section
+from sdft_dist.errors import ConfigError
 from sdft_dist.recipe import load_yaml, parse
 
 
@@ -110,8 +111,12 @@ class Sweep(Section):
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Read a sweep. Raises ConfigError with one line per mistake."""
-    return parse(Sweep, load_yaml(path))
+    """Read a sweep. Raises ConfigError with one line per mistake, or where `out` can be no folder."""
+    sweep = parse(Sweep, load_yaml(path))
+    for place in (Path(sweep.out), *Path(sweep.out).parents):
+        if place.is_file():
+            raise ConfigError(f"{path}: out: {place} is a file, expected a folder")
+    return sweep
 
 
 def points(sweep: Sweep, method: str) -> Iterator[dict[str, Any]]:

@@ -204,6 +204,16 @@ def test_extras_that_are_missing_are_told_with_the_command_that_adds_them(recipe
         Asking(None, [], [], 1)
 
 
+@pytest.mark.parametrize("fields", [["eval.every=0"], ["eval.sets={own: own.jsonl}"]])
+def test_a_demo_without_its_accuracies_is_refused_before_it_runs(tmp_path, monkeypatch, capsys, fields):
+    from sdft_dist import demo
+
+    monkeypatch.setattr(demo, "run", lambda *_, **__: pytest.fail("ran"))
+    assert main(["demo", "--out", str(tmp_path / "out"), *fields]) == 2
+    assert "eval: the demo compares accuracies on its own sets, got eval.every=" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_is_not_built_into_a_used_folder(tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("kept")
     assert main(["lab", "build", "--out", str(tmp_path)]) == 2

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from sdft_dist.errors import UserError
-from sdft_dist.lab import world
+from sdft_dist.lab import base, world
 from sdft_dist.lab.base import BaseSettings, build, shipped_base
 from sdft_dist.lab.teaching import write_teaching_set
 
@@ -51,6 +52,14 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     build(folders[0], settings, lambda *_: pytest.fail("a cached base is not built again"))
     with pytest.raises(UserError, match=r"--out: .*is not empty and does not hold this base"):
         build(folders[0], BaseSettings(steps=4), lambda *_: None)
+
+
+@pytest.mark.parametrize("out", [".", "new/.."])
+def test_a_base_is_made_under_a_name(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base, "_train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match=f"--out: {out} has no name to be made under: give the path of a new folder"):
+        build(Path(out), BaseSettings(), lambda *_: None)
 
 
 def test_a_base_of_no_more_steps_than_the_warm_up_is_made_too(tmp_path):

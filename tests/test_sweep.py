@@ -55,6 +55,12 @@ def test_a_grid_is_every_combination_of_every_method(sheet):
     assert all(Path(t.config.run_dir).is_absolute() for t in found)
 
 
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_file_is_no_folder_for_trials(sheet, tmp_path, below):
+    with pytest.raises(ConfigError, match=f"sweep.yaml: out: {tmp_path}/rows.jsonl is a file, expected a folder$"):
+        sheet(out=f"{tmp_path}/rows.jsonl{below}")
+
+
 def test_a_trial_keeps_its_folder_when_others_are_added(sheet):
     before = {t.name for t in trials(sheet())}
     more = {"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": [*RATES, 3e-5]}}}

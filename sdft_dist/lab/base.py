@@ -58,6 +58,8 @@ def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
         return out
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} is not empty and does not hold this base: give another --out")
+    if out.name in ("", ".."):
+        raise UserError(f"--out: {out} has no name to be made under: give the path of a new folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _train(partial, settings, progress)
