@@ -29,12 +29,13 @@ ROLES = ("generator", "teacher")
 
 
 class Gauges:
-    """One set of Ray metrics for the run `name`. Needs Ray."""
+    """One set of Ray metrics for the run `name`, which is escaped where it is not ASCII: Ray takes no other tags. Needs
+    Ray."""
 
     def __init__(self, name: str) -> None:
         from ray.util.metrics import Gauge
 
-        self._tags = {"run": name}
+        self._tags = {"run": name.encode("ascii", "backslashreplace").decode()}
         self._step = {key: Gauge(f"sdft_{key}", text, ("run",)) for key, text in STEP.items()}
         self._queue = Gauge("sdft_queue_samples", "Samples under way, by where they are", ("run", "place"))
         self._version = Gauge("sdft_weights_version", "Optimizer steps in the weights last pushed", ("run", "role"))

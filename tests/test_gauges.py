@@ -26,13 +26,13 @@ class Recorded:
         self.values[tuple(tags.values())] = value
 
 
-def told(monkeypatch, record):
+def told(monkeypatch, record, name="one"):
     import ray.util.metrics
 
     monkeypatch.setattr(ray.util.metrics, "Gauge", Recorded)
     MADE.clear()
     queues, versions = {place: i for i, place in enumerate(PLACES)}, dict.fromkeys(ROLES, 7)
-    Gauges("one").set(record, queues, versions)
+    Gauges(name).set(record, queues, versions)
     return {name: gauge.values for name, gauge in MADE.items()}
 
 
@@ -49,6 +49,16 @@ def test_every_step_is_told(monkeypatch):
 def test_what_a_method_does_not_measure_is_left_out(monkeypatch):
     found = told(monkeypatch, {"loss": 1.0, "trained_tokens": 1, "time/step": 1.0})
     assert found["sdft_staleness_mean"] == {}
+
+
+def test_a_run_of_any_name_is_told_in_ascii(monkeypatch):
+    """Ray's own metrics take no other tags."""
+    Gauges("läufe/日本").set(
+        {"trained_tokens": 1, "time/step": 1.0, "loss": 1.0}, dict.fromkeys(PLACES, 0), dict.fromkeys(ROLES, 0)
+    )
+    found = told(monkeypatch, {"loss": 1.0, "trained_tokens": 1, "time/step": 1.0}, "läufe/日本\udcff")
+    assert found["sdft_loss"] == {(r"l\xe4ufe/\u65e5\u672c\udcff",): 1.0}
+    assert all(run.isascii() for values in found.values() for run, *_ in values)
 
 
 def test_queues_are_by_the_places_that_are_told():
