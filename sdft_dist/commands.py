@@ -73,8 +73,10 @@ def bench(args: argparse.Namespace) -> None:
 
     from sdft_dist.errors import UserError
     from sdft_dist.recipe import is_layer, load_config
+    from sdft_dist.rundir import refuse_used
 
     overrides = list(args.overrides)
+    refuse_used(args.out)
     if args.baseline and not args.baseline.is_file():
         raise UserError(f"--baseline: {args.baseline} is no file")
     if args.synthetic_model:

@@ -137,6 +137,18 @@ def test_a_bench_says_at_once_that_its_baseline_is_not_there(recipe, tmp_path, c
     assert not out.exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--synthetic-model", "lab"], ["--learner-only"]])
+def test_a_bench_writes_nothing_into_a_folder_that_is_used(recipe, tmp_path, capsys, more):
+    """Such as a run's, whose model would be lost."""
+    out = tmp_path / "run"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "config.json").write_text("kept")
+    assert main(["bench", str(recipe), "--out", str(out), *more]) == 2
+    assert f"--out: {out} is already in use: give another, or remove it" in capsys.readouterr().err
+    assert [path.name for path in out.rglob("*")] == ["model", "config.json"]
+    assert (out / "model" / "config.json").read_text() == "kept"
+
+
 def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, monkeypatch):
     """Also of a layer's; a field that is given by itself stays."""
     from sdft_dist import bench
