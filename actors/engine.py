@@ -6,11 +6,14 @@ weights, and serves nothing between a failed push and the next whole one.
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,7 +87,8 @@ class Engine:
         plugin.prepare()
         options = _options(config, runner, device)
         try:
-            self._llm = LLM(**options)
+            with _plain_path(config.model.path) as path:
+                self._llm = LLM(**{**options, "model": path})
         except (ValidationError, ImportError) as e:  # of its configuration; want of memory is another matter
             problems = [error["msg"] for error in e.errors()] if isinstance(e, ValidationError) else [str(e)]
             said = "; ".join(problem.removeprefix("Value error, ") for problem in problems)
@@ -336,6 +340,18 @@ def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
         if config.model.dtype != "float32":
             options["hf_overrides"] = {"head_dtype": "model"}
     return options
+
+
+@contextmanager
+def _plain_path(path: str) -> Iterator[str]:
+    """`path`, or while the block runs a link to the folder where vLLM would take its path for a pattern of others."""
+    if not os.path.isdir(path) or glob.escape(path) == path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = os.path.join(folder, "model")
+        os.symlink(os.path.abspath(path), link)
+        yield link
 
 
 def _prepare_environment(device: str, kv_cache_gib: int) -> None:

@@ -17,7 +17,7 @@ VOCABULARY, ROWS = 102, 128  # of the lab's tokenizer; of the head
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory):
     """A model whose padding is the likeliest by far."""
-    folder = tiny_model(tmp_path_factory.mktemp("padded"), tied=False, vocab_size=ROWS)
+    folder = tiny_model(tmp_path_factory.mktemp("padded") / "model [1]", tied=False, vocab_size=ROWS)
     model = load_causal_lm(config_for(folder).model)
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] *= 20
@@ -26,7 +26,7 @@ def padded(tmp_path_factory):
 
 
 def test_padding_is_never_sampled_and_takes_no_probability(ray_cluster, problems, padded):
-    """Also where more ids are asked for than there are."""
+    """Also where more ids are asked for than there are, and from a folder whose path reads as a pattern."""
     folder, model = padded
     config = config_for(folder, loss={"support": "topk", "topk_from": "student", "top_k": 200})
     started = ray.remote(ReusableGenerator).options(**cpu_options(1))
