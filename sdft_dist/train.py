@@ -60,7 +60,9 @@ def run(
                         f"give more steps than {prepared.num_steps}"
                     )
                 evals = [e for e in read_metrics(rundir.path, "eval") if e["step"] <= start.step]
-                if start.step < prepared.num_steps and not exhausted(config.eval, evals):
+                last = start.step >= prepared.num_steps
+                judged = not config.eval.every or start.step in {e["step"] for e in evals}
+                if not judged if last else not exhausted(config.eval, evals):
                     with ray_session(config):
                         _survive(prepared, rundir, start, asked)
                 else:

@@ -124,6 +124,15 @@ def test_told_to_stop_before_its_training_and_before_its_export_a_run_does_them_
     process.terminate()
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
+    assert f"asked to stop: step {STEPS} is saved; go on with --resume auto" in output
+    assert [m["step"] for m in read_metrics(run, "eval")] == [0], "it was asked to stop in its last evaluation"
+    assert nothing_left(mark)
+
+    process, mark = start(config, tmp_path / "run", "--resume", "auto")
+    wait_for(lambda: len(read_metrics(run, "eval")) == 2, process, "the last evaluation")
+    process.terminate()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3, output
     assert "all steps are saved, the model is not exported; go on with --resume auto" in output
     assert not (run / "model").exists()
     assert nothing_left(mark)
@@ -132,7 +141,7 @@ def test_told_to_stop_before_its_training_and_before_its_export_a_run_does_them_
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert (run / "model" / "config.json").is_file()
-    assert [path.name for path in (run / "attempts").iterdir()] == ["001"]
+    assert sorted(path.name for path in (run / "attempts").iterdir()) == ["001", "002"]
     finished_alike(config, undisturbed)
     assert nothing_left(mark)
 
