@@ -126,7 +126,8 @@ def under_fire(config, folder, kills, seed):
     for _ in range(kills):
         goal = steps_done(run) + rng.randint(1, 4)
         wait_for(lambda goal=goal: steps_done(run) >= goal, process, f"step {goal}")
-        time.sleep(rng.random())
+        # At any moment of a step; a second may be ten of them, after which too few are left for the other kills.
+        time.sleep(rng.random() * statistics.median(m["time/step"] for m in read_metrics(run, "train")))
         role = rng.choice(list(ROLES))
         victims = pids_of(role, mark)
         if not victims:
