@@ -85,7 +85,7 @@ class BetweenSteps:
         """Commit the state as it is where what ended the run has left the learner alone: a scorer, a judge, samples
         that were all cut. Not between two pushes to the teachers, after which a resumed run had another one."""
         lost = isinstance(error, RayError | TimeoutError | NotServing | ActorLost | Diverged | OSError)
-        if lost or self.step in self._saved or self.step % self._config.teacher.sync_every:
+        if lost or self.step % self._config.teacher.sync_every:
             return
         try:
             self.save_now(fleet, f"{type(error).__name__}")

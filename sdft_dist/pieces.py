@@ -26,12 +26,13 @@ def bound(handles: Sequence[Any], refs: Sequence[Any]) -> list[Any]:
     return [h._make((*h[:-1], Piece(refs[h[-1].ref], h[-1].row))) for h in handles]
 
 
-def fetch(pieces: Sequence[Piece]) -> list[Any]:
-    """The records that `pieces` name, in order; each object is fetched once."""
+def fetch(pieces: Sequence[Piece], timeout_s: float | None = None) -> list[Any]:
+    """The records that `pieces` name, in order; each object is fetched once. Raises RayError where one is lost, or has
+    not come within `timeout_s`."""
     import ray
 
     refs = list(dict.fromkeys(piece.ref for piece in pieces))
-    objects = dict(zip(refs, ray.get(refs), strict=True))
+    objects = dict(zip(refs, ray.get(refs, timeout=timeout_s), strict=True))
     return [objects[piece.ref][piece.row] for piece in pieces]
 
 

@@ -13,6 +13,7 @@ from sdft_dist.pieces import fetch
 from sdft_dist.types import Sample, TrainItem
 
 NUMBER = 8  # of a step
+TIMEOUT_S = 20.0  # for them to come from other nodes; nobody waits longer for what is only read
 
 
 def is_due(config: Config, step: int) -> bool:
@@ -27,7 +28,7 @@ def write_samples(path: Path, inputs: Inputs, items: Sequence[TrainItem]) -> Non
     from ray.exceptions import RayError
 
     try:
-        samples: list[Sample] = fetch([item.sample for item in items if item.sample is not None])
+        samples: list[Sample] = fetch([item.sample for item in items if item.sample is not None], TIMEOUT_S)
     except RayError:
         return
     if samples:

@@ -98,6 +98,15 @@ def test_nothing_is_saved_between_two_pushes_to_the_teachers(tmp_path):
     assert run.done()[1] == [2]
 
 
+def test_a_checkpoint_that_is_being_written_is_committed_before_the_end(tmp_path):
+    run = Run(tmp_path, checkpoint={"every": 2})
+    run.fleet.learner.done = False  # until somebody waits for it
+    run.after(0, 1, 2)
+    assert run.rundir.commits.steps() == []
+    run.between.rescue(run.fleet, Fault("all samples were cut"))
+    assert run.done()[1] == [2]
+
+
 def test_a_second_failure_does_not_hide_the_first(tmp_path):
     run = Run(tmp_path)
     run.after(0, 1)

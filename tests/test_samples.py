@@ -48,7 +48,7 @@ def item(problem, sampled=True):
     )
 
 
-def found(pieces):
+def found(pieces, timeout_s):
     return [
         Sample(
             key=SampleKey(4, piece.row, 0),
@@ -82,7 +82,7 @@ def test_nothing_is_written_where_nothing_was_sampled_or_it_is_gone(inputs, tmp_
     monkeypatch.setattr(samples, "fetch", found)
     samples.write_samples(tmp_path / "samples" / "a", inputs, [item(0, sampled=False)])
 
-    def gone(pieces):
+    def gone(pieces, timeout_s):
         raise ObjectLostError("id", "address", "stack")
 
     monkeypatch.setattr(samples, "fetch", gone)
