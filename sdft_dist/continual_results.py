@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,8 +143,8 @@ def _pictures(
     ends: dict[str, list[int]] = {}
     for method, seeds in sequences.items():
         records = [[read_metrics(run, "eval") for run in runs] for runs in seeds.values()]
-        panels[method] = {name: [_curve(own, sets) for own in records] for name, sets in lines.items()}
-        ends[method] = _ends(records[0])
+        ends[method] = _ends(records)
+        panels[method] = {name: [_curve(own, sets, ends[method]) for own in records] for name, sets in lines.items()}
     scaled = {
         method: {name: [_scaled(curve, _range(panels, name)) for curve in own] for name, own in panel.items()}
         for method, panel in panels.items()
@@ -155,18 +156,15 @@ def _pictures(
         charts.save(charts.sequences(what, ends, list(tasks), ylabel), out / f"{name}.png")
 
 
-def _ends(records: Records) -> list[int]:
-    """The optimizer steps done after each stage, counted from the first on."""
-    total, found = 0, []
-    for stage in records:
-        total += stage[-1]["step"]
-        found.append(total)
-    return found
+def _ends(seeds: Sequence[Records]) -> list[int]:
+    """The optimizer steps done after each stage, counted from the first on. A stage is as long as with the seed that
+    took longest: others may have stopped early."""
+    return list(accumulate(max(stage[-1]["step"] for stage in same) for same in zip(*seeds, strict=True)))
 
 
-def _curve(records: Records, sets: Sequence[str]) -> Curve:
-    """Mean accuracy over `sets`, %, over all stages of one sequence."""
-    starts = [0, *_ends(records)]
+def _curve(records: Records, sets: Sequence[str], ends: Sequence[int]) -> Curve:
+    """Mean accuracy over `sets`, %, over all stages of one sequence, which end at `ends`."""
+    starts = [0, *ends]
     points = [(start + r["step"], r) for start, stage in zip(starts, records, strict=False) for r in stage]
     return Curve([x for x, _ in points], [100 * statistics.mean(r[name] for name in sets) for _, r in points])
 

@@ -9,7 +9,7 @@ from helpers import write_jsonl
 from scipy.stats import binomtest
 
 from sdft_dist.continual import MethodPlan, continual, load_plan, stages, write_mixtures
-from sdft_dist.continual_results import markdown, questions, write_results
+from sdft_dist.continual_results import _curve, _ends, markdown, questions, write_results
 from sdft_dist.data import load_rows, load_training_rows
 from sdft_dist.errors import ConfigError, DataError, UserError
 from sdft_dist.evaluate import Judged
@@ -270,6 +270,15 @@ def made_up(rows, *right):
     measures = [{"average": 0.0} for _ in seeds]
     method = {"seeds": seeds, "right": right, "measures": measures}
     return {"tasks": ["new"], "prior": prior, "rows": rows, "methods": {"sdft": method}}
+
+
+def test_stages_of_all_seeds_begin_together_where_some_stopped_early():
+    def sequence(*lengths):
+        return [[{"step": 0, "a": 0.5}, {"step": n, "a": 1.0}] for n in lengths]
+
+    ends = _ends([sequence(10, 30), sequence(20, 5)])
+    assert ends == [20, 50]
+    assert _curve(sequence(10, 30), ["a"], ends).x == [0, 10, 20, 50]
 
 
 def test_seeds_add_no_questions_to_an_interval():
