@@ -163,6 +163,9 @@ def _dataset(source: str, split: str, setting: str) -> Any:
             where = "data.split" if setting == "data.train" else setting
             raise DataError(f"{where}: {source} has no split {split!r}; it has {', '.join(found)}")
         return found[split]
+    # A saved split knows its own name.
+    if split != "train" and split != str(found.split or ""):
+        raise DataError(f"data.split: got {split!r}, but {source} is one data set, which has no splits: leave it out")
     return found
 
 

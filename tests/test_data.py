@@ -182,6 +182,14 @@ def test_a_split_of_a_file_is_refused(tmp_path):
         load_training_rows(DataConfig(train=str(path), split="test"), "sdft")
 
 
+def test_a_split_of_a_saved_data_set_without_any_is_refused(tmp_path):
+    whole = datasets.Dataset.from_list([{"prompt": "q", "demonstration": "d"}])
+    whole.save_to_disk(tmp_path / "whole")
+    assert len(load_training_rows(DataConfig(train=str(tmp_path / "whole")), "sdft")) == 1
+    with pytest.raises(DataError, match=r"data.split: got 'test', but .*whole is one data set, which has no splits"):
+        load_training_rows(DataConfig(train=str(tmp_path / "whole"), split="test"), "sdft")
+
+
 def test_a_privileged_context_cannot_be_imitated(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "privileged_context": "c"}])
     with pytest.raises(DataError, match="method=sft needs a `demonstration`"):
