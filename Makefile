@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo words test test-all chaos gpu lint clean-clone-test
+.PHONY: help setup demo words test test-chaos test-all chaos gpu lint clean-clone-test
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -37,10 +37,13 @@ words: setup ## teach three words in sequence by three methods with three seeds 
 	$(BIN)/sdft lab sequence --out runs/words
 	$(BIN)/sdft continual runs/words/plan.yaml
 
-test: setup ## the tests (25 to 45 minutes)
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+test: setup ## the tests but for the next ones (15 to 25 minutes)
+	$(BIN)/python -m pytest -m "not slow and not chaos" $(TESTS)
 
-test-all: setup ## the same, and those that do at length what others do in short or in parts
+test-chaos: setup ## those that stop or kill parts of whole runs (13 to 20 minutes)
+	$(BIN)/python -m pytest -m "chaos and not slow" $(TESTS)
+
+test-all: setup ## both, and those that do at length what others do in short or in parts
 	$(BIN)/python -m pytest $(TESTS)
 
 KILLS ?= 50

@@ -11,6 +11,8 @@ from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.mark.fault(
     "generator killed", "SIGKILL", "replaced, serves after a whole push; its samples done again, the end bit-equal"

@@ -15,6 +15,8 @@ from ray.cluster_utils import Cluster
 
 from sdft_dist.stop import LOOK_S
 
+pytestmark = pytest.mark.chaos
+
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 
 

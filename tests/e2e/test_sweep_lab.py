@@ -22,6 +22,8 @@ from sdft_dist.runlog import read_metrics
 from sdft_dist.sweep import sweep_all, trial_bundles, trials
 from sdft_dist.sweep_space import load_sweep
 
+pytestmark = pytest.mark.chaos
+
 
 def sheet(folder, methods, **fields):
     """The lab's recipe under another sweep of few steps."""
