@@ -12,6 +12,7 @@ from typing import Any
 
 from sdft_dist.types import TrainItem
 
+LONG = 16  # tokens of completions whose first three are not most of what there is
 WINDOW = 20  # steps that a length drift is judged over
 NUM_FIRST, NUM_DECILES = 32, 10  # bins of the divergence by position
 
@@ -98,7 +99,7 @@ def _signs(m: dict[str, Any]) -> dict[str, str]:
             "too stale or too far off; lower loss.importance_clip or the learning rate"
         )
     bins = [value for value in m.get("divergence_by_position", [])[:NUM_FIRST] if value is not None]
-    if "staleness_mean" in m and len(bins) > 8 and mean(bins[:3]) > 10 * mean(bins[3:]) > 0:  # of sampled tokens
+    if "staleness_mean" in m and len(bins) > LONG and mean(bins[:3]) > 10 * mean(bins[3:]) > 0:  # of sampled tokens
         signs["first tokens"] = (
             "the divergence sits in the first three tokens: the teacher opens as the demonstration does; consider "
             "loss.skip_first_tokens=3"
