@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -75,10 +76,12 @@ def joined(cluster, folder, **settings):
 )
 def test_actors_of_a_lost_node_are_placed_on_others(undisturbed, nodes, tmp_path, record_property):
     config, process = joined(nodes, tmp_path / "run")
+    process.send_signal(signal.SIGSTOP)  # ten steps take it a second, and may be done before the node is missed
     where = homes(nodes)
     assert len({raylet for _, raylet in where.values()}) == 2, "actors are spread over the nodes"
     node, raylet = next(iter(where.values()))
     nodes.worker_nodes.remove(node)  # the raylet's end is all that the cluster hears
+    threading.Timer(3.0, process.send_signal, [signal.SIGCONT]).start()
     record_property("node lost", recovery(Path(config.run_dir), process, raylet))
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
