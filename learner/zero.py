@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdft_dist.config import Config, LearnerConfig
+from sdft_dist.config import Config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 0,
             **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
         },
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if adds_up_in_fp32(config.learner) else {}),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if config.learner.fp32_gradients else {}),
         "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
         "optimizer": {
             "type": "AdamW",
@@ -60,12 +60,6 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
-
-
-def adds_up_in_fp32(learner: LearnerConfig) -> bool:
-    """Whether micro-batches' gradients of bf16 weights add up in fp32; bf16 loses what is 256 times smaller than the
-    sum. At stage 1 DeepSpeed would keep whole fp32 gradients on every rank for it, and with offload on the GPU."""
-    return learner.zero_stage >= 2 and learner.offload == "none"
 
 
 def set_timeouts(timeout: timedelta) -> None:

@@ -28,6 +28,7 @@ class BetweenSteps:
         self._prepared, self._rundir, self._log, self._asked = prepared, rundir, log, asked
         self._config = prepared.config
         self._saved: set[int] = set()
+        self._judging = False  # also when a scorer has failed
         self.step = self._start = start  # optimizer steps done
 
     def begin(self) -> None:
@@ -84,8 +85,8 @@ class BetweenSteps:
     def rescue(self, fleet: Fleet, error: Exception) -> None:
         """Commit the state as it is where what ended the run has left the learner alone: a scorer, a judge, samples
         that were all cut. Not between two pushes to the teachers, after which a resumed run had another one."""
-        lost = isinstance(error, RayError | TimeoutError | NotServing | ActorLost | Diverged | OSError)
-        if lost or self.step % self._config.teacher.sync_every:
+        lost = isinstance(error, RayError | NotServing | ActorLost | Diverged | OSError)  # TimeoutError is an OSError
+        if (lost and not self._judging) or self.step % self._config.teacher.sync_every:
             return
         try:
             self.save_now(fleet, f"{type(error).__name__}")
@@ -112,7 +113,9 @@ class BetweenSteps:
             while len(right) < len(cases):
                 if self.told():
                     raise Preempted
+                self._judging = True
                 right += scorer(cases[len(right) : len(right) + CASES])
+                self._judging = False
             return right
 
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)

@@ -236,6 +236,13 @@ class LearnerConfig(Section):
         "start, faster steps. Not at zero_stage 3, whose hooks gather weights inside the layers.",
     )
 
+    @property
+    def fp32_gradients(self) -> bool:
+        """Whether micro-batches' gradients of bf16 weights add up in fp32; bf16 loses what is 256 times smaller than
+        the sum. At stage 1 DeepSpeed would keep whole fp32 gradients on every rank for it, and with offload on the
+        GPU."""
+        return self.zero_stage >= 2 and self.offload == "none"
+
 
 class ClusterConfig(Section):
     address: str | None = Field(None, description="A running Ray cluster to join; default starts a local one.")

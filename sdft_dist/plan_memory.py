@@ -44,7 +44,7 @@ def learner_parts(config: Config, m: Dimensions, ranks: int) -> dict[str, float]
     trained = m.adapters(rank) if rank else m.total
     weights = 2 * (m.total + (trained if rank else 0)) / (ranks if stage == 3 else 1)
     offload = learner.offload == "optimizer"
-    gradients = (4 if stage >= 2 and not offload else 2) * trained / (ranks if stage >= 2 else 1)
+    gradients = (4 if learner.fp32_gradients else 2) * trained / (ranks if stage >= 2 else 1)
     owned = trained / (ranks if stage >= 1 else 1)
     ema = _state_bytes(config) - OPTIMIZER_BYTES
     step = 0 if offload else step_bytes(stage, owned, 0 if rank else m.head)

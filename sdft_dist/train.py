@@ -59,14 +59,11 @@ def run(
                         f"--resume: {start.checkpoint} is of step {start.step}: "
                         f"give more steps than {prepared.num_steps}"
                     )
-                evals = [e for e in read_metrics(rundir.path, "eval") if e["step"] <= start.step]
-                last = start.step >= prepared.num_steps
-                judged = not config.eval.every or start.step in {e["step"] for e in evals}
-                if not judged if last else not exhausted(config.eval, evals):
+                if _is_done(prepared, rundir, start.step):
+                    rundir.rewind(start.step)
+                else:
                     with ray_session(config):
                         _survive(prepared, rundir, start, asked)
-                else:
-                    rundir.rewind(start.step)
                 rundir.say("training is done")
                 if asked():
                     raise Preempted("asked to stop: all steps are saved, the model is not exported")
@@ -74,6 +71,15 @@ def run(
             return rundir
     except Preempted as end:
         raise Preempted(f"{end}; {advice}" if advice else str(end)) from end
+
+
+def _is_done(prepared: Prepared, rundir: RunDir, step: int) -> bool:
+    """Whether there is nothing to train or to evaluate after `step`."""
+    config = prepared.config.eval
+    evals = [record for record in read_metrics(rundir.path, "eval") if record["step"] <= step]
+    if step < prepared.num_steps:
+        return exhausted(config, evals)
+    return not config.every or any(record["step"] == step for record in evals)
 
 
 @contextmanager
