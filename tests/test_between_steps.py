@@ -80,6 +80,20 @@ def test_an_evaluation_that_fails_leaves_the_steps_state_and_is_done_first_when_
     assert run.done() == ([0, 2, 4], [2])
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError("of the scorer"), TimeoutError("of its endpoint")])
+def test_a_scorer_may_fail_as_disks_and_ranks_do(tmp_path, error):
+    def scorer(cases):
+        raise error
+
+    run = Run(tmp_path)
+    run.after(0, 1)
+    run.between._prepared.scorer = scorer
+    with pytest.raises(type(error)):
+        run.after(2)
+    run.between.rescue(run.fleet, error)
+    assert run.done() == ([0], [2])
+
+
 @pytest.mark.parametrize("error", [TimeoutError("silent"), Diverged("nan"), OSError("disk")])
 def test_what_has_ended_the_learner_or_the_disk_saves_nothing_more(tmp_path, error):
     run = Run(tmp_path)
