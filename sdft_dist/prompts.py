@@ -7,8 +7,9 @@ Text of a row is text: a control token's name inside it (`<|im_end|>`) is never 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ from sdft_dist.errors import DataError, UserError
 from sdft_dist.problems import ProblemSet
 from sdft_dist.types import Problem
 
+BATCH = 1024  # rows that are tokenised at a time
+# Templates that tell the day tell this one, to which Llama 3.1's falls back: a run that goes on tomorrow, and the next
+# trial of a sweep, have the same rows.
+DAY = date(2024, 7, 26)
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer of `model.path`, with a chat template. Raises UserError where either is missing."""
@@ -98,25 +103,37 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({'|'.join(values)})\}}", lambda m: values[m[1]], template)
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that ends with the generation prompt.
+def encode_chats(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Token ids of conversations that each end with the generation prompt.
 
     The template sees each text as it is, as it may look into it (Qwen3's drops what comes before `</think>` in earlier
     turns), but for the names of control tokens, which are tokenised apart, as plain text."""
-    control = [name for name in _control_names(tokenizer) if any(name in m["content"] for m in messages)]
-    if not control:
-        return list(tokenizer(_render(tokenizer, messages), add_special_tokens=False)["input_ids"])
-    names = {_mark(i): name for i, name in enumerate(control)}
+    control = _control_names(tokenizer)
+    pieces = [list(_pieces(tokenizer, control, messages)) for messages in conversations]
+    rendered = iter(_tokenize(tokenizer, [text for one in pieces for text, name in one if not name]))
+    names = iter(_tokenize(tokenizer, [text for one in pieces for text, name in one if name], as_text=True))
+    return [[id for _, name in one for id in next(names if name else rendered)] for one in pieces]
+
+
+def _pieces(tokenizer: Any, control: Collection[str], messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+    """The rendered conversation, in order: text, and whether it is the name of a control token that a message holds."""
+    used = [name for name in control if any(name in m["content"] for m in messages)]
+    if not used:
+        yield _render(tokenizer, messages), False
+        return
+    names = {_mark(i): name for i, name in enumerate(used)}
     marks = {name: mark for mark, name in names.items()}
-    longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+    longest_first = "|".join(map(re.escape, sorted(used, key=len, reverse=True)))
     masked = [{**m, "content": re.sub(longest_first, lambda found: marks[found[0]], m["content"])} for m in messages]
-    ids: list[int] = []
     for piece in re.split(f"({'|'.join(names)})", _render(tokenizer, masked)):
-        if piece in names:
-            ids += tokenizer(names[piece], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        elif piece:
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    return ids
+        if piece:
+            yield names.get(piece, piece), piece in names
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], *, as_text: bool = False) -> list[list[int]]:
+    """Token ids of each text; `as_text` reads no name of a control token as the token. The tokenizer's threads share
+    the texts of a call."""
+    return list(tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]) if texts else []
 
 
 def _control_names(tokenizer: Any) -> set[str]:
@@ -130,10 +147,9 @@ def _mark(i: int) -> str:
     return f"\ue000{i}\ue001"
 
 
-def encode_completion(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a demonstration as the student would say it, with the end-of-turn token."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+def encode_completions(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of demonstrations as the student would say them, each with the end-of-turn token."""
+    return [[*ids, tokenizer.eos_token_id] for ids in _tokenize(tokenizer, texts, as_text=True)]
 
 
 def check_views(tokenizer: Any, row: Row, template: str) -> None:
@@ -173,8 +189,7 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
     dropped: list[str] = []
     truncated: list[str] = []
     unfit: list[str] = []
-    for row in rows:
-        problem = _encode(config, tokenizer, row)
+    for row, problem in zip(rows, _encode(config, tokenizer, rows), strict=True):
         message = _overlong(config, problem)
         if message is not None and policy == "truncate_demonstration":
             problem = _truncated(config, tokenizer, row, problem)
@@ -207,12 +222,15 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
 _ADVICE = "Raise model.max_length, or see data.too_long for dropping rows or shortening demonstrations."
 
 
-def _encode(config: Config, tokenizer: Any, row: Row) -> Problem:
-    return Problem(
-        prompt_ids=_ids(encode_chat(tokenizer, row.messages)),
-        teacher_prompt_ids=_ids(encode_chat(tokenizer, teacher_messages(row, config.prompt.template))),
-        demonstration_ids=_ids(encode_completion(tokenizer, row.demonstration)),
-    )
+def _encode(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Iterator[Problem]:
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        prompts = encode_chats(tokenizer, [row.messages for row in some])
+        shown = encode_chats(tokenizer, [teacher_messages(row, config.prompt.template) for row in some])
+        said = encode_completions(tokenizer, [row.demonstration for row in some])
+        for views in zip(prompts, shown, said, strict=True):
+            prompt, teacher_prompt, demonstration = map(_ids, views)
+            yield Problem(prompt_ids=prompt, teacher_prompt_ids=teacher_prompt, demonstration_ids=demonstration)
 
 
 def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Problem:
@@ -230,7 +248,7 @@ def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Pr
         text = tokenizer.decode(kept).rstrip("\ufffd")  # of a character that is cut
         if not text.strip():
             break
-        found = _encode(config, tokenizer, replace(row, demonstration=text))
+        (found,) = _encode(config, tokenizer, [replace(row, demonstration=text)])
         if _overlong(config, found) is None:
             return replace(found, demonstration_ids=found.demonstration_ids[:-1])
     return problem
@@ -240,7 +258,7 @@ def encode_prompts(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[
     """The student's view, int32 [P], of held-out rows. Raises DataError that names each one which leaves no room for
     a whole completion: it would be cut short, and judged by that; UserError that names each one with an id which the
     model does not have."""
-    prompts = [_ids(encode_chat(tokenizer, row.messages)) for row in rows]
+    prompts = list(map(_ids, encode_chats(tokenizer, [row.messages for row in rows])))
     room, limit = config.rollout.max_completion_tokens, config.model.max_length
     unfit = [
         f"{row.where}: prompt of {len(ids)} tokens + rollout.max_completion_tokens={room} is {len(ids) + room}, "
@@ -275,8 +293,9 @@ def _overlong(config: Config, problem: Problem) -> str | None:
 
 
 def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    options = {"add_generation_prompt": True, "tokenize": False, "strftime_now": DAY.strftime}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except Exception as e:  # a template is code of the model folder's, which may fail in any way
         raise UserError(f"chat template: fails on roles {[m['role'] for m in messages]}: {e}") from e
 
