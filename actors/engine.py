@@ -106,10 +106,6 @@ class Engine:
         self.version: int | None = None
         self._head: Any = None  # of the last push, once it has been asked for: it may come from another process
 
-    def serve_folder(self) -> None:
-        """Serve the weights of the model's folder as version 0, without a push."""
-        self.version = 0
-
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """For each sequence (int32 [T]): the log-probability of its tokens from `start` on, nats, in float32 at
         temperature 1, and whether every one of them is the likeliest. Needs runner="generate" and that nothing else

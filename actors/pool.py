@@ -62,10 +62,6 @@ class Pool:
 
         return self._spread(work, send, "complete")
 
-    def serve_folder(self) -> None:
-        """Let every engine serve the weights of the model's folder. Generators only."""
-        self._wait([actor.serve_folder.remote() for actor in self.actors], "load the model's folder")
-
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """For each sequence (int32 [T]) the log-probability of its tokens from `start` on, and whether every one of
         them is the likeliest. Generators only."""

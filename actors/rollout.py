@@ -27,7 +27,8 @@ def sample_seed(run_seed: int, key: SampleKey) -> int:
 
 
 class Generator:
-    """One vLLM engine with the student's weights, which samples of the first `vocab_size` ids where that is given."""
+    """One vLLM engine with the student's weights, which samples of the first `vocab_size` ids where that is given.
+    Without `problems` it serves the weights of the model's folder, and needs no push."""
 
     def __init__(
         self, config: Config, device: str, stop_ids: Sequence[int], problems: Any, vocab_size: int | None = None
@@ -36,6 +37,8 @@ class Generator:
         self._refused: UserError | None = None
         try:
             self.engine = Engine(config, "generate", device, stop_ids, vocab_size)
+            if problems is None:
+                self.engine.version = 0
         except UserError as e:  # of what a constructor raises Ray hands on but a text
             self._refused = e
         self._keys: dict[str, SampleKey] = {}  # of the engine's requests that are samples
@@ -93,10 +96,6 @@ class Generator:
         while not all(name in self._finished for name in names):
             self._finished |= self.engine.advance()
         return [self._finished.pop(name).token_ids for name in names]
-
-    def serve_folder(self) -> None:
-        """Serve the weights of the model's folder, without a push."""
-        self.engine.serve_folder()
 
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """Log-probability of each sequence's tokens from `start` on, and whether greedy decoding gives them."""

@@ -51,7 +51,7 @@ class Stream:
         self._slice_s, self._timeout_s, self._on_span = slice_s, timeout_s, on_span
         self._max_call_tokens, self._target_bytes, self._max_bytes = max_call_tokens, target_bytes, max_bytes
         self._decoding: list[set[SampleKey]] = [set() for _ in generators.actors]
-        self._rolling = [0] * len(generators.actors)  # calls under way at each generator
+        self._rolling: list[set[Any]] = [set() for _ in generators.actors]  # answers that each generator owes
         self._scoring: list[list[Call]] = [[] for _ in teachers.actors]
         self._homeless: list[SampleKey] = []  # whose generator was lost
         self._waiting: list[SampleRef] = []  # for a teacher
@@ -97,6 +97,7 @@ class Stream:
         self._missed = 0
         items = [self._items.pop(key) for key in keys]
         self._held -= sum(item.num_completion_tokens for item in items)
+        self._dispatch()  # to teachers that had to wait for room
         return items
 
     def queues(self) -> dict[str, int]:
@@ -112,7 +113,7 @@ class Stream:
         """Take what lost engines were given away from them: others, or those in their places, do it again."""
         for g in self._generators.lost:
             self._homeless += sorted(self._decoding[g])
-            self._decoding[g], self._rolling[g] = set(), 0
+            self._decoding[g], self._rolling[g] = set(), set()
         for t in self._teachers.lost:
             for call in self._scoring[t]:
                 self._waiting += call.samples
@@ -154,20 +155,22 @@ class Stream:
             pool.lose(index, error)
 
     def _roll(self, g: int, keys: Sequence[SampleKey]) -> None:
-        self._rolling[g] += 1
         actor = self._generators.actors[g]
         failed = partial(self._failed, self._generators, g, actor)
         answer, *lists = actor.rollout.options(num_returns=2).remote(keys, self._slice_s)
-        self._events.on(answer, partial(self._rolled, g, lists), failed)
+        self._rolling[g].add(answer)
+        self._events.on(answer, partial(self._rolled, g, answer, lists), failed)
 
-    def _rolled(self, g: int, lists: Sequence[Any], rollout: Rollout) -> None:
-        self._rolling[g] -= 1
+    def _rolled(self, g: int, answer: Any, lists: Sequence[Any], rollout: Rollout) -> None:
+        if answer not in self._rolling[g]:  # a late one, of a generator that has been replaced
+            return
+        self._rolling[g].remove(answer)
         self._on_span("generator", g, rollout.span)
         found = bound(rollout.samples, lists)
         samples = [sample for sample in found if sample.key in self._decoding[g]]  # each once
         self._decoding[g] -= {sample.key for sample in samples}
         if self._slice_s is not None and self._decoding[g]:
-            while self._rolling[g] < AHEAD:
+            while len(self._rolling[g]) < AHEAD:
                 self._roll(g, [])
         self._waiting += samples
         self._dispatch()

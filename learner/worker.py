@@ -1,6 +1,7 @@
 """One learner rank: a Ray actor's class, without Ray.
 
-Every method except `address` is a collective: the driver calls it on all ranks at once.
+Methods that train, push or save are collectives: the driver calls them on all ranks at once. Others answer for this
+rank alone.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class LearnerRank:
         # Before the driver loses patience: who is still silent when the others have given up is the one that hangs.
         set_timeouts(timedelta(seconds=0.8 * self.config.cluster.timeout_s))
         self._frozen = {name: p for name, p in named if not p.requires_grad}
-        self._moved, teacher = resume is not None, self.config.teacher  # whether the student is at model.path
+        self._moved = resume is not None  # whether the student has left the weights at model.path
+        teacher = self.config.teacher
         self.ema, anchor = None, checkpoint.anchor(self.config, shards)
         if teacher.kind == "ema":
             self.ema = Ema(self._fragments(), None if anchor is None else self._weights_of(anchor))

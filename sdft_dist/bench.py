@@ -32,7 +32,7 @@ from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
 from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import RunLog, read_metrics
-from sdft_dist.topology import needs, num_gpus, sizes
+from sdft_dist.topology import lacking, needs, num_gpus, sizes
 from sdft_dist.types import Problem
 
 SKIPPED = 2  # steps at the start of each segment, which fill the pipeline again
@@ -141,7 +141,7 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
 
     `fixed` runs every completion to `rollout.max_completion_tokens`. Raises UserError as a run would.
     """
-    new_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     least = max(SKIPPED + 2, config.rollout.max_staleness + 1)
     if segment < least:
         raise UserError(f"--segment: {segment} steps are too few: give {least}, of which {SKIPPED} are not counted")
@@ -160,6 +160,7 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
     # Not counted are the first segment of each, which warms up, and the last, whose rollouts end early.
     turns = Turns([c.name for c in contestants], segment, segment * (pairs + 2))
     with ray_session(config):
+        _refuse_too_few_gpus([c.config for c in contestants if isinstance(c, Ours)])
         turns.run(contestants)
     report = _report(config, turns, contestants[:2], out, fixed)
     (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -167,11 +168,16 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
     return report
 
 
-def new_folder(out: Path) -> None:
-    """Make `out`. Raises UserError where a measurement is in it already."""
-    if (out / "bench.json").exists() or (out / "sdft").exists():
-        raise UserError(f"--out: {out} is already in use")
-    out.mkdir(parents=True, exist_ok=True)
+def _refuse_too_few_gpus(configs: Sequence[Config]) -> None:
+    """Raises UserError where the contestants, which all stay while they take turns, do not fit beside each other."""
+    import ray
+
+    wanted = [need for config in configs for need in needs(config, resolve_device(config))]
+    if missing := lacking(wanted, ray.nodes()):
+        raise UserError(
+            f"bench: SDFT and SFT take turns, and each keeps its GPUs: {missing}; with fewer, measure a role at a "
+            "time (--learner-only, with method=sft too, --generator-only, --teacher-only)"
+        )
 
 
 def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sdft_dist import pieces
 from sdft_dist.account import Machine, accounts, mean_lengths, processed
-from sdft_dist.bench import Ours, contestant, machine, new_folder, spans, spread, summary
+from sdft_dist.bench import Ours, contestant, machine, spans, spread, summary
 from sdft_dist.cluster import launch, ray_session
 from sdft_dist.config import Config
 from sdft_dist.dimensions import read_dimensions
@@ -60,7 +60,7 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     """
     if config.method != "sdft" and role != "learner":
         raise UserError(f"--{role}-only: method={config.method} has no {role}")
-    new_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     ours, rollout = contestant(config, config.method, out, fixed=fixed), config.rollout
     load = Load(
         role=role,

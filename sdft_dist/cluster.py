@@ -127,9 +127,9 @@ def launch(
 
 
 @contextmanager
-def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
-    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner. Raises Fault
-    where one of them ends or hangs."""
+def serving(config: Config, stop_ids: list[int], vocab_size: int | None) -> Iterator[Any]:
+    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner; of `vocab_size`
+    as for `Generator`. Raises Fault where one of them ends or hangs."""
     import ray
 
     from actors.rollout import Generator
@@ -140,11 +140,11 @@ def serving(config: Config, stop_ids: list[int]) -> Iterator[Any]:
         try:
             for i in range(size):
                 options = places.options("generator", i, size)
-                actors.append(ray.remote(Generator).options(**options).remote(config, device, stop_ids, None))
+                actor = ray.remote(Generator).options(**options).remote(config, device, stop_ids, None, vocab_size)
+                actors.append(actor)
             timeout_s, start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
             pool = Pool("generators", actors, timeout_s, Events(), start_timeout_s=start_timeout_s)
             pool.wait_ready()
-            pool.serve_folder()
             yield pool
         except (UserError, Fault):
             raise

@@ -1,4 +1,4 @@
-"""Demonstration files to rows, and rows' token ids to a ProblemSet.
+"""Demonstration files to rows of text.
 
 Every bad row is found before anything starts and reported as `file:line: field: problem`. Four
 layouts are recognised by their columns; see LAYOUTS.

@@ -17,7 +17,6 @@ from sdft_dist.evaluate import Judged, accuracy, evaluate, interval, load_eval_s
 from sdft_dist.judge import Judge
 from sdft_dist.prepare import check_device
 from sdft_dist.prompts import load_tokenizer, stop_ids
-from sdft_dist.recipe import parse_config
 from sdft_dist.rundir import refuse_used, write_evaluation
 
 
@@ -29,12 +28,10 @@ def evaluate_model(config: Config, out: Path | None = None) -> tuple[dict[str, A
         refuse_used(out)
     if not config.eval.sets:
         raise ConfigError("eval.sets: has no held-out file to evaluate on: give eval.sets.NAME=FILE")
-    # The folder's weights are whole; adapters would have to come from a learner.
-    config = parse_config({**config.model_dump(), "model": {**config.model.model_dump(), "lora": {}}})
     check_device(config)
     tokenizer = load_tokenizer(config)
     sets, scorer, ends = load_eval_sets(config, tokenizer), load_scorer(config.eval), stop_ids(tokenizer, config.model)
-    with ray_session(config), serving(config, ends) as engines:
+    with ray_session(config), serving(config, ends, len(tokenizer)) as engines:
         limit, samples = config.rollout.max_completion_tokens, config.eval.samples
         judged = evaluate(sets, engines, tokenizer, scorer, limit, samples)
     found = {

@@ -183,7 +183,8 @@ def harness(
     tokenizer = load_tokenizer(config)
     ends = stop_ids(tokenizer, config.model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ray_session(config), serving(config, ends) as engines, _reaching_the_hub():
+    # Padded ids are not left out, as the harness's other backends do not either.
+    with ray_session(config), serving(config, ends, None) as engines, _reaching_the_hub():
         found = evaluator.simple_evaluate(
             model=HarnessModel(engines, tokenizer, config.model.max_length, ends),
             tasks=names,

@@ -106,7 +106,7 @@ def environment(sharing: int) -> dict[str, str]:
     """Variables of an actor without a GPU. `sharing` actors that work at the same time divide the cores: the ranks
     of a learner, and the roles where rollouts run ahead; otherwise the roles take turns."""
     return {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // sharing)),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // sharing)),
         "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin on cores that another role needs
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",

@@ -141,7 +141,11 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {name} is a value, not a section")
-    node[leaf] = copy.deepcopy(value)  # later overrides may write into it
+    value = copy.deepcopy(value)  # later overrides may write into it
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict) and not parents:
+        _merge(node[leaf], value)  # a section, as a file would give it; other mappings are values
+    else:
+        node[leaf] = value
 
 
 def _yaml_value(text: str, where: str) -> Any:

@@ -11,7 +11,18 @@ import pytest
 from rich.console import Console
 
 from sdft_dist.account import Machine, accounts, mean_lengths, push_split, time_shares
-from sdft_dist.bench import SKIPPED, Turns, _rate, _report, contestant, devices, regression, show, timeline
+from sdft_dist.bench import (
+    SKIPPED,
+    Turns,
+    _rate,
+    _refuse_too_few_gpus,
+    _report,
+    contestant,
+    devices,
+    regression,
+    show,
+    timeline,
+)
 from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.plan import Lengths
@@ -210,6 +221,16 @@ def test_devices_are_counted_as_they_are_shared_and_spanned(sections, sdft, sft)
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "cluster": cluster, **sections}
     assert devices(parse_config(tree)) == sdft
     assert devices(parse_config(tree | {"method": "sft"})) == sft
+
+
+def test_contestants_that_do_not_fit_beside_each_other_are_refused(monkeypatch):
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "cluster": {"device": "cuda", "colocate": "all"}}
+    both = [parse_config(tree), parse_config(tree | {"method": "sft"})]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 2}}])
+    _refuse_too_few_gpus(both)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 1}}])
+    with pytest.raises(UserError, match=r"needs 2 GPUs .* the cluster has 1 .*--learner-only"):
+        _refuse_too_few_gpus(both)
 
 
 def test_what_an_actor_does_with_its_time_is_its_work_its_weights_and_the_rest():

@@ -23,6 +23,14 @@ def test_overrides_and_scientific_notation(recipe):
     assert config.loss.divergence == "reverse_kl"
 
 
+def test_a_section_as_an_override_replaces_what_it_names_and_a_mapping_is_replaced_whole(recipe):
+    layers = ["loss.skip_first_tokens=3", "eval.sets={old: a.jsonl}"]
+    for override in ("loss={divergence: reverse_kl}", {"loss": {"divergence": "reverse_kl"}}):
+        loss = load_config(recipe, [*layers, override]).loss
+        assert (loss.divergence, loss.skip_first_tokens) == ("reverse_kl", 3)
+    assert load_config(recipe, [*layers, "eval.sets={new: b.jsonl}"]).eval.sets == {"new": "b.jsonl"}
+
+
 def test_what_only_looks_like_a_number_stays_text(recipe):
     for given, read in (("7e12345", "7e12345"), ("'7e12'", "7e12"), ('"1e-5"', "1e-5"), ("inf", "inf")):
         assert load_config(recipe, [f"model.revision={given}"]).model.revision == read

@@ -190,6 +190,7 @@ def test_later_steps_wait_while_too_many_bytes_are_held_and_the_due_step_never_d
     scored = {s.key for samples, _ in one.calls for s in samples}
     assert len(scored) == 4 + 5, "the due step, and what fits beside it once that is taken"
     assert len(path.take(keys(1))) == 4
+    assert sum(len(samples) for samples, _ in one.calls) == 12, "what waited for room is scored while the learner works"
     assert len(path.take(keys(2))) == 4
     tight = stream([generator()], [teacher()], max_bytes=1)
     tight.submit(keys(0))
@@ -290,6 +291,20 @@ def test_a_late_answer_of_a_replaced_teacher_is_not_taken():
     (_, work), handler, _ = late
     handler(work())
     assert not path._items
+
+
+def test_a_late_answer_of_a_replaced_generator_is_not_counted():
+    """Else more calls than meant would be under way at the new one."""
+    events, slow = FakeEvents(), generator(per_call=1)
+    path = mending(stream([slow], [teacher()], events), generator=lambda: generator(per_call=1))
+    path.submit(keys(0))
+    late = events.pending[0]
+    path._failed(path._generators, 0, slow, RuntimeError("silent"))
+    path.take(keys(0, problems=1))
+    (_, work), handler, _ = late
+    under_way = len(path._rolling[0])
+    handler(work())
+    assert len(path._rolling[0]) == under_way > 0
 
 
 def test_without_anybody_who_mends_a_loss_is_an_error():

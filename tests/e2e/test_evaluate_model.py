@@ -59,6 +59,6 @@ def test_a_lost_generator_ends_it_by_name(settings, ray_cluster):
 
 
 def complete_with_a_dead_one(config):
-    with serving(config, [1]) as engines:
+    with serving(config, [1], None) as engines:
         ray.kill(engines.actors[0])
         engines.complete([np.arange(4, dtype=np.int32)], 4)
