@@ -122,7 +122,7 @@ class BetweenSteps:
         self._rundir.note_evaluation(step, judged)
         cost = scorer.cost() if isinstance(scorer, Judge) else {}
         place = {"num_steps": prepared.num_steps}  # who reads the record later knows then whether it was the last
-        self._log.write("eval", step, {**place, **summary(judged), **cost})
+        self._log.evaluation(step, {**place, **summary(judged), **cost})
         prepared.on_evaluation({**place, **{name: accuracy(rows) for name, rows in judged.items()}, "step": step})
 
 

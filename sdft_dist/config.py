@@ -71,6 +71,9 @@ class DataConfig(Section):
         description="Demonstrations: .jsonl, .json or .parquet file, a folder saved by `datasets`, or a hub id."
     )
     split: str = Field("train", description="Split, for a hub id or a saved DatasetDict.")
+    subset: str | None = Field(
+        None, description="Configuration of a hub data set that has several, such as gsm8k's main."
+    )
     limit: int | None = Field(None, ge=1, description="Use only the first rows; default all.")
     max_prompt_tokens: int | None = Field(None, ge=1, description="Longest student prompt; default: the context.")
     max_demonstration_tokens: int | None = Field(None, ge=1, description="Longest demonstration; default: the context.")
@@ -86,6 +89,9 @@ class PromptConfig(Section):
     template: str = Field(PAPER_TEMPLATE, description="The teacher's user turn, with {prompt} and {demonstration}.")
     chat_template: str | None = Field(
         None, description="File with a Jinja chat template, for a tokenizer that has none."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Variables for the chat template, such as {enable_thinking: false} for Qwen3's."
     )
 
 

@@ -58,6 +58,7 @@ def load_rows(
     source: str,
     *,
     split: str = "train",
+    subset: str | None = None,
     limit: int | None = None,
     need_demonstration: bool = True,
     setting: str = "data.train",
@@ -70,7 +71,7 @@ def load_rows(
     """
     rows: list[Row] = []
     problems: list[str] = []
-    for where, value in _records(source, split, setting):
+    for where, value in _records(source, split, subset, setting):
         if isinstance(value, _BadField):
             problems.append(f"{where}: {value.field}: {value}")
             continue
@@ -95,7 +96,7 @@ def few(problems: Sequence[str]) -> list[str]:
 
 def load_training_rows(data: DataConfig, method: str) -> list[Row]:
     """The rows to train on. Raises DataError; also where `method` imitates rows that cannot be."""
-    rows = load_rows(data.train, split=data.split, limit=data.limit)
+    rows = load_rows(data.train, split=data.split, subset=data.subset, limit=data.limit)
     if method != "sdft":
         for row in rows:
             if not row.imitable:
@@ -106,7 +107,7 @@ def load_training_rows(data: DataConfig, method: str) -> list[Row]:
     return rows
 
 
-def _records(source: str, split: str, setting: str) -> Iterator[tuple[str, Any]]:
+def _records(source: str, split: str, subset: str | None, setting: str) -> Iterator[tuple[str, Any]]:
     """(file:line, record or _BadField) of every record."""
     path = Path(source)
     kind = path.suffix.lower()
@@ -124,7 +125,7 @@ def _records(source: str, split: str, setting: str) -> Iterator[tuple[str, Any]]
     elif path.is_file() and kind == ".json":
         yield from _json_array(path)
     else:
-        records = _parquet(path, setting) if path.is_file() else _dataset(source, split, setting)
+        records = _parquet(path, setting) if path.is_file() else _dataset(source, split, subset, setting)
         for i, record in enumerate(records, start=1):
             yield f"{source}:{i}", record
 
@@ -149,12 +150,12 @@ def _parquet(path: Path, setting: str) -> Iterator[Any]:
         raise DataError(f"{setting}: {path}: could not be read: {type(e).__name__}: {e}") from e
 
 
-def _dataset(source: str, split: str, setting: str) -> Any:
+def _dataset(source: str, split: str, subset: str | None, setting: str) -> Any:
     import datasets
 
     path = Path(source)
     try:
-        found = datasets.load_from_disk(source) if path.is_dir() else datasets.load_dataset(source)
+        found = datasets.load_from_disk(source) if path.is_dir() else datasets.load_dataset(source, subset)
     except Exception as e:  # datasets raises many kinds for a bad file or an unreachable hub
         what = "could not be read" if path.exists() else "no such file, and no data set of the hub could be read"
         raise DataError(f"{setting}: {source}: {what}: {type(e).__name__}: {e}") from e
@@ -296,6 +297,8 @@ def _messages(column: str, value: Any) -> tuple[Message, ...]:
             raise _BadField(f"{column}[{i}]", "is not a message with `role` and `content`")
         if m["role"] not in ROLES:  # the template writes it between control tokens
             raise _BadField(f"{column}[{i}].role", f"is {_show(m['role'])}; expected one of {', '.join(ROLES)}")
+        if m.get("tool_calls"):
+            raise _BadField(f"{column}[{i}].tool_calls", "is not read: write the calls into `content`, as text")
         _text(f"{column}[{i}].content", m.get("content"))
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 

@@ -22,7 +22,8 @@ Scorer = Callable[[Sequence[Case]], list[bool]]
 OURS = ("sdft_dist.evaluate:exact_match", *(f"sdft_dist.scorers:{name}" for name in ("letter", "text", "tool_calls")))
 Z = 1.959964  # of the normal distribution, for 95%
 # Fields of an evaluation's record that are not the accuracy on a set.
-TAKEN = re.compile(r"kind|step|attempt|seconds|num_steps|judge_.*|.*_interval|.*_pass@.*")
+TAKEN = re.compile(r"kind|step|attempt|seconds|num_steps|judge_.*|.*_(interval|pass@.*|cut_share)")
+THOUGHT = "</think>"  # what a model writes up to there is not its answer
 
 
 class Completer(Protocol):
@@ -52,6 +53,7 @@ class Judged(NamedTuple):
     prompt: str = ""  # its last message
     samples: int = 0  # drawn besides the greedy completion
     passed: int = 0  # how many of them are right
+    cut: bool = False  # whether the completion is as long as the limit lets it be
 
 
 def exact_match(completion: str, answer: str) -> bool:
@@ -141,25 +143,28 @@ def evaluate(
     sets: Sequence[EvalSet], completer: Completer, tokenizer: Any, scorer: Scorer, max_tokens: int, samples: int = 0
 ) -> dict[str, list[Judged]]:
     """Every row of each set with its greedy completion and whether that is right, and how many of `samples`
-    sampled ones are; the same ones whenever it is called."""
+    sampled ones are; the same ones whenever it is called. The scorer gets what follows the last `</think>`."""
 
-    def texts(copies: int, seeds: Sequence[int] | None) -> Iterator[str]:
-        """Of all sets in one call, which keeps the decode batch full."""
+    def texts(copies: int, seeds: Sequence[int] | None) -> Iterator[tuple[str, bool]]:
+        """Of all sets in one call, which keeps the decode batch full; with whether it was cut."""
         prompts = [prompt for own in sets for prompt in own.prompts for _ in range(copies)]
         done = completer.complete(prompts, max_tokens, seeds)
-        return (tokenizer.decode(ids, skip_special_tokens=True) for ids in done)
+        return ((tokenizer.decode(ids, skip_special_tokens=True), len(ids) >= max_tokens) for ids in done)
+
+    def case(question: str, answer: str, completion: str) -> Case:
+        return Case(question, completion.rpartition(THOUGHT)[2], answer)
 
     rows = sum(len(own.prompts) for own in sets)
     greedy, sampled = texts(1, None), texts(samples, range(samples * rows)) if samples else iter(())
     out = {}
     for own in sets:
         asked = list(zip(own.questions, own.answers, strict=True))
-        cases = [Case(question, next(greedy), answer) for question, answer in asked]
-        drawn = [Case(question, next(sampled), answer) for question, answer in asked for _ in range(samples)]
-        right, lucky = scorer(cases), scorer(drawn)
+        said = [next(greedy) for _ in asked]
+        right = scorer([case(*row, text) for row, (text, _) in zip(asked, said, strict=True)])
+        lucky = scorer([case(*row, next(sampled)[0]) for row in asked for _ in range(samples)])
         out[own.name] = [
-            Judged(c.completion, c.answer, right[i], c.prompt, samples, sum(lucky[i * samples : (i + 1) * samples]))
-            for i, c in enumerate(cases)
+            Judged(text, answer, right[i], question, samples, sum(lucky[i * samples : (i + 1) * samples]), cut)
+            for i, ((question, answer), (text, cut)) in enumerate(zip(asked, said, strict=True))
         ]
     return out
 
@@ -181,11 +186,12 @@ def accuracy(judged: Sequence[Judged]) -> float:
 
 
 def summary(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
-    """For each held-out set NAME its accuracy as NAME, the ends of its 95% interval as NAME_interval, and as
-    NAME_pass@k what `pass_at` finds."""
+    """For each held-out set NAME its accuracy as NAME, the ends of its 95% interval as NAME_interval, the share of
+    greedy completions that were cut as NAME_cut_share, and as NAME_pass@k what `pass_at` finds."""
     intervals = {f"{name}_interval": interval(rows) for name, rows in judged.items()}
     passes = {f"{name}_pass@{k}": share for name, rows in judged.items() for k, share in pass_at(rows).items()}
-    return {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals, **passes}
+    cut = {f"{name}_cut_share": sum(row.cut for row in rows) / len(rows) for name, rows in judged.items()}
+    return {**{name: accuracy(rows) for name, rows in judged.items()}, **intervals, **cut, **passes}
 
 
 def interval(judged: Sequence[Judged]) -> tuple[float, float]:

@@ -53,11 +53,11 @@ def show(found: Mapping[str, Any], judged: Mapping[str, Sequence[Judged]], conso
     """Accuracies as a table."""
     ks = sorted({k for rows in judged.values() for k in pass_at(rows)})
     table = Table(title=f"{found['model']}, scored by {found['scorer']}, greedy")
-    for column in ("set", "rows", "accuracy", "95% interval", *(f"pass@{k}" for k in ks)):
+    for column in ("set", "rows", "accuracy", "95% interval", "cut", *(f"pass@{k}" for k in ks)):
         table.add_column(column, justify="left" if column == "set" else "right")
     for name, rows in judged.items():
         low, high = interval(rows)
         passes = [f"{100 * share:.1f}%" for share in pass_at(rows).values()]
-        spread = f"{100 * low:.1f} – {100 * high:.1f}"
-        table.add_row(name, str(len(rows)), f"{100 * accuracy(rows):.1f}%", spread, *passes)
+        spread, cut = f"{100 * low:.1f} – {100 * high:.1f}", f"{100 * found[f'{name}_cut_share']:.0f}%"
+        table.add_row(name, str(len(rows)), f"{100 * accuracy(rows):.1f}%", spread, cut, *passes)
     console.print(table)

@@ -24,7 +24,7 @@ from rich.table import Table
 from sdft_dist.cluster import ray_session, serving
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError, brief
-from sdft_dist.prompts import DAY, load_tokenizer, stop_ids
+from sdft_dist.prompts import load_tokenizer, stop_ids
 
 # The paper names six benchmarks and no settings. These are the harness's own, without examples in the prompt.
 PAPER = {
@@ -85,7 +85,6 @@ class HarnessModel(TemplateLM):
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
-                strftime_now=DAY.strftime,
             )
         )
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,10 @@ BATCH = 1024  # rows that are tokenised at a time
 # trial of a sweep, have the same rows.
 DAY = date(2024, 7, 26)
 
+
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of `model.path`, with a chat template. Raises UserError where either is missing."""
+    """The tokenizer of `model.path`, whose `apply_chat_template` gives the template what `prompt` says. Raises
+    UserError where tokenizer or template are missing."""
     from transformers import AutoTokenizer
 
     path = config.model.path
@@ -53,6 +56,8 @@ def load_tokenizer(config: Config) -> Any:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path} has no end-of-turn (eos) token")
+    variables = {"strftime_now": DAY.strftime, **config.prompt.chat_template_kwargs}
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **variables)
     return tokenizer
 
 
@@ -293,9 +298,8 @@ def _overlong(config: Config, problem: Problem) -> str | None:
 
 
 def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
-    options = {"add_generation_prompt": True, "tokenize": False, "strftime_now": DAY.strftime}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), **options))
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     except Exception as e:  # a template is code of the model folder's, which may fail in any way
         raise UserError(f"chat template: fails on roles {[m['role'] for m in messages]}: {e}") from e
 

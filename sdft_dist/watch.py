@@ -14,6 +14,7 @@ from sdft_dist.types import TrainItem
 
 LONG = 16  # tokens of completions whose first three are not most of what there is
 WINDOW = 20  # steps that a length drift is judged over
+MANY_CUT = 0.25  # of the completions
 NUM_FIRST, NUM_DECILES = 32, 10  # bins of the divergence by position
 
 
@@ -55,7 +56,23 @@ class Watch:
         if len(self._first) < WINDOW:
             self._first.append(length)
         self._last.append(length)
-        signs = {**_signs(metrics), **self._drift()}
+        return self._fresh({**_signs(metrics), **self._drift()})
+
+    def evaluation(self, record: dict[str, Any]) -> list[str]:
+        """Warnings that this evaluation gives rise to for the first time."""
+        shares = {
+            name.removesuffix("_cut_share"): share for name, share in record.items() if name.endswith("_cut_share")
+        }
+        return self._fresh(
+            {
+                f"cut {name}": f"{100 * share:.0f}% of the completions on {name} are cut, and judged as they are: "
+                "raise rollout.max_completion_tokens"
+                for name, share in shares.items()
+                if share > MANY_CUT
+            }
+        )
+
+    def _fresh(self, signs: dict[str, str]) -> list[str]:
         fresh = [text for name, text in signs.items() if name not in self._told]
         self._told |= signs.keys()
         return fresh
@@ -79,7 +96,7 @@ def _signs(m: dict[str, Any]) -> dict[str, str]:
             f"generator and learner differ by {m['logprob_difference_mean']:.2f} nats a token: stale or different "
             "weights, or numerics; check model.dtype, or weight samples with loss.importance=token"
         )
-    if m["cut_share"] > 0.25:
+    if m["cut_share"] > MANY_CUT:
         signs["cut"] = (
             f"{100 * m['cut_share']:.0f}% of the completions are cut: raise rollout.max_completion_tokens, or leave "
             "them out with rollout.cut_completions=drop"

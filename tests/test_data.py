@@ -153,6 +153,10 @@ def test_missing_and_empty_files(tmp_path):
         ),
         ({"messages": [{"role": "system", "content": "s"}], "output_text": "d"}, "messages: must end with the user, n"),
         ({"messages": USER, "response": "d"}, "output_text: is missing; found: messages, response"),
+        (
+            {"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, *USER]},
+            "messages[2].tool_calls: is not read: write the calls into `content`, as text",
+        ),
         ({"prompt": "q", "response": "d"}, "`golden_response`); found: prompt, response"),
     ],
 )
@@ -288,8 +292,8 @@ def test_what_there_is_and_what_names_it_is_told(tmp_path, monkeypatch):
     """A hub id is asked for only where it cannot be a file's."""
     asked = []
 
-    def hub(name):
-        asked.append(name)
+    def hub(name, subset):
+        asked.append((name, subset))
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
@@ -311,4 +315,6 @@ def test_what_there_is_and_what_names_it_is_told(tmp_path, monkeypatch):
     ]:
         with pytest.raises(DataError, match=re.escape(f"eval.sets.new: {source}: {message}")):
             load_rows(source, setting="eval.sets.new")
-    assert asked == ["owner/name-v2.5-x", "squad"]
+    with pytest.raises(DataError, match="ConnectionError"):
+        load_rows("gsm8k", subset="main")
+    assert asked == [("owner/name-v2.5-x", None), ("squad", None), ("gsm8k", "main")]

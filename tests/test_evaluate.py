@@ -10,7 +10,7 @@ from helpers import config_of, tiny_model, write_jsonl
 
 from sdft_dist.config import EvalConfig
 from sdft_dist.errors import ConfigError, DataError
-from sdft_dist.evaluate import EvalSet, Judged, evaluate, load_eval_sets, load_scorer, pass_at
+from sdft_dist.evaluate import EvalSet, Judged, evaluate, load_eval_sets, load_scorer, pass_at, summary
 from sdft_dist.judge import Case
 from sdft_dist.prompts import load_tokenizer
 
@@ -46,6 +46,19 @@ def test_greedy_and_sampled_completions_are_judged_row_by_row():
     greedy = evaluate([a_set("one", "0")], Completer(), Tokenizer(), scorer, 9)
     assert greedy["one"] == [Judged("0", "0", True, "q0")]
     assert pass_at(greedy["one"]) == {}
+
+
+def test_what_was_thought_is_no_part_of_an_answer_and_what_is_cut_is_counted():
+    class Thinks(Completer):
+        def complete(self, prompts, max_tokens, seeds=None):
+            return [["<think>", 1, "</think>", "</think>", 7], ["<think>", 7]]
+
+    found = evaluate([a_set("one", "7", "7")], Thinks(), Tokenizer(), load_scorer(EvalConfig()), 5)
+    assert found["one"] == [
+        Judged("<think> 1 </think> </think> 7", "7", True, "q0", cut=True),
+        Judged("<think> 7", "7", False, "q1"),
+    ]
+    assert summary(found)["one_cut_share"] == 0.5
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (5, 2), (6, 6), (8, 1)])
@@ -110,7 +123,7 @@ def test_a_scorer_without_its_module_is_named_with_it(scorer, hint):
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "kind", "attempt", "seconds", "num_steps", "judge_calls", "a_interval", "a_pass@1"]
+    "name", ["step", "kind", "attempt", "seconds", "num_steps", "judge_calls", "a_interval", "a_pass@1", "a_cut_share"]
 )
 def test_a_set_does_not_overwrite_a_field_of_the_record(model, tmp_path, name):
     with pytest.raises(ConfigError, match=f"eval.sets.{name}: an evaluation's record has a field of that name"):

@@ -98,12 +98,16 @@ def test_the_template_sees_the_words_that_it_looks_for(tokenizer, last, shown):
     )
 
 
-def test_a_template_that_tells_the_day_gives_the_same_rows_on_any_day(tokenizer):
-    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
-    tokenizer.chat_template = "{{ '<|user|> ' + strftime_now('%d %b %Y') }} <|assistant|>"
-    tokenizer.add_tokens(["26", "Jul", "2024"])
-    (ids,) = encode_chats(tokenizer, [[{"role": "user", "content": "rev"}]])
-    assert tokenizer.decode(ids) == "<|user|> 26 Jul 2024 <|assistant|>"
+def test_a_template_is_told_the_same_day_on_any_day_and_what_the_settings_say(model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ '<|user|> ' + strftime_now('%d %b %Y') + (' end' if thinks else '') }} <|assistant|>")
+    prompt = {"chat_template": str(template)}
+    for thinks, end in ((False, ""), (True, " end")):
+        prompt["chat_template_kwargs"] = {"thinks": thinks}
+        tokenizer = load_tokenizer(config_for(model, prompt=prompt))
+        tokenizer.add_tokens(["26", "Jul", "2024"])
+        (ids,) = encode_chats(tokenizer, [[{"role": "user", "content": "rev"}]])
+        assert tokenizer.decode(ids) == f"<|user|> 26 Jul 2024{end} <|assistant|>"
 
 
 def test_names_within_names_are_text(tokenizer):

@@ -38,6 +38,14 @@ def test_short_completions_have_no_opening():
     assert Watch().step(FINE | {"divergence_by_position": OPENING[:9], "staleness_mean": 0.0}) == []
 
 
+def test_held_out_completions_that_are_cut_are_told_once_by_set():
+    watch = Watch()
+    assert watch.evaluation({"new": 0.5, "new_cut_share": 0.2, "old_cut_share": 0.0}) == []
+    (told,) = watch.evaluation({"new_cut_share": 0.5, "old_cut_share": 0.0})
+    assert told == "50% of the completions on new are cut, and judged as they are: raise rollout.max_completion_tokens"
+    assert watch.evaluation({"new_cut_share": 0.5}) == []
+
+
 def test_length_drift():
     watch = Watch()
     for _ in range(20):
