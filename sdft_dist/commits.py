@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from sdft_dist.types import ShardFile
 
 MANIFEST, MARKER = "manifest.json", "COMMITTED"
 HEADROOM = 1.05  # of the space that a checkpoint needs
+READERS = 8  # files that are hashed at a time
 
 
 class Saver(Protocol):
@@ -55,7 +58,7 @@ class Commits:
                 "earlier checkpoints are intact"
             )
         beside = self.folder / f"writing-{step:06d}"
-        beside.mkdir()
+        beside.mkdir(exist_ok=True)  # what is being read of an older one stays on NFS, and does not count
         saver.start_saving(beside)
         self._pending = step, beside
 
@@ -96,7 +99,8 @@ class Commits:
         steps = self.steps()
         for step in steps[: -self._keep_last]:
             if step != self.kept and not (self._keep_every and step % self._keep_every == 0):
-                _remove(self.path(step))
+                # On NFS what somebody is reading stays until then; `_clear` takes it later.
+                _remove(self.path(step), ignore_errors=True)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -134,19 +138,26 @@ def _disk(step: int) -> Iterator[None]:
 
 
 def check(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is read and hashed."""
+    """What is wrong with a checkpoint, or None: every file is read and hashed, some at a time."""
     try:
         raw = (folder / MANIFEST).read_bytes()
         if hashlib.sha256(raw).hexdigest().encode() != (folder / MARKER).read_bytes().strip():
             return f"{MANIFEST} is not the one that was committed"
-        for name, expected in json.loads(raw)["files"].items():
-            if (folder / name).stat().st_size != expected["bytes"]:
-                return f"{name} has {(folder / name).stat().st_size} bytes, not {expected['bytes']}"
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{name} is corrupt: its hash is not the one in {MANIFEST}"
+        files = json.loads(raw)["files"]
+        with ThreadPoolExecutor(READERS) as readers:
+            problems = readers.map(partial(_check_file, folder), files, files.values())
+            return next((problem for problem in problems if problem is not None), None)
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
+
+
+def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
+    size = (folder / name).stat().st_size
+    if size != expected["bytes"]:
+        return f"{name} has {size} bytes, not {expected['bytes']}"
+    with (folder / name).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            return f"{name} is corrupt: its hash is not the one in {MANIFEST}"
     return None
 
 
@@ -166,13 +177,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     problem = check(folder)
     if problem is not None:
         raise UserError(f"{folder}: no sound checkpoint: {problem}")
+    return facts(folder)
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """Those of a checkpoint that is known to be sound."""
     return dict(json.loads((folder / MANIFEST).read_text()))
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path, *, ignore_errors: bool = False) -> None:
     """The marker first, so that a kill in between leaves nothing that counts."""
     (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from sdft_dist import commits
 from sdft_dist.commits import Commits
 from sdft_dist.config import Config
-from sdft_dist.errors import UserError
+from sdft_dist.errors import Fault, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import refuse_changes
 from sdft_dist.jsonl import read_jsonl
@@ -31,6 +31,8 @@ from sdft_dist.recipe import dump_config, load_config
 LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events", "origin.json"}
 EXPORTS = ("model", "adapter")  # in this order: without the first a run is not finished
 ORIGIN = "origin.json"  # of a run that went on from another one's checkpoint
+LEASE_S = 180.0  # for which NFS may keep the lock of a machine that is gone
+LOOK_S = 1.0  # for which `sdft status` may hold it
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ class RunDir:
     def _begin(self, resume: str | None, facts: dict[str, Any], allow_changes: bool) -> Start:
         start = self._start(resume) if resume else Start()
         if start.checkpoint is not None and not allow_changes:
-            before = commits.read_manifest(start.checkpoint)["fingerprint"]
-            refuse_changes(before, facts["fingerprint"], start.checkpoint)
+            refuse_changes(commits.facts(start.checkpoint)["fingerprint"], facts["fingerprint"], start.checkpoint)
         return start
 
     def _is_run(self) -> bool:
@@ -210,6 +211,7 @@ class RunDir:
         if not path.is_file():
             return Start()
         told = json.loads(path.read_text())
+        commits.read_manifest(Path(told["checkpoint"]))  # raises where it is not sound
         return Start(told["step"], Path(told["checkpoint"]))
 
     def rewind(self, step: int) -> None:
@@ -245,6 +247,7 @@ class RunDir:
         return self.commits.path(steps[-1] if step is None else step)
 
     def _start(self, resume: str) -> Start:
+        """Where `resume` says to begin, at a checkpoint that is sound."""
         if resume == "auto":
             return self.newest()
         if resume.startswith("step="):
@@ -279,18 +282,32 @@ class RunDir:
         raise UserError(f"run_dir: {self.path} is already in use: {ways}or give another run_dir=…")
 
     def _take_lock(self) -> None:
+        """Raises UserError where a process of this machine has it, Fault where one of another has had it for LEASE_S
+        longer: NFS keeps the locks of a machine that died for a while."""
         # The kernel lets go of it with its owner, however that ends.
         lock = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
-            lock.close()
-            raise UserError(f"run_dir: {self.path} is being written to by {owner or 'another process'}") from None
-        except OSError as e:
-            lock.close()
-            raise UserError(f"run_dir: {self.path}: its file system has no locks ({e.strerror}): use another") from e
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                text = f"run_dir: {self.path} is being written to by {owner}"
+                elsewhere = " on " in owner and owner.rpartition(" on ")[2] != socket.gethostname()
+                if time.monotonic() - began > (LEASE_S if elsewhere else LOOK_S):
+                    lock.close()
+                    raise (Fault if elsewhere else UserError)(text) from None
+                if elsewhere and not told:
+                    print(f"sdft: {text}; waits {LEASE_S:.0f} s for the end of its lock", file=sys.stderr)
+                    told = True
+                time.sleep(LOOK_S / 2)
+            except OSError as e:
+                lock.close()
+                raise UserError(
+                    f"run_dir: {self.path}: its file system has no locks ({e.strerror}): use another"
+                ) from e
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

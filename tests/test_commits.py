@@ -130,6 +130,24 @@ DAMAGE = {
 }
 
 
+def test_an_old_checkpoint_that_is_being_read_does_not_end_a_run(store, monkeypatch):
+    """Its folder cannot be removed on NFS; it does not count any more."""
+
+    def busy(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (10, 20, 30, 40):
+        save(store, step)
+    assert store.steps() == [20, 30, 40]
+    (store.folder / "writing-000050").mkdir()
+    save(store, 50)
+    monkeypatch.undo()
+    save(store, 60)
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"step-0000{step}" for step in (40, 50, 60)]
+
+
 @pytest.mark.parametrize("name", ["rank-001.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.fault("shard or manifest damaged", "flipped byte, cut, deleted", "noticed; an older checkpoint is taken")

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from test_commits import FakeSaver
 
-from sdft_dist.errors import ConfigError, UserError
+from sdft_dist.errors import ConfigError, Fault, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import fingerprint
 from sdft_dist.recipe import parse_config
@@ -207,6 +208,21 @@ def test_a_folder_that_is_being_written_to_is_refused_and_free_again_afterwards(
         claim(config_in(tmp_path / "run"), "auto")
     first.release()
     claim(config_in(tmp_path / "run"), "auto")
+
+
+def test_the_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+    """NFS keeps it for a while when that machine is gone."""
+    monkeypatch.setattr("sdft_dist.rundir.LEASE_S", 0.6)
+    monkeypatch.setattr("sdft_dist.rundir.LOOK_S", 0.2)
+    first, _ = claim(config_in(tmp_path / "run"))
+    (first.path / "lock").write_text("process 7 on another-host")
+    with pytest.raises(Fault, match="is being written to by process 7 on another-host"):
+        claim(config_in(tmp_path / "run"), "auto")
+    assert "waits 1 s for the end of its lock" in capsys.readouterr().err
+    gone = threading.Timer(0.3, first.release)
+    gone.start()
+    claim(config_in(tmp_path / "run"), "auto")
+    gone.join()
 
 
 def test_every_attempt_has_a_folder_and_the_log_indents_last_words(tmp_path):
