@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdft_dist.errors import NotServing
+from sdft_dist.errors import NotServing, UserError, brief, is_out_of_memory
 from sdft_dist.last_words import is_death, obituary
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, TransportKind, WeightManifest
@@ -87,6 +87,11 @@ class Pool:
     def lose(self, index: int, error: Exception) -> None:
         """Note that an actor has died, or that it serves nothing after a push that failed. Raises `error`
         where it is neither."""
+        if is_out_of_memory(getattr(error, "cause", None)):  # as it would be again
+            raise UserError(
+                f"{self.role}: a GPU's memory does not hold what an engine needs: lower cluster.engine_memory or "
+                f"cluster.max_sequences, or see what sdft plan says: {brief(error)}"
+            ) from error
         if is_death(error):
             self._dead.add(index)
         elif not isinstance(error, NotServing):

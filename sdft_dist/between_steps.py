@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from ray.exceptions import RayError
 
 from sdft_dist.config import Config
-from sdft_dist.errors import ActorLost, Diverged, NotServing, Preempted, brief
+from sdft_dist.errors import ActorLost, Diverged, Fault, NotServing, Preempted, ScorerFailed, UserError, brief
 from sdft_dist.evaluate import accuracy, evaluate, summary
 from sdft_dist.fleet import Fleet
 from sdft_dist.judge import Case, Judge
@@ -28,7 +28,6 @@ class BetweenSteps:
         self._prepared, self._rundir, self._log, self._asked = prepared, rundir, log, asked
         self._config = prepared.config
         self._saved: set[int] = set()
-        self._judging = False  # also when a scorer has failed
         self.step = self._start = start  # optimizer steps done
 
     def begin(self) -> None:
@@ -86,7 +85,7 @@ class BetweenSteps:
         """Commit the state as it is where what ended the run has left the learner alone: a scorer, a judge, samples
         that were all cut. Not between two pushes to the teachers, after which a resumed run had another one."""
         lost = isinstance(error, RayError | NotServing | ActorLost | Diverged | OSError)  # TimeoutError is an OSError
-        if (lost and not self._judging) or self.step % self._config.teacher.sync_every:
+        if lost or self.step % self._config.teacher.sync_every:
             return
         try:
             self.save_now(fleet, f"{type(error).__name__}")
@@ -113,9 +112,12 @@ class BetweenSteps:
             while len(right) < len(cases):
                 if self.told():
                     raise Preempted
-                self._judging = True
-                right += scorer(cases[len(right) : len(right) + CASES])
-                self._judging = False
+                try:
+                    right += scorer(cases[len(right) : len(right) + CASES])
+                except (UserError, Fault):
+                    raise
+                except Exception as error:  # also what would look like a lost actor's, such as a TimeoutError
+                    raise ScorerFailed(f"eval.scorer: {self._config.eval.scorer}: {brief(error)}") from error
             return right
 
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)

@@ -22,9 +22,11 @@ from sdft_dist.errors import (
     Fault,
     NotServing,
     Preempted,
+    ScorerFailed,
     UserError,
     brief,
     is_broken_device,
+    is_out_of_memory,
 )
 from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import Inputs
@@ -114,7 +116,7 @@ def launch(
             fleet = _build(config, inputs, places, on_span, on_event, start, stop, actors)
             yield fleet
             fleet.learner.stop()
-        except (UserError, Fault, Preempted, Diverged):
+        except (UserError, Fault, Preempted, Diverged, ScorerFailed):
             raise
         except Exception as error:
             explained = explain(error, list(actors.values()))
@@ -163,6 +165,11 @@ def explain(error: Exception, actors: list[Any]) -> Exception | None:
 
     if isinstance(error, OutOfDiskError | ObjectStoreFullError):
         return Fault(f"Ray's object store is full and has no disk to spill to; checkpoints are intact: {brief(error)}")
+    if is_out_of_memory(getattr(error, "cause", None)):
+        return UserError(
+            "a GPU's memory does not hold the learner's step: lower learner.tokens_per_microbatch, give "
+            f"learner.gradient_checkpointing=full, or see what sdft plan says; checkpoints are intact: {brief(error)}"
+        )
     # The third is what a process group says when a rank hangs; the error's note names the rank.
     lost = isinstance(error, TimeoutError | NotServing | ObjectLostError) or "timed out" in str(error).lower()
     if lost or is_death(error) or is_broken_device(getattr(error, "cause", None)) or _any_dead(actors):

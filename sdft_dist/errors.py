@@ -36,7 +36,11 @@ class Diverged(RuntimeError):
     """The loss is not a number any more. Exit code 5."""
 
 
-OURS = (UserError, NotServing, ActorLost, Preempted, Fault, Diverged)
+class ScorerFailed(RuntimeError):
+    """A scorer of the user's own has raised an error. Exit code 1, with both tracebacks."""
+
+
+OURS = (UserError, NotServing, ActorLost, Preempted, Fault, Diverged, ScorerFailed)
 
 
 def is_broken_device(error: object) -> bool:
@@ -44,6 +48,13 @@ def is_broken_device(error: object) -> bool:
     import torch
 
     return isinstance(error, torch.AcceleratorError)
+
+
+def is_out_of_memory(error: object) -> bool:
+    """Whether a GPU's memory did not hold what was asked of it."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def brief(error: BaseException) -> str:

@@ -5,6 +5,7 @@ Verdicts are cached, so that an evaluation that is repeated costs nothing; calls
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 from sdft_dist.config import JudgeConfig
 from sdft_dist.errors import ConfigError, Fault
-from sdft_dist.jsonl import read_jsonl
 from sdft_dist.prompts import fill
 
 # "NOT CORRECT", "isn't **correct**" and "not entirely correct" are negated; not so what stands behind a full stop.
@@ -80,12 +80,12 @@ class Judge:
         key = hashlib.sha256(f"{self._config.model}\n{question}".encode()).hexdigest()
         known = self._known.get(key)
         if known is not None:
-            return bool(_verdict(known))
+            return known
         for _ in range(self._config.retries + 1):
             reply = self._ask(question)
             verdict = _verdict(reply)
             if verdict is not None:
-                self._remember(key, reply)
+                self._remember(key, reply, verdict)
                 return verdict
         if not reply.strip():
             raise Fault(
@@ -120,16 +120,21 @@ class Judge:
         content = getattr(message, "content", None)
         return content if isinstance(content, str) else ""
 
-    def _remember(self, key: str, reply: str) -> None:
+    def _remember(self, key: str, reply: str, verdict: bool) -> None:
         with self._lock:
-            self._known[key] = reply
+            self._known[key] = verdict
             if self._config.cache is None:
                 return
             path = Path(self._config.cache)
+            line = (json.dumps({"key": key, "reply": reply}) + "\n").encode()
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                with path.open("a+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # trials of a sweep share one
+                    if file.seek(0, os.SEEK_END):
+                        file.seek(-1, os.SEEK_END)
+                        line = line if file.read(1) == b"\n" else b"\n" + line  # after one that a kill has cut
+                    file.write(line)
             except OSError as error:
                 raise Fault(f"eval.judge.cache: {path}: cannot be written to: {error.strerror}") from error
 
@@ -156,15 +161,16 @@ def _refuse_unwritable(path: str | None) -> None:
         raise ConfigError(f"eval.judge.cache: {path}: nothing can be written to {place}: give another file")
 
 
-def _read(path: str | None) -> dict[str, str]:
-    """The verdicts in a cache, by the hash of what was asked; a line that a kill has cut is removed, so that the next
-    one begins a line. Raises UserError where another one is damaged."""
+def _read(path: str | None) -> dict[str, bool]:
+    """The verdicts in a cache, by the hash of what was asked. A line that is damaged, or being written, is asked for
+    again."""
+    known: dict[str, bool] = {}
     if path is None or not Path(path).exists():
-        return {}
-    replies = {entry["key"]: entry["reply"] for entry in read_jsonl(Path(path))}
-    raw = Path(path).read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        os.truncate(path, whole)
-    # Earlier versions kept replies without a verdict, too.
-    return {key: reply for key, reply in replies.items() if _verdict(reply) is not None}
+        return known
+    for line in Path(path).read_bytes().split(b"\n"):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            entry = json.loads(line)
+            verdict = _verdict(entry["reply"])
+            if verdict is not None:
+                known[entry["key"]] = verdict
+    return known

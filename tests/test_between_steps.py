@@ -9,7 +9,7 @@ from test_commits import FakeSaver
 from test_rundir import claim
 
 from sdft_dist.between_steps import CASES, BetweenSteps
-from sdft_dist.errors import Diverged, Fault, Preempted
+from sdft_dist.errors import Diverged, Fault, Preempted, ScorerFailed
 from sdft_dist.evaluate import EvalSet
 from sdft_dist.runlog import RunLog, read_metrics
 
@@ -70,7 +70,7 @@ def test_an_evaluation_that_fails_leaves_the_steps_state_and_is_done_first_when_
     run = Run(tmp_path)
     run.after(0, 1)
     run.between._prepared.scorer = lambda cases: fails()
-    with pytest.raises(KeyError) as failed:
+    with pytest.raises(ScorerFailed) as failed:
         run.after(2)
     run.between.rescue(run.fleet, failed.value)
     assert run.done() == ([0], [2])
@@ -88,9 +88,9 @@ def test_a_scorer_may_fail_as_disks_and_ranks_do(tmp_path, error):
     run = Run(tmp_path)
     run.after(0, 1)
     run.between._prepared.scorer = scorer
-    with pytest.raises(type(error)):
+    with pytest.raises(ScorerFailed, match=f"^eval.scorer: .*: {error}$") as failed:
         run.after(2)
-    run.between.rescue(run.fleet, error)
+    run.between.rescue(run.fleet, failed.value)
     assert run.done() == ([0], [2])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdft_dist.config import EvalConfig
-from sdft_dist.errors import ConfigError, Fault, UserError
+from sdft_dist.errors import ConfigError, Fault
 from sdft_dist.evaluate import load_scorer
 from sdft_dist.judge import Case
 
@@ -129,7 +129,7 @@ def test_braces_in_a_completion_are_text(endpoint):
     assert asked["messages"][0]["content"] == said
 
 
-def test_a_cache_goes_on_after_a_line_that_was_cut_and_names_a_damaged_one(endpoint, tmp_path):
+def test_a_cache_goes_on_after_a_line_that_was_cut_and_asks_again_for_a_damaged_one(endpoint, tmp_path):
     cache = tmp_path / "verdicts.jsonl"
     judge(endpoint, cache=str(cache))(CASES[:1])
     cache.write_text(cache.read_text() + '{"key": "cut')
@@ -137,9 +137,20 @@ def test_a_cache_goes_on_after_a_line_that_was_cut_and_names_a_damaged_one(endpo
     again = judge(endpoint, cache=str(cache))
     assert again(CASES[:2]) == [True, False]
     assert again.calls == 0
-    cache.write_text("cut\n" + cache.read_text())
-    with pytest.raises(UserError, match=r"verdicts.jsonl:1: is damaged"):
-        judge(endpoint, cache=str(cache))
+    first, *rest = cache.read_text().splitlines(keepends=True)
+    cache.write_text("".join(["[7]\n", first[:9] + first[12:], *rest]))
+    again = judge(endpoint, cache=str(cache))
+    assert again(CASES[:2]) == [True, False]
+    assert again.calls == 1
+
+
+def test_two_judges_may_share_a_cache(endpoint, tmp_path):
+    cache = tmp_path / "verdicts.jsonl"
+    first, second = (judge(endpoint, cache=str(cache)) for _ in range(2))
+    first(CASES[:1])
+    second(CASES[1:2])
+    assert judge(endpoint, cache=str(cache))(CASES[:2]) == [True, False]
+    assert len(endpoint.requests) == 2
 
 
 NOTHING = [

@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError
+import torch
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.pool import Pool
-from sdft_dist.errors import NotServing
+from sdft_dist.cluster import explain
+from sdft_dist.errors import NotServing, UserError
 
 
 class FakeActor:
@@ -21,6 +23,14 @@ class FakeActor:
 def pool(size=2):
     events = SimpleNamespace(wait_all=lambda refs, **_: refs)
     return Pool("generators", [FakeActor() for _ in range(size)], 1.0, events, lambda index: FakeActor())
+
+
+def test_a_gpu_without_memory_is_a_matter_of_settings():
+    """A new engine in its place would end in the same way."""
+    error = RayTaskError("advance", "traceback", torch.OutOfMemoryError("CUDA out of memory")).as_instanceof_cause()
+    with pytest.raises(UserError, match=r"generators: a GPU's memory .* lower cluster.engine_memory or"):
+        pool().lose(0, error)
+    assert str(explain(error, [])).startswith("a GPU's memory does not hold the learner's step: lower learner.tokens")
 
 
 def test_the_dead_are_replaced_and_the_tainted_forget():
