@@ -49,7 +49,10 @@ class BetweenSteps:
         run was asked to stop."""
         self.step = step
         config, commits = self._config, self._rundir.commits
-        every, last = config.eval.every, step == self._prepared.num_steps
+        every, last = config.checkpoint.every, step == self._prepared.num_steps
+        if every and step > self._start and step % every == 0:
+            self._save(fleet)  # it is written while the evaluation, which may take long or fail, goes on
+        every = config.eval.every
         if every and (step % every == 0 or last):
             if step not in {record["step"] for record in read_metrics(self._rundir.path, "eval")}:
                 self._evaluate(fleet)
@@ -58,16 +61,19 @@ class BetweenSteps:
                 metric, patience = config.eval.metric, config.eval.patience
                 self.tell(f"stops early: eval.{metric} was no better for {patience} evaluations")
                 last = True
-        every = config.checkpoint.every
-        due = last or step == commits.kept or (every and step > self._start and step % every == 0)
-        if due and step not in self._saved:
-            with self._log.timer("checkpoint"):
-                commits.start(fleet.learner, step)
-            self._saved.add(step)
+        if last or step == commits.kept:
+            self._save(fleet)
         self.finish_saving(fleet, wait=last)
         if self.told() and not last:
             raise Preempted
         return last
+
+    def _save(self, fleet: Fleet) -> None:
+        """Begin to save this step's state, unless that was done."""
+        if self.step not in self._saved:
+            with self._log.timer("checkpoint"):
+                self._rundir.commits.start(fleet.learner, self.step)
+            self._saved.add(self.step)
 
     def note_samples(self, step: int, items: Sequence[TrainItem], bad: bool) -> None:
         """Write some of a step's samples down where it is due, and all of them where they made numbers that are not
@@ -112,6 +118,7 @@ class BetweenSteps:
             while len(right) < len(cases):
                 if self.told():
                     raise Preempted
+                self.finish_saving(fleet, wait=False)
                 try:
                     right += scorer(cases[len(right) : len(right) + CASES])
                 except (UserError, Fault):

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from actors.pool import Pool
@@ -110,6 +111,7 @@ def launch(
     """
     import ray
 
+    config = _with_absolute_paths(config)
     device, actors = resolve_device(config), dict[tuple[str, int], Any]()  # by role and index
     with placed(config, device, roles_of(config) & {"learner", *engines}, wait_for_nodes, stop, on_event) as places:
         try:
@@ -136,6 +138,7 @@ def serving(config: Config, stop_ids: list[int], vocab_size: int | None) -> Iter
 
     from actors.rollout import Generator
 
+    config = _with_absolute_paths(config)
     device, size = resolve_device(config), config.cluster.generators
     actors: list[Any] = []
     with placed(config, device, ("generator",)) as places:
@@ -157,6 +160,17 @@ def serving(config: Config, stop_ids: list[int], vocab_size: int | None) -> Iter
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The same for actors, which may work in another folder than this process."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path and Path(path).is_dir() else path
+
+    model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    teacher = config.teacher.model_copy(update={"anchor": absolute(config.teacher.anchor)})
+    return config.model_copy(update={"model": model, "teacher": teacher})
 
 
 def explain(error: Exception, actors: list[Any]) -> Exception | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdft_dist.config import Config
 from sdft_dist.errors import Fault, Preempted, UserError
-from sdft_dist.topology import Need, bundles, lacking, needs, place, push_transport
+from sdft_dist.topology import Need, bundles, lacking, needs, place, placed_on, push_transport
 from sdft_dist.types import TransportKind
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
@@ -85,6 +85,10 @@ def placed(
                 raise Preempted(f"asked to stop while waiting for room: {why}")
             if time.monotonic() > deadline:
                 raise Fault(f"no room within cluster.start_timeout_s={patience_s:g}: {why}")
+        names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+        if len(names) > 1:
+            homes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+            on_event(placed_on(wanted, (names.get(homes[i], homes[i]) for i in sorted(homes))))
         yield Places(wanted, group, 0, device, transport)
     finally:
         ray.util.remove_placement_group(group)

@@ -89,6 +89,9 @@ class Sweep(Section):
     new: str | None = Field(None, description="Held-out set of what is taught; default: the recipe's first.")
     metric: str = Field(MEAN, description="What optuna and asha go by: a held-out set, or mean of all.")
     asha: Asha | None = Field(None, description="Stop trials that are behind.")
+    keep_checkpoints: bool = Field(
+        True, description="Keep the checkpoints of trials that are done; false leaves their models and results only."
+    )
     gpus: int | None = Field(None, ge=1, description="Most GPUs in use at a time; default: all of the cluster.")
     concurrent: int = Field(1, ge=1, description="Most trials at a time where they need no GPU.")
 

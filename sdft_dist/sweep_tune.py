@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def tune_trials(
         return tune.PlacementGroupFactory(asked[:1] if trial.state in DONE else asked)
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints a traceback for what Progress tells in a line
-    progress = Progress(which, more, console)
+    progress = Progress(which, more, console, keep_checkpoints=sweep.keep_checkpoints)
     with tempfile.TemporaryDirectory(prefix="sdft-sweep-") as scratch:  # nothing in it is needed again
         results = tune.Tuner(
             tune.with_resources(trainable, resources),
@@ -118,8 +119,9 @@ def _scheduler(sweep: Sweep) -> TrialScheduler:
 class Progress(tune.Callback):
     """A line for each trial that begins and ends, and a mark in the folder of each that asha has stopped."""
 
-    def __init__(self, which: Any, number: int, console: Console) -> None:
+    def __init__(self, which: Any, number: int, console: Console, *, keep_checkpoints: bool) -> None:
         self._which, self._number, self._console, self._ended = which, number, console, 0
+        self._keep_checkpoints = keep_checkpoints
         self.running: set[str] = set()  # by Tune's names
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,6 +139,8 @@ class Progress(tune.Callback):
         own = self._which(trial.config)
         if own.state != "finished":
             (own.folder / STOPPED).touch()
+        if not self._keep_checkpoints:
+            shutil.rmtree(own.run / "checkpoints", ignore_errors=True)
         self._end(trial)
         reached = (trial.last_result or {}).get("score")
         self.say(f"{own.name} is {own.state}" + (f" with {100 * reached:.1f}%" if reached is not None else ""))

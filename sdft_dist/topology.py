@@ -7,7 +7,9 @@ A run's actors live in one placement group. Each of its bundles is on one node, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdft_dist.config import Config
@@ -125,6 +127,16 @@ def place(wanted: Sequence[Need], role: str, index: int) -> Place:
             return Place(start + index, need.gpus * share, CPU_SHARE)
         start += need.number
     raise KeyError(role)
+
+
+def placed_on(wanted: Sequence[Need], homes: Iterable[str]) -> str:
+    """Where each role is, by the node of each bundle in `homes`."""
+    nodes, parts = iter(homes), []
+    for need in wanted:
+        counts = Counter(itertools.islice(nodes, need.number))
+        where = ", ".join(f"{number} on {node}" for node, number in counts.items())
+        parts.append(f"{' + '.join(PLURAL[role] for role in need.roles)}: {where}")
+    return "; ".join(parts)
 
 
 def lacking(wanted: Sequence[Need], nodes: Sequence[Mapping[str, Any]]) -> str | None:

@@ -80,6 +80,15 @@ def test_an_evaluation_that_fails_leaves_the_steps_state_and_is_done_first_when_
     assert run.done() == ([0, 2, 4], [2])
 
 
+def test_a_checkpoint_that_is_due_does_not_wait_for_the_evaluation(tmp_path):
+    run, found = Run(tmp_path, checkpoint={"every": 2}), []
+    score = run.between._prepared.scorer
+    run.between._prepared.scorer = lambda cases: (found.append(run.rundir.commits.steps()), score(cases))[1]
+    run.after(0, 1, 2)
+    assert found[-1] == [2]
+    run.done()
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError("of the scorer"), TimeoutError("of its endpoint")])
 def test_a_scorer_may_fail_as_disks_and_ranks_do(tmp_path, error):
     def scorer(cases):

@@ -33,13 +33,14 @@ def batch(tmp_path):
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
 
-    def start(script, code=0, seconds="0", restarts=0):
+    def start(script, code=0, seconds="0", faults=0):
+        (tmp_path / "sdft-77.faults").write_text("4\n" * faults)
         environment = {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "CALLS": str(tmp_path / "calls"), "STARTED": str(tmp_path / "started"),
             "CODE": str(code), "SECONDS_TO_RUN": seconds,
             "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_SUBMIT_DIR": str(SLURM),
-            "SLURM_RESTART_COUNT": str(restarts),
+            "USER": "somebody", "SLURM_RESTART_COUNT": "9",
         }  # fmt: skip
         command = ["bash", str(SLURM / script), "recipe.yaml", "run_dir=runs/one"]
         process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
@@ -49,16 +50,21 @@ def batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
+    ("code", "faults", "requeued"),
     [
         *[(0, 0, False), (2, 0, False), (3, 9, True), (5, 0, False)],
-        *[(code, restarts, restarts < 5) for code in (4, 15, 134, 143) for restarts in (4, 5)],
+        *[(code, faults, faults < 5) for code in (4, 15, 134, 143) for faults in (4, 5)],
     ],
 )
-def test_a_job_is_requeued_by_the_exit_code_of_its_training(batch, code, restarts, requeued):
-    process, calls = batch("one-node.sbatch", code, restarts=restarts)
+def test_a_job_is_requeued_by_the_exit_code_of_its_training(batch, tmp_path, code, faults, requeued):
+    """Preemptions, of which there may be any number, use up no more than the faults since the last one."""
+    process, calls = batch("one-node.sbatch", code, faults=faults)
     assert process.wait(20) == code
     assert ("scontrol requeue 77" in calls()) is requeued
+    counted = tmp_path / "sdft-77.faults"
+    assert (len(counted.read_text().splitlines()) if counted.exists() else 0) == (
+        faults + 1 if code > 5 or code == 4 else 0
+    )
 
 
 def test_slurms_signal_reaches_the_training_which_ends_in_its_own_time(batch, tmp_path):

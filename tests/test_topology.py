@@ -4,7 +4,7 @@ from sdft_dist import placement
 from sdft_dist.errors import ConfigError
 from sdft_dist.placement import Places
 from sdft_dist.recipe import parse_config
-from sdft_dist.topology import Need, bundles, lacking, needs, place, push_transport
+from sdft_dist.topology import Need, bundles, lacking, needs, place, placed_on, push_transport
 
 
 def config(**sections):
@@ -40,6 +40,12 @@ def test_roles_that_share_gpus_share_bundles():
     assert wanted == [Need(("learner", "generator", "teacher"), 1, 1)]
     assert {place(wanted, role, 0).gpus for role in wanted[0].roles} == {0.3333}
     assert bundles(wanted) == [{"GPU": 1, "CPU": 0.03}]
+
+
+def test_where_each_role_is_is_told():
+    wanted = [Need(("learner",), 3, 1), Need(("generator", "teacher"), 2, 1)]
+    told = placed_on(wanted, ["a", "b", "a", "b", "b"])
+    assert told == "learner ranks: 2 on a, 1 on b; generators + teachers: 2 on b"
 
 
 def test_every_actor_fits_into_its_bundle():

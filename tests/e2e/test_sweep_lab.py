@@ -62,7 +62,8 @@ def test_asha_stops_what_is_behind_and_nothing_is_done_twice(ray_cluster, tmp_pa
     """One keeps what the base knows, one destroys it at once."""
     short = {"method": "sft", "steps": 4, "eval.every": 2, "optim.warmup_steps": 0, "checkpoint.every": 2}
     methods = {"sft": {"set": short, "space": {"optim.learning_rate": [1.0e-8, 3.0e-2]}}}
-    sweep = sheet(tmp_path, methods, metric="rev", asha={"grace_steps": 2, "reduction": 2})
+    asha = {"grace_steps": 2, "reduction": 2}
+    sweep = sheet(tmp_path, methods, metric="rev", asha=asha, keep_checkpoints=False)
     before = held()
     keeps, loses = sweep_all(sweep, Console())
     assert (keeps.state, loses.state) == ("finished", "stopped")
@@ -70,6 +71,7 @@ def test_asha_stops_what_is_behind_and_nothing_is_done_twice(ray_cluster, tmp_pa
     assert [r["step"] for r in loses.records()] == [0, 2]
     assert loses.records()[-1]["rev"] < 0.5
     wait_until(lambda: held() <= before, "the end of all that a stopped trial held")
+    assert not any((trial.run / "checkpoints").exists() for trial in (keeps, loses))
     sweep_all(sweep, Console())
     assert attempts(keeps) == attempts(loses) == ["001"]
 
