@@ -39,7 +39,7 @@ class Generator:
             self.engine = Engine(config, "generate", device, stop_ids, vocab_size)
             if problems is None:
                 self.engine.version = 0
-        except UserError as e:  # of what a constructor raises Ray hands on but a text
+        except UserError as e:  # for `ready`: of what a constructor raises Ray passes on the text alone
             self._refused = e
         self._keys: dict[str, SampleKey] = {}  # of the engine's requests that are samples
         self._finished: dict[str, Completion] = {}

@@ -30,7 +30,7 @@ class Teacher:
         self._refused: UserError | None = None
         try:
             self.engine = Engine(config, "pooling", device, stop_ids=())
-        except UserError as e:  # of what a constructor raises Ray hands on but a text
+        except UserError as e:  # for `ready`: of what a constructor raises Ray passes on the text alone
             self._refused = e
         self.vocab_size = vocab_size
         self._transform: LogitTransform | None = None

@@ -36,7 +36,8 @@ class BetweenSteps:
         self._rundir.commits.kept = best_step(self._config, self._rundir, self._saved)
 
     def told(self) -> bool:
-        """Whether to stop here: after a step between two pushes to the teachers, a resumed run had another one."""
+        """Whether to stop now: only after a step that pushes to the teachers, as a run that is resumed elsewhere would
+        begin with another teacher."""
         return self._asked() and self.step % self._config.teacher.sync_every == 0
 
     def tell(self, text: str) -> None:
@@ -88,8 +89,8 @@ class BetweenSteps:
             self._rundir.say(f"committed {folder.name}")
 
     def rescue(self, fleet: Fleet, error: Exception) -> None:
-        """Commit the state as it is where what ended the run has left the learner alone: a scorer, a judge, samples
-        that were all cut. Not between two pushes to the teachers, after which a resumed run had another one."""
+        """Save the state where what ended the run has not harmed the learner: a scorer, a judge, samples that were all
+        cut; only after a step that pushes to the teachers, as in `told`."""
         lost = isinstance(error, RayError | NotServing | ActorLost | Diverged | OSError)  # TimeoutError is an OSError
         if lost or self.step % self._config.teacher.sync_every:
             return

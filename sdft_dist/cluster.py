@@ -174,7 +174,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def explain(error: Exception, actors: list[Any]) -> Exception | None:
-    """What is behind an error, in this project's terms; None where it is nothing that machines did."""
+    """The error in this project's terms; None where no failure of an actor, a machine or its memory caused it."""
     from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
 
     if isinstance(error, OutOfDiskError | ObjectStoreFullError):

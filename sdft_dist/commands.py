@@ -46,6 +46,8 @@ def _dry_run(config: Config) -> None:
     device = "cpu" if config.cluster.device == "cpu" else "cuda"
     wanted = needs(config, device)
     print(f"# {', '.join(map(str, wanted))}: {num_gpus(wanted)} GPUs on {device}")
+    if not config.checkpoint.every:
+        print("# checkpoint.every=0: after a loss of the learner a run begins anew; what is saved is its end")
 
 
 def preflight(args: argparse.Namespace) -> None:

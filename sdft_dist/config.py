@@ -145,8 +145,8 @@ class TeacherConfig(Section):
     )
     anchor: str | None = Field(
         None,
-        description="Model folder where the teacher starts when reanchor is false; not for kind=live. A run that goes "
-        "on from another run's checkpoint takes over its average, unless it names another anchor than that run.",
+        description="Model folder where the teacher starts when reanchor is false; not for kind=live. With --resume PATH "
+        "the other run's average goes on, unless this names another anchor than that run had.",
     )
 
 
@@ -211,7 +211,7 @@ class OptimConfig(Section):
         (0.9, 0.999), description="AdamW's moment rates, each at least 0 and below 1."
     )
     max_skipped: int = Field(
-        3, ge=0, description="Steps in a row that may be left out because loss or gradient are no finite numbers."
+        3, ge=0, description="Steps in a row that may be skipped because loss or gradient is NaN or infinite."
     )
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
 
@@ -294,7 +294,7 @@ class ClusterConfig(Section):
     )
     push_bucket_mib: int = Field(256, ge=1, description="Size of one message of a weight push, MiB.")
     max_restarts: int = Field(
-        3, ge=0, description="How often a run starts its actors anew before a new checkpoint shows that it gets on."
+        3, ge=0, description="Restarts in a row that may bring no new checkpoint before the run gives up."
     )
     timeout_s: float = Field(600, gt=0, description="Longest wait for any one piece of work, seconds.")
     start_timeout_s: float = Field(

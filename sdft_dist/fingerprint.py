@@ -21,8 +21,8 @@ FIRST_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 20, 256, 4096
 
 
 def fingerprint(config: Config, problems: Iterable[Problem]) -> dict[str, Any]:
-    """One entry for each setting that decides what is learned, a hash of the rows' token ids, and what tells the
-    model, and a frozen teacher that is another, from any other one."""
+    """Settings that decide what is learned, a hash of the rows' token ids, and the identity of the model, and of a
+    frozen teacher from another folder."""
     entries = {key: value for key, value in flat(config).items() if not _free(key)}
     if not config.model.lora.rank:  # settings of adapters that there are not, and that earlier runs did not write
         entries = {key: value for key, value in entries.items() if not key.startswith("model.lora.")}

@@ -27,7 +27,7 @@ from sdft_dist.fingerprint import refuse_changes
 from sdft_dist.jsonl import read_jsonl
 from sdft_dist.recipe import dump_config, load_config
 
-# What a start leaves that failed before any step, besides metrics.jsonl without a line.
+# Files that a start leaves which failed before its first step, besides an empty metrics.jsonl.
 LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events", "origin.json"}
 EXPORTS = ("model", "adapter")  # in this order: without the first a run is not finished
 ORIGIN = "origin.json"  # of a run that went on from another one's checkpoint
@@ -264,7 +264,7 @@ class RunDir:
         return Start(int(commits.read_manifest(folder)["step"]), folder)
 
     def _refuse_used(self) -> None:
-        """Raises UserError where something is in the folder but what a start leaves that failed before any step."""
+        """Raises UserError unless the folder is empty, or holds no more than the files of a start that failed."""
         if not self.path.exists():
             return
         if not self.path.is_dir():

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from typing import Any
 
-# Nowhere do neighbours both take spaces: on thousands of them, which a model may write, all splits would be tried.
+# No two parts beside each other may both match spaces: with thousands of them every split would be tried.
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"\W*([A-Z])(?:\W.*)?", re.DOTALL)
 _SAID = re.compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,21 @@ def status(path: Path) -> dict[str, Any]:
         if config.steps:
             found["steps"] = config.steps
         if config.steps and state != "finished":  # which may be before its last step, by eval.patience
-            found["minutes_left"] = seconds * (config.steps - found["step"]) / 60
+            found["minutes_left"] = _pace(train) * (config.steps - found["step"]) / 60
     if evals:
         found["evaluation"] = {
             "step": evals[-1]["step"],
             **{n: evals[-1][n] for n in config.eval.sets if n in evals[-1]},
         }
     return found
+
+
+def _pace(train: Sequence[dict[str, Any]]) -> float:
+    """Seconds a step of the last attempt, evaluations and checkpoints between them counted in."""
+    own = [record for record in train if record["attempt"] == train[-1]["attempt"]]
+    if len(own) == 1:
+        return float(own[0]["time/step"])
+    return float(own[-1]["seconds"] - own[0]["seconds"]) / (len(own) - 1)
 
 
 def show(found: dict[str, Any]) -> str:

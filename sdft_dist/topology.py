@@ -17,7 +17,7 @@ from sdft_dist.errors import ConfigError
 from sdft_dist.types import TransportKind
 
 PLURAL = {"learner": "learner ranks", "generator": "generators", "teacher": "teachers"}
-CPU_SHARE = 0.01  # of each actor: Ray puts what asks for nothing on a random node, and a run is never short of cores
+CPU_SHARE = 0.01  # of each actor: Ray places those that ask for nothing at random; too small a share to run out
 
 
 class Need(NamedTuple):

@@ -146,7 +146,7 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
     )
     with runlog as log:
         between = BetweenSteps(prepared, rundir, log, asked, start.step)
-        log.say("starting the engines (20–40 s)")
+        log.say("starting the engines (small ones in 20–40 s)")
         with launch(
             config,
             prepared.inputs,

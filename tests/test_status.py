@@ -13,7 +13,7 @@ def test_a_run_tells_how_far_it_is(tmp_path):
     (run / "run.log").write_text("2026-01-01 00:00:00 sdft begins\n2026-01-01 00:01:00 committed step-000003\n")
     found = status(run)
     assert (found["state"], found["step"], found["steps"]) == ("not running", 3, 40)
-    assert found["minutes_left"] == pytest.approx(37 * 2.0 / 60)
+    assert found["minutes_left"] == pytest.approx(37 * 5.0 / 60), "with what is between the steps"
     assert found["evaluation"] == {"step": 3, "new": 1.0, "old": 0.5}
     assert found["log"][-1].endswith("committed step-000003")
     assert json.loads(json.dumps(found)) == found
