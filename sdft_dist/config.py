@@ -145,8 +145,8 @@ class TeacherConfig(Section):
     )
     anchor: str | None = Field(
         None,
-        description="Model folder where the teacher starts when reanchor is false; not for kind=live. With --resume PATH "
-        "the other run's average goes on, unless this names another anchor than that run had.",
+        description="Model folder where the teacher starts when reanchor is false; not for kind=live. With "
+        "--resume PATH the other run's average goes on, unless this names another anchor than that run had.",
     )
 
 

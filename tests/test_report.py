@@ -24,7 +24,8 @@ def a_run(folder, method="sdft", rate=1e-5, kept=0.5, evaluated=True, start="m",
     (folder / "config.yaml").write_text(dump_config(config))
     lines = [
         {"kind": "train", "step": step, "loss": 1 / step, "grad_norm": 1.0, "completion_tokens_mean": 9.0, "samples": 8,
-         "samples_per_s": 4.0, "time/step": 2.0, "attempt": 1, "seconds": 5.0 * step, "busy/learner/train": 1.0, "divergence_by_position": [0.5, None, 0.1]}
+         "samples_per_s": 4.0, "time/step": 2.0, "attempt": 1, "seconds": 5.0 * step, "busy/learner/train": 1.0,
+         "divergence_by_position": [0.5, None, 0.1]}
         for step in (1, 2, 3)
     ]  # fmt: skip
     run = RunDir(folder)
