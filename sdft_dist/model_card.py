@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights
             f"By {METHODS[config.method]}. Base: `{base}`"
             + (f" at revision `{config.model.revision}`" if config.model.revision else "")
             + f". These are the weights of {which} after {step} optimizer steps, made with sdft-dist {__version__}.",
+            *_variables(config),
             "",
             "## Scores",
             *_scores(rundir, config, step, weights),
@@ -50,6 +52,15 @@ def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights
             "",
         ]
     )
+
+
+def _variables(config: Config) -> list[str]:
+    """How to prompt it as it was trained, where the chat template does not do that by itself."""
+    given = json.dumps(config.prompt.chat_template_kwargs)
+    if given == "{}":
+        return []
+    text = f"Its prompts had the chat template's variables `{given}`: give them too when it is used"
+    return ["", f"{text}, as with `vllm serve --default-chat-template-kwargs '{given}'`."]
 
 
 def _scores(rundir: RunDir, config: Config, step: int, weights: str) -> list[str]:

@@ -34,3 +34,10 @@ def test_a_card_claims_no_scores_of_other_weights(tmp_path):
 
 def test_a_local_base_is_no_hub_id(tmp_path):
     assert "base_model" not in card(tmp_path, model={"path": "/models/base"})
+
+
+def test_a_card_tells_how_to_prompt_as_in_training(tmp_path):
+    told = "`vllm serve --default-chat-template-kwargs '{\"enable_thinking\": false}'`"
+    prompt = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert told in card(tmp_path / "one", prompt=prompt)
+    assert "vllm serve" not in card(tmp_path / "other")
