@@ -132,7 +132,9 @@ def matrix(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Any:
 def shares(runs: Mapping[str, Mapping[str, float]]) -> Any:
     """Horizontal bars: share of the wall clock in which each thing was done. They may overlap in time."""
     what = sorted({name for found in runs.values() for name in found})
-    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.22 * len(what) * len(runs)), layout="constrained")
+    figure, axis = plt.subplots(
+        figsize=(6.4, 0.9 + len(what) * max(0.4, 0.08 + 0.08 * len(runs))), layout="constrained"
+    )
     height = 0.8 / len(runs)
     for i, (name, found) in enumerate(runs.items()):
         places = [row + i * height for row in range(len(what))]
