@@ -35,12 +35,12 @@ class BetweenSteps:
         self._saved = set(self._rundir.commits.steps())
         self._rundir.commits.kept = best_step(self._config, self._rundir, self._saved)
 
-    def told(self) -> bool:
+    def must_stop(self) -> bool:
         """Whether to stop now: only after a step that pushes to the teachers, as a run that is resumed elsewhere would
         begin with another teacher."""
         return self._asked() and self.step % self._config.teacher.sync_every == 0
 
-    def tell(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """Into run.log, and its first line beside the progress bar."""
         self._rundir.say(text)
         self._log.say(text.splitlines()[0])
@@ -60,12 +60,12 @@ class BetweenSteps:
             commits.kept = best_step(config, self._rundir, self._saved | {step})
             if not last and exhausted(config.eval, read_metrics(self._rundir.path, "eval")):
                 metric, patience = config.eval.metric, config.eval.patience
-                self.tell(f"stops early: eval.{metric} was no better for {patience} evaluations")
+                self.announce(f"stops early: eval.{metric} was no better for {patience} evaluations")
                 last = True
         if last or step == commits.kept:
             self._save(fleet)
         self.finish_saving(fleet, wait=last)
-        if self.told() and not last:
+        if self.must_stop() and not last:
             raise Preempted
         return last
 
@@ -90,7 +90,7 @@ class BetweenSteps:
 
     def rescue(self, fleet: Fleet, error: Exception) -> None:
         """Save the state where what ended the run has not harmed the learner: a scorer, a judge, samples that were all
-        cut; only after a step that pushes to the teachers, as in `told`."""
+        cut; only after a step that pushes to the teachers, as in `must_stop`."""
         lost = isinstance(error, RayError | NotServing | ActorLost | Diverged | OSError)  # TimeoutError is an OSError
         if lost or self.step % self._config.teacher.sync_every:
             return
@@ -117,7 +117,7 @@ class BetweenSteps:
         def score(cases: Sequence[Case]) -> list[bool]:
             right: list[bool] = []
             while len(right) < len(cases):
-                if self.told():
+                if self.must_stop():
                     raise Preempted
                 self.finish_saving(fleet, wait=False)
                 try:

@@ -439,13 +439,7 @@ class Config(Section):
                 f"rollout.max_completion_tokens: {self.rollout.max_completion_tokens} leaves no room for a "
                 f"prompt in model.max_length={self.model.max_length}"
             )
-        if self.learner.tokens_per_microbatch < self.model.max_length:
-            raise ValueError(
-                f"learner.tokens_per_microbatch: {self.learner.tokens_per_microbatch} is below "
-                f"model.max_length={self.model.max_length}, so one long row may not fit"
-            )
-        if self.model.attention in ("varlen", "flash_attention_2") and self.model.dtype != "bfloat16":
-            raise ValueError(f"model.attention: {self.model.attention} needs model.dtype=bfloat16; or use sdpa")
+        self._check_learner()
         self._check_loss()
         if self.teacher.reanchor == (self.teacher.anchor is not None):
             raise ValueError("teacher.anchor: is where the teacher starts when teacher.reanchor is false: give both")
@@ -459,10 +453,32 @@ class Config(Section):
                 "teacher.anchor: with model.lora.rank the teacher is model.path with adapters: leave it out"
             )
         self._check_topology()
+        if self.checkpoint.every % self.teacher.sync_every:
+            raise ValueError(
+                f"checkpoint.every: {self.checkpoint.every} is no multiple of teacher.sync_every="
+                f"{self.teacher.sync_every}: a resumed run would have another teacher"
+            )
         if self.eval.every and not self.eval.sets:
             raise ValueError("eval.every: there is nothing to evaluate: give eval.sets.NAME=FILE")
         self._check_selection()
         return self
+
+    def _check_learner(self) -> None:
+        if self.learner.tokens_per_microbatch < self.model.max_length:
+            raise ValueError(
+                f"learner.tokens_per_microbatch: {self.learner.tokens_per_microbatch} is below "
+                f"model.max_length={self.model.max_length}, so one long row may not fit"
+            )
+        if self.model.attention in ("varlen", "flash_attention_2") and self.model.dtype != "bfloat16":
+            raise ValueError(f"model.attention: {self.model.attention} needs model.dtype=bfloat16; or use sdpa")
+        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
+            raise ValueError(
+                "learner.zero_stage: 0 keeps no fp32 master of bfloat16 weights for the average: use 1, 2 or 3"
+            )
+        if self.learner.offload != "none" and self.learner.zero_stage == 0:
+            raise ValueError("learner.offload: needs learner.zero_stage 1, 2 or 3")
+        if self.learner.compile and self.learner.zero_stage == 3:
+            raise ValueError("learner.compile: ZeRO-3's hooks cannot be compiled: use learner.zero_stage 0, 1 or 2")
 
     def _check_topology(self) -> None:
         cluster = self.cluster
@@ -516,19 +532,6 @@ class Config(Section):
                 )
             if rollout.from_teacher:
                 raise ValueError("loss.importance: with rollout.from_teacher the samples are not the student's")
-        if self.checkpoint.every % self.teacher.sync_every:
-            raise ValueError(
-                f"checkpoint.every: {self.checkpoint.every} is no multiple of teacher.sync_every="
-                f"{self.teacher.sync_every}: a resumed run would have another teacher"
-            )
-        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
-            raise ValueError(
-                "learner.zero_stage: 0 keeps no fp32 master of bfloat16 weights for the average: use 1, 2 or 3"
-            )
-        if self.learner.offload != "none" and self.learner.zero_stage == 0:
-            raise ValueError("learner.offload: needs learner.zero_stage 1, 2 or 3")
-        if self.learner.compile and self.learner.zero_stage == 3:
-            raise ValueError("learner.compile: ZeRO-3's hooks cannot be compiled: use learner.zero_stage 0, 1 or 2")
         plain = loss.importance == "none" and loss.token_clip is None
         if loss.kernel == "liger" and not (loss.support == "full" and loss.normalisation == "tokens" and plain):
             raise ValueError(

@@ -137,7 +137,6 @@ class Plan:
 
 def own_plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu) -> Plan:
     """What the recipe itself asks for. Raises UserError for a method without a teacher."""
-    _refuse_other_methods(config)
     wanted = needs(config, "cuda")
     split = {role: need.number * need.gpus for need in wanted for role in need.roles}
     return _plan(config, m, n, gpu, split, [need.roles for need in wanted])
@@ -147,7 +146,6 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
     """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles, the
     second of two by both engines. Raises UserError where there are too few for the GPUs that an engine spans, and for
     a method without a teacher."""
-    _refuse_other_methods(config)
     spans = config.cluster.generator_tensor_parallel, config.cluster.teacher_tensor_parallel
     if gpus <= 2 and spans == (1, 1):
         shared = [ROLES] if gpus == 1 else [("learner",), ("generator", "teacher")]
@@ -171,15 +169,12 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
     return min(plans, key=lambda p: (not p.fits, p.step_s))
 
 
-def _refuse_other_methods(config: Config) -> None:
-    if config.method != "sdft":
-        raise UserError(f"sdft plan: is about method=sdft, with all three roles; this is {config.method}")
-
-
 def _plan(
     config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, int], groups: Sequence[tuple[str, ...]]
 ) -> Plan:
     """`groups` are the roles that share GPUs, and `split` the GPUs of each role."""
+    if config.method != "sdft":
+        raise UserError(f"sdft plan: is about method=sdft, with all three roles; this is {config.method}")
     cluster, copies = config.cluster, config.rollout.completions_per_prompt
     batch = config.rollout.prompts_per_step * copies
     memory = memory_gib(config, m, split["learner"])

@@ -151,9 +151,9 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             config,
             prepared.inputs,
             on_span=log.span,
-            on_event=between.tell,
+            on_event=between.announce,
             start=start,
-            stop=between.told,
+            stop=between.must_stop,
             wait_for_nodes=wait_for_nodes,
         ) as fleet:
             fleet.learner.must_see(rundir.path / "config.yaml")
