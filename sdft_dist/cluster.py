@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -109,25 +109,13 @@ def launch(
     `on_span` hears what they do, `on_event` what befalls them; `stop` says whether to stop; `wait_for_nodes` is
     as for `placed`. Raises ActorLost where an actor's end or silence is behind an error.
     """
-    import ray
-
     config = _with_absolute_paths(config)
     device, actors = resolve_device(config), dict[tuple[str, int], Any]()  # by role and index
-    with placed(config, device, roles_of(config) & {"learner", *engines}, wait_for_nodes, stop, on_event) as places:
-        try:
-            fleet = _build(config, inputs, places, on_span, on_event, start, stop, actors)
-            yield fleet
-            fleet.learner.stop()
-        except (UserError, Fault, Preempted, Diverged, ScorerFailed):
-            raise
-        except Exception as error:
-            explained = explain(error, list(actors.values()))
-            if explained is None:
-                raise
-            raise explained from error
-        finally:
-            for actor in actors.values():
-                ray.kill(actor)
+    roles = roles_of(config) & {"learner", *engines}
+    with placed(config, device, roles, wait_for_nodes, stop, on_event) as places, _ending(actors):
+        fleet = _build(config, inputs, places, on_span, on_event, start, stop, actors)
+        yield fleet
+        fleet.learner.stop()
 
 
 @contextmanager
@@ -140,26 +128,39 @@ def serving(config: Config, stop_ids: list[int], vocab_size: int | None) -> Iter
 
     config = _with_absolute_paths(config)
     device, size = resolve_device(config), config.cluster.generators
-    actors: list[Any] = []
-    with placed(config, device, ("generator",)) as places:
-        try:
+    actors: dict[tuple[str, int], Any] = {}
+    try:
+        with placed(config, device, ("generator",)) as places, _ending(actors):
             for i in range(size):
                 options = places.options("generator", i, size)
                 actor = ray.remote(Generator).options(**options).remote(config, device, stop_ids, None, vocab_size)
-                actors.append(actor)
+                actors["generator", i] = actor
             timeout_s, start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
-            pool = Pool("generators", actors, timeout_s, Events(), start_timeout_s=start_timeout_s)
+            made = list(actors.values())
+            pool = Pool("generators", made, timeout_s, Events(), start_timeout_s=start_timeout_s)
             pool.wait_ready()
             yield pool
-        except (UserError, Fault):
+    except ActorLost as error:
+        raise Fault(f"lost a generator: {error}") from error
+
+
+@contextmanager
+def _ending(actors: Mapping[tuple[str, int], Any]) -> Iterator[None]:
+    """Ends the actors with the block, and tells its errors in this project's terms."""
+    import ray
+
+    try:
+        yield
+    except (UserError, Fault, Preempted, Diverged, ScorerFailed):
+        raise
+    except Exception as error:
+        explained = explain(error, list(actors.values()))
+        if explained is None:
             raise
-        except Exception as error:
-            if (explained := explain(error, actors)) is None:
-                raise
-            raise Fault(f"lost a generator: {explained}") from error
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        raise explained from error
+    finally:
+        for actor in actors.values():
+            ray.kill(actor)
 
 
 def _with_absolute_paths(config: Config) -> Config:
