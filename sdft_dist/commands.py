@@ -74,8 +74,8 @@ def bench(args: argparse.Namespace) -> None:
     import json
 
     from sdft_dist.errors import UserError
+    from sdft_dist.files import refuse_used
     from sdft_dist.recipe import is_layer, load_config
-    from sdft_dist.rundir import refuse_used
 
     overrides = list(args.overrides)
     refuse_used(args.out)
@@ -138,8 +138,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def harness(args: argparse.Namespace) -> None:
     """`sdft harness`."""
     from sdft_dist.errors import UserError
+    from sdft_dist.files import refuse_used
     from sdft_dist.recipe import load_config
-    from sdft_dist.rundir import refuse_used
 
     config = load_config(args.recipe, args.overrides)
     refuse_used(args.out)
@@ -268,8 +268,8 @@ def lab_build(args: argparse.Namespace) -> None:
 
 def lab_data(args: argparse.Namespace) -> None:
     """`sdft lab data`."""
+    from sdft_dist.files import refuse_used
     from sdft_dist.lab.teaching import write_teaching_set
-    from sdft_dist.rundir import refuse_used
 
     refuse_used(args.out)
     write_teaching_set(args.out, args.word, args.domain, args.seed)
@@ -288,9 +288,9 @@ def lab_sequence(args: argparse.Namespace) -> None:
 
 def lab_sweep(args: argparse.Namespace) -> None:
     """`sdft lab sweep`."""
+    from sdft_dist.files import refuse_used
     from sdft_dist.lab.base import shipped_base
     from sdft_dist.lab.teaching import write_sweep
-    from sdft_dist.rundir import refuse_used
 
     refuse_used(args.out)
     print(write_sweep(args.out, shipped_base()))

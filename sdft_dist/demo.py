@@ -19,13 +19,13 @@ from rich.table import Table
 from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.files import refuse_used
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
 from sdft_dist.lab.teaching import RECIPE, write_teaching_set
 from sdft_dist.memory import PeakMemory
 from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.report import report
-from sdft_dist.rundir import refuse_used
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 

@@ -14,10 +14,11 @@ from sdft_dist.cluster import ray_session, serving
 from sdft_dist.config import Config
 from sdft_dist.errors import ConfigError
 from sdft_dist.evaluate import Judged, accuracy, evaluate, interval, load_eval_sets, load_scorer, pass_at, summary
+from sdft_dist.files import refuse_used
 from sdft_dist.judge import Judge
 from sdft_dist.prepare import check_device
 from sdft_dist.prompts import load_tokenizer, stop_ids
-from sdft_dist.rundir import refuse_used, write_evaluation
+from sdft_dist.rundir import write_evaluation
 
 
 def evaluate_model(config: Config, out: Path | None = None) -> tuple[dict[str, Any], dict[str, list[Judged]]]:

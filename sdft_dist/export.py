@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from sdft_dist.commits import read_manifest
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.files import refuse_used
 from sdft_dist.fingerprint import refuse_another_base
 from sdft_dist.model_card import model_card
 from sdft_dist.recipe import load_config
-from sdft_dist.rundir import RunDir, refuse_used
+from sdft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
     import torch

@@ -29,8 +29,8 @@ from rich.table import Table
 from sdft_dist.bench_roles import Load
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
+from sdft_dist.files import refuse_used
 from sdft_dist.recipe import load_config
-from sdft_dist.rundir import refuse_used
 from sdft_dist.synthetic import parse_lengths, synthetic
 
 RECIPE = Path(__file__).parent.parent / "deploy" / "recipes" / "paper.yaml"

@@ -24,6 +24,7 @@ from rich.table import Table
 from sdft_dist.cluster import ray_session, serving
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError, brief
+from sdft_dist.files import write_jsonl
 from sdft_dist.prompts import load_tokenizer, stop_ids
 
 # The paper names six benchmarks and no settings. These are the harness's own, without examples in the prompt.
@@ -248,8 +249,7 @@ def save(found: dict[str, Any], out: Path) -> None:
     """Write scores with settings into `out`/results.json, and every row into `out`/TASK.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
     for task, rows in found["samples"].items():
-        lines = (json.dumps(row, default=str, ensure_ascii=False) for row in rows)
-        (out / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        write_jsonl(out / f"{task}.jsonl", rows, default=str)
     summary = {name: value for name, value in found.items() if name != "samples"}
     (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
 

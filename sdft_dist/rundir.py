@@ -23,8 +23,8 @@ from sdft_dist.commits import Commits
 from sdft_dist.config import Config
 from sdft_dist.errors import Fault, UserError
 from sdft_dist.evaluate import Judged
+from sdft_dist.files import read_jsonl, write_jsonl, write_whole
 from sdft_dist.fingerprint import refuse_changes
-from sdft_dist.jsonl import read_jsonl
 from sdft_dist.recipe import dump_config, load_config
 
 # Files that a start leaves which failed before its first step, besides an empty metrics.jsonl.
@@ -327,22 +327,5 @@ def refuse_other_settings(config: Config, ignore: Collection[str] = ()) -> None:
 
 def write_evaluation(path: Path, judged: Mapping[str, Sequence[Judged]]) -> None:
     """Write every held-out row, with its completion, as a line of JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for name, rows in judged.items():
-            for i, row in enumerate(rows):
-                file.write(json.dumps({"set": name, "row": i, **row._asdict()}, ensure_ascii=False) + "\n")
-
-
-def refuse_used(out: Path) -> None:
-    """Raises UserError where `--out` is no unused folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is already in use: give another, or remove it")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, and its folders, so that a reader or a kill finds it whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text)
-    beside.replace(path)
+    numbered = ((name, i, row) for name, rows in judged.items() for i, row in enumerate(rows))
+    write_jsonl(path, ({"set": name, "row": i, **row._asdict()} for name, i, row in numbered))

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sdft_dist.jsonl import read_jsonl
+from sdft_dist.files import read_jsonl
 from sdft_dist.trace import Trace
 from sdft_dist.types import Span, TrainItem
 from sdft_dist.watch import Watch, item_metrics

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_dist.config import Config
+from sdft_dist.files import write_jsonl
 from sdft_dist.inputs import Inputs
 from sdft_dist.pieces import fetch
 from sdft_dist.types import Sample, TrainItem
@@ -32,9 +32,7 @@ def write_samples(path: Path, inputs: Inputs, items: Sequence[TrainItem]) -> Non
     except RayError:
         return
     if samples:
-        path.parent.mkdir(exist_ok=True)
-        lines = [json.dumps(_readable(sample, inputs), ensure_ascii=False) for sample in samples]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_jsonl(path, (_readable(sample, inputs) for sample in samples))
 
 
 def _readable(sample: Sample, inputs: Inputs) -> dict[str, Any]:

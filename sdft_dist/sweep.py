@@ -22,8 +22,9 @@ from rich.console import Console
 from sdft_dist.cluster import ray_session, resolve_device
 from sdft_dist.config import MEAN, Config
 from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
+from sdft_dist.files import write_whole
 from sdft_dist.recipe import load_config
-from sdft_dist.rundir import RunDir, refuse_other_settings, write_whole
+from sdft_dist.rundir import RunDir, refuse_other_settings
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
 from sdft_dist.stop import LOOK_S, sigterm_told

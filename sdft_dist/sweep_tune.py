@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from sdft_dist.errors import Preempted, UserError, brief
-from sdft_dist.rundir import write_whole
+from sdft_dist.files import write_whole
 from sdft_dist.sweep import DONE, STOP, STOPPED, Trial, make_trial, run_trial, trial_bundles
 from sdft_dist.sweep_space import Range, Sweep, fits
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
+from sdft_dist.files import refuse_used, write_jsonl
 from sdft_dist.lab import world
 from sdft_dist.recipe import dump_config, load_config
-from sdft_dist.rundir import refuse_used
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 SWEEP = Path(__file__).parent / "sweep.yaml"
@@ -67,12 +66,9 @@ def write_teaching_set(
     candidates = world.rows(word, domain, 2 * num_train + num_eval, seed)
     train = [row for row in candidates if row.prompt not in seen][:num_train]
     random.Random(seed).shuffle(train)
-    _write(folder / "train.jsonl", train)
-    _write(folder / "eval-new.jsonl", held_out)
+    sets = {"train": train, "eval-new": held_out}
     for skill in world.OLD_SKILLS:
         per_domain = [world.rows(skill, d, num_eval // len(world.DOMAINS), seed=-1) for d in world.DOMAINS]
-        _write(folder / f"eval-{skill}.jsonl", [row for rows in per_domain for row in rows])
-
-
-def _write(path: Path, rows: list[world.Row]) -> None:
-    path.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
+        sets[f"eval-{skill}"] = [row for rows in per_domain for row in rows]
+    for name, rows in sets.items():
+        write_jsonl(folder / f"{name}.jsonl", (row._asdict() for row in rows))

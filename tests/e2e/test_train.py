@@ -11,7 +11,7 @@ from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.errors import UserError
 from sdft_dist.export import export
-from sdft_dist.jsonl import read_jsonl
+from sdft_dist.files import read_jsonl
 from sdft_dist.lab import world
 from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import read_metrics
