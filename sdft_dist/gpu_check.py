@@ -198,7 +198,8 @@ def _state_differences(config: Config, problems: Sequence[Any], targets: Sequenc
     from sdft_dist.cluster import resolve_device
 
     device = resolve_device(config)
-    model = load_causal_lm(config.model).eval().to(device)
+    # One sequence at a time needs no packing, and torch's own attention is another than the engine's.
+    model = load_causal_lm(config.model.model_copy(update={"attention": "sdpa"})).eval().to(device)
     differences = []
     for problem, theirs in zip(problems, targets, strict=True):
         ids = np.concatenate([problem.teacher_prompt_ids, problem.demonstration_ids])

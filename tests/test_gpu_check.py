@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from learner.model import load_causal_lm
 from sdft_dist import gpu_check
 from sdft_dist.dimensions import dimensions
 from sdft_dist.gpu_check import (
@@ -126,3 +130,18 @@ def test_all_losses_are_timed():
     found = loss("cpu", tokens=32, width=16, vocab=64)
     assert {name for name in found if name.endswith("_ms")} == {"ours_ms", "compiled_ms", "liger_ms", "plain_ms"}
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_states_are_compared_with_a_local_models(tmp_path):
+    """Whose own attention the engine's is compared with, so that it needs no packing."""
+    config = recipe(tmp_path, "cuda", "lab", ["cluster.device=cpu"])
+    model = load_causal_lm(config.model.model_copy(update={"attention": "eager"})).eval()
+    problem = SimpleNamespace(teacher_prompt_ids=np.arange(5, 12), demonstration_ids=np.arange(20, 24))
+    with torch.no_grad():
+        states = model.model(torch.tensor([[*range(5, 12), *range(20, 24)]])).last_hidden_state[0, 6:-1]
+    half = states.clone()
+    half[0] /= 2
+    targets = [SimpleNamespace(dtype="bfloat16", states=kept.view(torch.uint16).numpy()) for kept in (states, half)]
+    found = gpu_check._state_differences(config, [problem, problem], targets)
+    assert found.shape == (8,)
+    assert found.tolist() == pytest.approx([0, 0, 0, 0, 0.5, 0, 0, 0], abs=0.02)  # bf16, by two ways
