@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from learner.lora import attach
 from learner.model import load_causal_lm
 from sdft_dist import gpu_check
+from sdft_dist.adapters import half_of
 from sdft_dist.dimensions import dimensions
 from sdft_dist.gpu_check import (
     DECODE,
+    ENGINES,
     LENGTHS,
     OFFLOADED,
     SLOWER,
@@ -123,6 +126,13 @@ def test_the_recipe_puts_all_roles_on_one_gpu_and_its_inputs_are_made_once(tmp_p
     made = (tmp_path / "inputs" / "lab" / "made.json").stat().st_mtime_ns
     assert recipe(tmp_path, "cuda", "lab", []).model.path == config.model.path
     assert (tmp_path / "inputs" / "lab" / "made.json").stat().st_mtime_ns == made
+
+
+def test_engines_are_pushed_to_by_a_learner_that_trains_next_to_nothing(tmp_path):
+    lm = load_causal_lm((config := recipe(tmp_path, "cpu", "lab", list(ENGINES))).model)
+    attach(lm, config.model.lora)
+    trained = [name for name, p in lm.named_parameters() if p.requires_grad]
+    assert [half_of(name) for name in trained] == [("model.layers.0.self_attn.k_proj.weight", half) for half in "AB"]
 
 
 def test_all_losses_are_timed():
