@@ -42,6 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+BLOCK = 1 << 23  # numbers, of random weights
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
@@ -77,7 +78,6 @@ def write_model(folder: Path, shape: str, dtype: str, max_length: int) -> Path:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(0)
     config = Qwen3Config(
         max_position_embeddings=max_length,
         eos_token_id=tokenizer.eos_token_id,
@@ -85,10 +85,31 @@ def write_model(folder: Path, shape: str, dtype: str, max_length: int) -> Path:
         bos_token_id=None,
         **settings,
     )
-    lm = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    with torch.device("meta"):  # drawing every weight takes minutes where there are billions
+        lm = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    lm.to_empty(device="cpu").tie_weights()
+    _fill(lm)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _fill(lm: Any) -> None:
+    """As transformers draws them: norms are 1, other weights normal and those of padding 0; but blocks of all matrices
+    are parts of the same random numbers."""
+    import torch
+
+    numbers, starts = torch.randn(2 * BLOCK, generator=torch.Generator().manual_seed(0)), random.Random(0)
+    numbers = (numbers * lm.config.initializer_range).to(lm.dtype)
+    with torch.no_grad():
+        for weight in lm.parameters():
+            if weight.dim() == 1:
+                weight.fill_(1)
+                continue
+            for block in weight.view(-1).split(BLOCK):
+                start = starts.randrange(BLOCK)
+                block.copy_(numbers[start : start + len(block)])
+        lm.get_input_embeddings().weight[lm.config.pad_token_id] = 0
 
 
 def write_rows(path: Path, shape: str, lengths: Sequence[tuple[int, int]], count: int) -> Path:

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from sdft_dist import synthetic as synthetic_module
 from sdft_dist.account import Machine, accounts, mean_lengths, push_split, time_shares
 from sdft_dist.bench import (
     SKIPPED,
@@ -147,6 +149,25 @@ def test_synthetic_rows_have_the_lengths_asked_for(tmp_path):
     assert parse_lengths("3/4/5") == (3, 4, 5)
     with pytest.raises(UserError, match="--lengths: got '3/4'"):
         parse_lengths("3/4")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_weights_are_those_that_transformers_would_draw(tmp_path, monkeypatch, tied):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setitem(SHAPES, "lab", SHAPES["lab"] | {"tie_word_embeddings": tied})
+    monkeypatch.setattr(synthetic_module, "BLOCK", 5000)  # most matrices are of several
+    made = [AutoModelForCausalLM.from_pretrained(write_model(tmp_path / n, "lab", "float32", 64)) for n in "ab"]
+    weights = dict(made[0].named_parameters())
+    assert ("lm_head.weight" in weights) is not tied
+    assert all(torch.equal(weight, weights[name]) for name, weight in made[1].named_parameters())
+    for name, weight in weights.items():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            assert weight.mean().item() == pytest.approx(0, abs=1e-3), name
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+    assert not weights["model.embed_tokens.weight"][0].any()
 
 
 def test_plain_fine_tuning_pays_for_no_average(tmp_path):
