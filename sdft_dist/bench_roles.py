@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,13 @@ def bench_role(config: Config, out: Path, role: str, *, repeats: int, fixed: boo
     return report
 
 
-def bench_loads(ours: Ours, fleet: Fleet, loads: Sequence[Load], repeats: int) -> list[dict[str, Any]]:
-    """`repeats` batches of each of `loads`, one load after the other; a report of each."""
-    spent = [_work_on(ours, fleet, load, repeats) for load in loads]
-    used = machine(fleet)
-    problems = ours.inputs.problems
-    return [_report(ours.config, problems, load, used, *found) for load, found in zip(loads, spent, strict=True)]
+def bench_loads(ours: Ours, fleet: Fleet, loads: Sequence[Load], repeats: int) -> Iterator[dict[str, Any]]:
+    """`repeats` batches of each of `loads`, one load after the other; a report of each when it is done."""
+    used = None
+    for load in loads:
+        found = _work_on(ours, fleet, load, repeats)
+        used = machine(fleet) if used is None else replace(used, peak_gib=fleet.peak_gib())
+        yield _report(ours.config, ours.inputs.problems, load, used, *found)
 
 
 def _work_on(ours: Ours, fleet: Fleet, load: Load, repeats: int) -> tuple[list[float], list[tuple[int, float]]]:

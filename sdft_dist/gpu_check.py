@@ -1,9 +1,9 @@
 """All that is to be measured on a GPU, in one go, with one table last: `python -m sdft_dist.gpu_check --out FOLDER`.
 
-Each check is a process of its own with a time limit, so that one that fails costs its lines and frees all memory.
-Actors take long to start, so what can be measured with the same ones is one check. Roles are measured one by one, on
-the learner's GPU: `SDFT/SFT` is the sum of their seconds over those of plain SFT. `--device cpu --shape lab --large
-lab` tries the whole of it without a GPU.
+Each check is a process of its own with a time limit, so that one that fails frees all memory and costs only the figures
+that it has not written yet. Actors take long to start, so what can be measured with the same ones is one check. Roles
+are measured one by one, on the learner's GPU: `SDFT/SFT` is the sum of their seconds over those of plain SFT.
+`--device cpu --shape lab --large lab` tries the whole of it without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -55,6 +55,7 @@ OFFLOADED = (  # without an average, which would be in host memory too
 # through host memory, so that all but one go as they do without adapters.
 ENGINES = ("model.lora.rank=1", "model.lora.targets=[0.self_attn.k_proj]", "cluster.gpu_memory_utilization=0.4")
 Figures = dict[str, float]
+Check = Callable[[], Iterator[Figures]]  # what it measures, part by part
 
 
 def main() -> None:
@@ -71,7 +72,10 @@ def main() -> None:
     args = parser.parse_args()
     checks = all_checks(args)
     if args.only:
-        print(json.dumps(checks[args.only]()))
+        found: Figures = {}
+        for part in checks[args.only]():
+            found |= part
+            _write(_file(args.out, args.only), found)
         return
     try:
         refuse_used(args.out)
@@ -82,11 +86,12 @@ def main() -> None:
     table = Table("check", "figure", "value", "seconds")
     for name in [name for name in checks if name not in args.skip]:
         started = time.monotonic()
-        found = _in_a_process(name, args, min(args.limit, end - started))
-        Console(stderr=True).print(f"{name}: {found}", highlight=False)
-        (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        failed = _in_a_process(name, args, min(args.limit, end - started))
+        written = _read(args.out, name) | failed
+        Console(stderr=True).print(f"{name}: {written}", highlight=False)
+        _write(_file(args.out, name), written)
         seconds = f"{time.monotonic() - started:.0f}"
-        for figure, value in found.items():
+        for figure, value in written.items():
             table.add_row(name, figure, f"{value:.4g}" if isinstance(value, float) else str(value), seconds)
             name = seconds = ""
     for length, tokens in LENGTHS.items():
@@ -97,48 +102,61 @@ def main() -> None:
     Console().print(table)
 
 
-def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
+def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[str, str]:
+    """Why it failed, {} where it did not; its figures are in its file."""
     if limit_s < 1:
         return {"failed": f"no time was left (--within {args.within})"}
     command = [sys.executable, "-m", "sdft_dist.gpu_check", "--only", name, "--out", str(args.out)]
     command += ["--shape", args.shape, "--large", args.large, "--device", args.device]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    log = args.out / f"{name}.log"
+    with log.open("w") as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as process:
         try:
-            printed, said = process.communicate(timeout=limit_s)
+            code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # so that Ray ends all of it before the next check needs the memory
             with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=60)
+                process.wait(timeout=60)
             process.kill()
             return {"failed": f"not done in {limit_s:.0f} s"}
-    (args.out / f"{name}.log").write_text(said)
-    if process.returncode:
-        return {"failed": (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
-    return dict(json.loads(printed.strip().splitlines()[-1]))
+    return {"failed": (log.read_text().strip().splitlines() or [f"exit code {code}"])[-1]} if code else {}
+
+
+def _file(out: Path, name: str) -> Path:
+    return out / f"{name}.json"
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(file)
+
+
+def _read(out: Path, name: str) -> dict[str, Any]:
+    file = _file(out, name)
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def sdft_over_sft(out: Path, length: str, what: str) -> float | None:
     """`what`, device-seconds per sample as measured or predicted, of all roles over that of plain SFT, of the figures
     in `out`; None where one is missing."""
     figures = [("learner", ""), ("engines", "generator "), ("engines", "teacher "), ("sft", "")]
-    files = {name: out / f"{name}.json" for name, _ in figures}
-    found = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
-    seconds = [found.get(name, {}).get(f"{role}{length} {what}") for name, role in figures]
+    seconds: list[Any] = [_read(out, name).get(f"{role}{length} {what}") for name, role in figures]
     if None in seconds:
         return None
     *ours, sft = seconds
     return float(sum(ours) / sft)
 
 
-def all_checks(args: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
+def all_checks(args: argparse.Namespace) -> dict[str, Check]:
     """By name what each one measures, what matters most first; "agreement" stands on the run of "lab"."""
     train = partial(learner, args.out, args.device)
-    checks: dict[str, Callable[[], Figures]] = {
-        "lab": partial(lab, args.out, args.device),
+    checks: dict[str, Check] = {
         "sft": partial(train, args.shape, LENGTHS, method="sft"),
         "learner": partial(train, args.shape, LENGTHS),
         "engines": partial(engines, args.out, args.device, args.shape),
         "loss": partial(loss, args.device, **(LOSS if args.device == "cuda" else SMALL_LOSS)),
+        "lab": partial(lab, args.out, args.device),
         "agreement": partial(agreement, args.out),
         "large": partial(train, args.large, ["short"], batch=16, more=OFFLOADED),
     }
@@ -147,7 +165,7 @@ def all_checks(args: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
     return checks
 
 
-def lab(out: Path, device: str) -> Figures:
+def lab(out: Path, device: str) -> Iterator[Figures]:
     """The lab's word taught in the device's own type: accuracy on it and on the old skills."""
     from sdft_dist.demo import lab_config, measured
     from sdft_dist.lab.base import shipped_base
@@ -157,10 +175,10 @@ def lab(out: Path, device: str) -> Figures:
     config = lab_config(out / "lab", shipped_base(), 0, "sdft", steps, _shared(device))
     run(config)
     found = measured(config)
-    return {"new": found.curve[-1]["new"], "old": found.old(found.curve[-1]), "samples_per_s": found.samples_per_s}
+    yield {"new": found.curve[-1]["new"], "old": found.old(found.curve[-1]), "samples_per_s": found.samples_per_s}
 
 
-def agreement(out: Path) -> Figures:
+def agreement(out: Path) -> Iterator[Figures]:
     """Log-probs of sampled tokens, generator against learner, nats; and the teacher's states in the engine against a
     local model's, by token: the difference's norm over the state's."""
     import ray
@@ -180,14 +198,10 @@ def agreement(out: Path) -> Figures:
         fleet.to_teachers(0)
         logprobs = logprob_differences(fleet, first, config)
         refs = as_sampled(config, problems, batch_keys(config, problems, 0))
+        yield {"log-probs mean": float(logprobs.mean()), "log-probs max": float(logprobs.max())}
         scored, targets = ray.get(fleet.teachers.actors[0].score.remote(refs))
     states = _state_differences(config, [problems[item.key.problem] for item in scored.items], targets)
-    return {
-        "log-probs mean": float(logprobs.mean()),
-        "log-probs max": float(logprobs.max()),
-        "states mean": states.mean().item(),
-        "states max": states.max().item(),
-    }
+    yield {"states mean": states.mean().item(), "states max": states.max().item()}
 
 
 def _state_differences(config: Config, problems: Sequence[Any], targets: Sequence[Any]) -> Any:
@@ -213,7 +227,7 @@ def _state_differences(config: Config, problems: Sequence[Any], targets: Sequenc
     return torch.cat(differences)
 
 
-def engines(out: Path, device: str, shape: str) -> Figures:
+def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
     """A generator and a teacher that share the learner's device, on random weights of a published shape: pushes to
     them, and whether they then hold what the learner does; each by itself."""
     import torch
@@ -247,18 +261,19 @@ def engines(out: Path, device: str, shape: str) -> Figures:
                 fleet.learner.push(pool, version, version, wait=True)
                 spans.setdefault(f"push {pool.role}: all s", []).append(time.perf_counter() - started)
             fleet.version = version
-        pushes = {name: statistics.median(taken[1:]) for name, taken in spans.items()}
-        pushes |= {f"push {pool.role}: equal by checksum": equal_after_push(fleet, pool) for pool in pools}
-        reports = bench_loads(ours, fleet, loads, REPEATS)
-    print(f"pushed over {push_transport(config, device)}", file=sys.stderr)
-    found = {**pushes, **_by_load(loads, reports, lambda load: f"{load.role} ")}
-    if device == "cuda":
-        share = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
-        found["predicted_gib"], own = share, memory_gib(config, read_dimensions(config), 1)
-        for role in ("generator", "teacher"):  # keys and values take what is left, by setting
-            found[f"{role} weights and work predicted_gib"] = own[role]
-            found[f"{role} keys and values predicted_gib"] = share - own[role]
-    return found
+        print(f"pushed over {push_transport(config, device)}", file=sys.stderr)
+        yield {name: statistics.median(taken[1:]) for name, taken in spans.items()}
+        yield {f"push {pool.role}: equal by checksum": equal_after_push(fleet, pool) for pool in pools}
+        if device == "cuda":
+            share = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
+            own = memory_gib(config, read_dimensions(config), 1)
+            yield {"predicted_gib": share}
+            for role in ("generator", "teacher"):  # keys and values take what is left, by setting
+                yield {
+                    f"{role} weights and work predicted_gib": own[role],
+                    f"{role} keys and values predicted_gib": share - own[role],
+                }
+        yield from _by_load(loads, bench_loads(ours, fleet, loads, REPEATS), lambda load: f"{load.role} ")
 
 
 def equal_after_push(fleet: Any, pool: Any) -> bool:
@@ -297,7 +312,7 @@ def learner(
     batch: int = 32,
     method: str = "sdft",
     more: tuple[str, ...] = (),
-) -> Figures:
+) -> Iterator[Figures]:
     """Optimizer steps of `batch` samples by themselves, on random weights of a published shape."""
     from sdft_dist.bench import contestant
     from sdft_dist.bench_roles import bench_loads
@@ -312,15 +327,11 @@ def learner(
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > there:
         raise UserError(f"{shape}: its optimizer needs {needed:.0f} GiB of host memory, {there:.0f} are there")
+    yield {"predicted_gib": memory_gib(config, dimensions, 1)["learner"], "host_gib": needed}
     loads = [load("learner", length, batch) for length in lengths]
     start = launch(config, ours.inputs, engines=())
     with ray_session(config), start as fleet:
-        reports = bench_loads(ours, fleet, loads, REPEATS)
-    return {
-        **_by_load(loads, reports, lambda load: ""),
-        "predicted_gib": memory_gib(config, dimensions, 1)["learner"],
-        "host_gib": needed,
-    }
+        yield from _by_load(loads, bench_loads(ours, fleet, loads, REPEATS), lambda load: "")
 
 
 def load(role: str, length: str, batch: int) -> Load:
@@ -330,18 +341,20 @@ def load(role: str, length: str, batch: int) -> Load:
     return Load(role=role, batch=batch, rows=range(first, first + ROWS), max_tokens=completion)
 
 
-def _by_load(loads: Sequence[Load], reports: Sequence[dict[str, Any]], prefix: Callable[[Load], str]) -> Figures:
-    """The figures of all loads by role and length: tokens/s of each batch, the account of the last."""
-    found: Figures = {}
+def _by_load(
+    loads: Sequence[Load], reports: Iterable[dict[str, Any]], prefix: Callable[[Load], str]
+) -> Iterator[Figures]:
+    """The figures of each load by role and length: tokens/s of each batch, the account of the last."""
     for given, report in zip(loads, reports, strict=True):
         length = list(LENGTHS)[given.rows.start // ROWS]
         about = f"{prefix(given)}{length} "
-        found[f"{about}tokens/s at {given.batch}"] = report["tokens_per_s"]["median"]
-        found |= {f"{about}{name}": report["account"][name] for name in ACCOUNT}
-    return found
+        yield {
+            f"{about}tokens/s at {given.batch}": report["tokens_per_s"]["median"],
+            **{f"{about}{name}": report["account"][name] for name in ACCOUNT},
+        }
 
 
-def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
+def loss(device: str, *, tokens: int, width: int, vocab: int) -> Iterator[Figures]:
     """The full-vocabulary loss, forward and backward: ours, with and without learner.compile, Liger's, and plain
     torch's, ms and GB."""
     import torch
@@ -369,7 +382,6 @@ def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
         logp, logq = ((s @ h.T).float().log_softmax(-1) for s, h in ((states, head), (teacher_states, teacher_head)))
         return ((logq.exp() * (logq - logp)).sum(-1) * weights).sum()
 
-    found: Figures = {}
     contestants: dict[str, Callable[[], Any]] = {
         "ours": partial(ours, False),
         "compiled": partial(ours, True),
@@ -378,11 +390,10 @@ def loss(device: str, *, tokens: int, width: int, vocab: int) -> Figures:
     }
     for name, compute in contestants.items():
         try:
-            found |= {f"{name}_{what}": value for what, value in _cost(compute, [states, head], device).items()}
+            yield {f"{name}_{what}": value for what, value in _cost(compute, [states, head], device).items()}
         except (RuntimeError, ImportError) as e:  # plain torch may not fit
-            found[f"{name}_failed"] = float("nan")
+            yield {f"{name}_failed": float("nan")}
             print(f"{name}: {e}", file=sys.stderr)
-    return found
 
 
 def _cost(compute: Callable[[], Any], inputs: list[Any], device: str, repeats: int = 5) -> Figures:

@@ -63,6 +63,34 @@ def test_a_used_folder_is_refused_before_any_check(tmp_path, monkeypatch):
         gpu_check.main()
 
 
+@pytest.mark.parametrize(
+    ("then", "limit_s", "failed"),
+    [
+        ("", 200, None),
+        ("raise ValueError('no more')", 200, "ValueError: no more"),
+        ("time.sleep(60)", 20, "not done in 20 s"),
+    ],
+    ids=["whole", "failed", "cut off"],
+)
+def test_a_check_that_ends_early_keeps_the_figures_that_it_has_written(tmp_path, monkeypatch, then, limit_s, failed):
+    """The process of a check runs this program, in which one stands for all."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time\nfrom sdft_dist import gpu_check\n"
+        f"def two():\n    yield {{'one': 1.0}}\n    yield {{'two': 2.0}}\n    {then}\n"
+        "gpu_check.all_checks = lambda args: {'check': two}\ngpu_check.main()\n"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **how: popen([sys.executable, str(program), *command[3:]], **how)
+    )
+    monkeypatch.setattr(gpu_check, "all_checks", lambda args: {"check": None})
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out"), "--limit", str(limit_s)])
+    gpu_check.main()
+    found = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert found == {"one": 1.0, "two": 2.0} | ({"failed": failed} if failed else {})
+
+
 def make_gpu(folder, out, within="100", pytest_does="exit 1"):
     """`make gpu` with a Python that only writes down what it is asked for."""
     python = folder / "venv" / "bin" / "python"
@@ -137,7 +165,7 @@ def test_engines_are_pushed_to_by_a_learner_that_trains_next_to_nothing(tmp_path
 
 def test_all_losses_are_timed():
     pytest.importorskip("liger_kernel")
-    found = loss("cpu", tokens=32, width=16, vocab=64)
+    found = {name: value for part in loss("cpu", tokens=32, width=16, vocab=64) for name, value in part.items()}
     assert {name for name in found if name.endswith("_ms")} == {"ours_ms", "compiled_ms", "liger_ms", "plain_ms"}
     assert all(math.isfinite(value) for value in found.values())
 
