@@ -328,7 +328,9 @@ def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
             options["speculative_config"] = drafts.settings(config.rollout)
     else:
         options["runner"], options["convert"] = "pooling", "embed"
-        # vLLM 0.26 keeps a first chunk's states where the next step of a CUDA graph writes its own.
+        # Calls are of more tokens than CUDA graphs are made for, and vLLM 0.26 keeps a first chunk's states where the
+        # next step of one writes its own.
+        options["enforce_eager"] = True
         options["enable_chunked_prefill"] = False
         options["enable_prefix_caching"] = config.rollout.completions_per_prompt > 1
         # Without use_activation=False the states come L2-normalised.
