@@ -326,6 +326,8 @@ def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
         options["max_logprobs"] = config.loss.top_k
         if config.rollout.speculative != "none":
             options["speculative_config"] = drafts.settings(config.rollout)
+        elif device == "cuda":
+            options["compilation_config"] = {"cudagraph_capture_sizes": _graph_sizes(cluster.max_sequences)}
     else:
         options["runner"], options["convert"] = "pooling", "embed"
         # Calls are of more tokens than CUDA graphs are made for, and vLLM 0.26 keeps a first chunk's states where the
@@ -338,6 +340,13 @@ def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
         if config.model.dtype != "float32":
             options["hf_overrides"] = {"head_dtype": "model"}
     return options
+
+
+def _graph_sizes(max_sequences: int) -> list[int]:
+    """Decode batches that CUDA graphs are made for; others run as the next larger one. vLLM's own choice has four times
+    as many, each of which takes time at the start and memory, for batches that take as long: the weights' reading."""
+    top = min(max_sequences, 512)
+    return [*(size for size in (1, 2, 4, 8, 16) if size < top), *range(32, top, 32), top]
 
 
 @contextmanager

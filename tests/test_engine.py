@@ -1,0 +1,33 @@
+"""What vLLM is asked for; what it then does is in the end-to-end tests."""
+
+from itertools import pairwise
+
+import pytest
+
+from actors.engine import _graph_sizes, _options
+from sdft_dist.recipe import parse_config
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1]), (3, [1, 2, 3]), (32, [1, 2, 4, 8, 16, 32]), (70, [1, 2, 4, 8, 16, 32, 64, 70]), (1024, None)],
+)
+def test_graphs_are_made_up_to_the_largest_decode_batch(most, sizes):
+    found = _graph_sizes(most)
+    assert sizes is None or found == sizes
+    assert found == sorted(set(found))
+    assert found[-1] == min(most, 512)
+    assert all(size <= max(2 * last, last + 32) for last, size in pairwise(found))
+
+
+def options(runner, device="cuda", **fields):
+    return _options(
+        parse_config({"model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x", **fields}), runner, device
+    )
+
+
+def test_only_generators_that_draft_nothing_say_which_graphs_they_want():
+    assert options("generate")["compilation_config"]["cudagraph_capture_sizes"][-1] == 256
+    assert "compilation_config" not in options("generate", rollout={"speculative": "ngram"})
+    assert options("pooling")["enforce_eager"]
+    assert all("compilation_config" not in options(runner, "cpu") for runner in ("generate", "pooling"))
