@@ -31,3 +31,10 @@ def test_only_generators_that_draft_nothing_say_which_graphs_they_want():
     assert "compilation_config" not in options("generate", rollout={"speculative": "ngram"})
     assert options("pooling")["enforce_eager"]
     assert all("compilation_config" not in options(runner, "cpu") for runner in ("generate", "pooling"))
+
+
+def test_generators_sample_from_float32_logits_as_learners_do():
+    bf16 = {"path": "x", "dtype": "bfloat16"}
+    assert options("generate", model=bf16)["hf_overrides"] == {"head_dtype": "float32"}
+    assert options("pooling", model=bf16)["hf_overrides"] == {"head_dtype": "model"}
+    assert "hf_overrides" not in options("generate")
