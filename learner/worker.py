@@ -29,7 +29,15 @@ from learner.push import Sender, WeightSource, ema_source, manifest, push, stude
 from learner.roofline import Roofline, measure
 from learner.schedule import learning_rate
 from learner.tally import RankMetrics, Tally
-from learner.zero import deepspeed_config, fragments, make_optimizer_state, optimizer_step, set_timeouts, step_and_norm
+from learner.zero import (
+    add_gradients_directly,
+    deepspeed_config,
+    fragments,
+    make_optimizer_state,
+    optimizer_step,
+    set_timeouts,
+    step_and_norm,
+)
 from sdft_dist.batching import one_after_another, rows
 from sdft_dist.config import Config, LossConfig
 from sdft_dist.errors import UserError
@@ -107,6 +115,7 @@ class LearnerRank:
         self.engine, *_ = deepspeed.initialize(
             model=self.student, model_parameters=list(self._named.values()), config=settings
         )
+        add_gradients_directly(self.engine)
         # Before the driver loses patience: who is still silent when the others have given up is the one that hangs.
         set_timeouts(timedelta(seconds=0.8 * self.config.cluster.timeout_s))
         self._frozen = {name: p for name, p in named if not p.requires_grad}

@@ -24,7 +24,7 @@ from learner.checkpoint import Shards
 from learner.group import LearnerGroup
 from learner.push import manifest
 from learner.worker import LearnerRank
-from learner.zero import deepspeed_config, step_and_norm
+from learner.zero import add_gradients_directly, deepspeed_config, step_and_norm
 from sdft_dist.cluster import stream
 from sdft_dist.config import Config
 from sdft_dist.export import checkpoint_model
@@ -115,7 +115,7 @@ class ReusableRank(LearnerRank):
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         return self._step_bytes, sum(sizes), max(sizes)
 
-    def norm_of_sum(self, gradients: list[float]) -> float:
+    def norm_of_sum(self, gradients: list[float], directly: bool) -> float:
         """The gradient norm that DeepSpeed finds in a step of a model of one weight, whose micro-batches have these
         gradients."""
         import deepspeed
@@ -124,10 +124,34 @@ class ReusableRank(LearnerRank):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=list(model.parameters()), config=deepspeed_config(self.config)
         )
+        if directly:
+            add_gradients_directly(engine)
         for i, gradient in enumerate(gradients):
             engine.set_gradient_accumulation_boundary(i == len(gradients) - 1)
             engine.backward(engine(torch.tensor([gradient], dtype=torch.bfloat16)).sum())
         return step_and_norm(engine)
+
+    def weights_after(self, steps: int, directly: bool) -> tuple[list[np.ndarray], list[float], bool]:
+        """Of a small bf16 model with a bias, a weight that is used twice and one that is not used, trained by `steps`
+        steps of three micro-batches: the weights, the gradient norms, and whether gradients were added directly."""
+        import deepspeed
+
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(24, 24), "unused": torch.nn.Linear(5, 3)}).bfloat16()
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config=deepspeed_config(self.config)
+        )
+        if directly:
+            add_gradients_directly(engine)
+        model.forward = lambda x: model["used"](model["used"](x).tanh()).float().square().sum()
+        norms = []
+        for _ in range(steps):
+            for i in range(3):
+                engine.set_gradient_accumulation_boundary(i == 2)
+                engine.backward(engine(torch.randn(7, 24, dtype=torch.bfloat16)))
+            norms.append(step_and_norm(engine))
+        weights = [p.detach().float().numpy() for p in model.parameters()]
+        return weights, norms, "process_gradients" in vars(engine.optimizer)
 
     def kept_gradients(self) -> dict[str, np.ndarray]:
         """fp32, in the parameters' shapes."""

@@ -256,14 +256,27 @@ def test_an_optimizer_in_host_memory_makes_the_same_updates(ranks, problems, mod
             assert_relative(found[key], tensor, 1e-4)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_small_gradients_of_bf16_weights_are_not_lost_beside_a_large_one(ranks, problems, model, stage):
+@pytest.mark.parametrize(("stage", "directly"), [(2, True), (2, False), (3, False)])
+def test_small_gradients_of_bf16_weights_are_not_lost_beside_a_large_one(ranks, problems, model, stage, directly):
     """64 micro-batches, of which each adds 2^-9 of what the first does: in bf16 their sum would be the first."""
     config = config_for(model, method="sft", model={"dtype": "bfloat16"}, learner={"zero_stage": stage})
     group = ranks.group(config, problems)
-    norm = ray.get(group.ranks[0].norm_of_sum.remote([1.0] + 64 * [2.0**-9]))
+    norm = ray.get(group.ranks[0].norm_of_sum.remote([1.0] + 64 * [2.0**-9], directly))
     group.stop()
     assert norm == pytest.approx(1 + 64 * 2.0**-9, rel=1e-6)
+
+
+def test_gradients_that_are_added_directly_make_the_same_updates(ranks, problems, model):
+    """On one rank, at the one stage where DeepSpeed would add them in fp32 to a sum of all."""
+    config = config_for(model, method="sft", model={"dtype": "bfloat16"}, learner={"zero_stage": 2})
+    group = ranks.group(config, problems)
+    ours, theirs = (ray.get(group.ranks[0].weights_after.remote(4, directly)) for directly in (True, False))
+    group.stop()
+    assert (ours[2], theirs[2]) == (True, False)
+    assert ours[1] == theirs[1]
+    assert all(norm > 0 for norm in ours[1])
+    for own, other in zip(ours[0], theirs[0], strict=True):
+        assert np.array_equal(own, other)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
