@@ -37,7 +37,8 @@ class Objective:
     token_clip: float | None = None  # positions with a larger loss count this much and give no gradient
     transform: LogitTransform = field(default_factory=LogitTransform)
     liger_beta: float | None = None  # of the divergence as Liger's JSD, where its kernel is to be used
-    compiled: bool = False  # kind full without a softcap: between the products, kernels that torch.compile makes
+    # Kinds full, cross_entropy and dft, without a softcap: between the products, kernels that torch.compile makes.
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +115,10 @@ class _WeightedLoss(torch.autograd.Function):
                 compiled = _compiled(objective.divergence, objective.temperature, head.dtype)
                 own, value, grad = compiled(z, teacher, targets.labels_T[span])
                 del z, teacher
+            elif objective.compiled and objective.kind in ("cross_entropy", "dft"):
+                compiled = _compiled_imitation(objective.kind == "dft", objective.temperature, head.dtype)
+                own, value, grad = compiled(z, targets.labels_T[span])
+                del z
             else:
                 logp = log_softmax_(z, objective.temperature)
                 del z  # a buffer of its own on a GPU
@@ -160,6 +165,22 @@ def _compiled(
         own = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         value, grad = divergence(logp, logq)
         return own, value, grad.to(dtype)
+
+    return torch.compile(step)
+
+
+@cache
+def _compiled_imitation(
+    dft: bool, temperature: float, dtype: torch.dtype
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """As `_compiled`, for the labels alone."""
+
+    def step(z: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logp = (z / temperature).log_softmax(-1)
+        own = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        factor = own.exp() if dft else torch.ones_like(own)
+        chosen = torch.arange(z.shape[-1], device=z.device) == labels.unsqueeze(-1)
+        return own, -own * factor, ((logp.exp() - chosen.float()) * factor.unsqueeze(-1)).to(dtype)
 
     return torch.compile(step)
 

@@ -172,7 +172,7 @@ class LearnerRank:
         head_loss = self.student.head_loss
         trained = head_loss.objective
         head_loss.objective = replace(
-            trained, kind="cross_entropy", importance="none", temperature=temperature, liger_beta=None
+            trained, kind="cross_entropy", importance="none", temperature=temperature, liger_beta=None, compiled=False
         )
         try:
             with torch.no_grad():
@@ -327,9 +327,11 @@ class LearnerRank:
 
 def objective(config: Config, transform: LogitTransform) -> Objective:
     """What `loss` and `method` ask for at each position."""
-    loss = config.loss
+    loss, compiled = config.loss, config.learner.compile and transform.softcap is None
     if config.method != "sdft":
-        return Objective(kind="dft" if config.method == "dft" else "cross_entropy", transform=transform)
+        return Objective(
+            kind="dft" if config.method == "dft" else "cross_entropy", transform=transform, compiled=compiled
+        )
     kind: Kind = "full" if loss.support == "full" else "chosen"
     if loss.support == "sampled" and not loss.tail:
         kind = "policy_gradient"
@@ -343,7 +345,7 @@ def objective(config: Config, transform: LogitTransform) -> Objective:
         token_clip=loss.token_clip,
         transform=transform,
         liger_beta=_liger_beta(loss, transform),
-        compiled=config.learner.compile and transform.softcap is None,
+        compiled=compiled,
     )
 
 

@@ -238,8 +238,9 @@ class LearnerConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Compile each decoder layer, and the loss at full support, with torch.compile: minutes at the "
-        "start, faster steps. Not at zero_stage 3, whose hooks gather weights inside the layers.",
+        description="Compile each decoder layer, and the loss at full support or of demonstrations, with "
+        "torch.compile: minutes at the start, faster steps. Not at zero_stage 3, whose hooks gather weights "
+        "inside the layers.",
     )
 
     @property

@@ -149,6 +149,16 @@ def test_compiled_it_computes_the_same(inputs, name):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "dft"])
+def test_compiled_imitation_computes_the_same(inputs, kind):
+    x = {name: t.clone() for name, t in inputs.items()}
+    x["head"][V:] = 1e4
+    transform = LogitTransform(scale=0.5)
+    found = [agree(x, Objective(kind=kind, transform=transform, compiled=compiled)) for compiled in (True, False)]
+    for ours, other in zip(*found, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sampled_token_is_one_chosen_id_with_a_tail(inputs, name):
     objective = Objective(kind="chosen", divergence=divergence(name, BETA))
