@@ -43,6 +43,7 @@ LOSS = {"tokens": 8192, "width": 4096, "vocab": 128_256}
 SMALL_LOSS = {"tokens": 64, "width": 4096, "vocab": 2048}
 ACCOUNT = ("device_s", "predicted_s", "mfu", "peak_gib")  # of a role's account; the rest is told already
 LIMIT_S = 240  # of one check
+ALONE = "cluster.colocate=none"  # a learner that hands memory to no engine may take it in segments that grow
 TUNED = ("learner.compile=true", "learner.gradient_checkpointing=none")  # of SFT and SDFT alike
 SLOWER = {  # what the choice of TUNED and of varlen stands against
     "eager": ("learner.compile=false", "learner.gradient_checkpointing=selective"),
@@ -321,7 +322,7 @@ def learner(
     from sdft_dist.plan_memory import host_gib, memory_gib
 
     folder = out / "-".join(["learner", shape, method, *more])
-    ours = contestant(recipe(out, device, shape, [*TUNED, *more]), method, folder, fixed=False)
+    ours = contestant(recipe(out, device, shape, [ALONE, *TUNED, *more]), method, folder, fixed=False)
     config, dimensions = ours.config, read_dimensions(ours.config)
     needed = host_gib(config, dimensions, 1)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -40,7 +40,8 @@ class Places:
         spot = place(self.wanted, role, index)
         variables = environment(sharing) if self.device == "cpu" else {}
         if self.device == "cuda" and role == "learner":  # engines have what they need from the start
-            variables = {ALLOCATOR: os.environ.get(ALLOCATOR, _allocator(self.transport))}
+            options = os.environ.get(ALLOCATOR, _allocator(self.transport))
+            variables = {ALLOCATOR: options} if options else {}
         return {
             "num_gpus": spot.gpus,
             "num_cpus": spot.cpus,

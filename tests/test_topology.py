@@ -159,7 +159,7 @@ def test_a_learners_memory_grows_in_place_where_no_engine_maps_it(monkeypatch):
     for torch, there in (("2.13.0+cu130", [exact]), ("2.11.0", [])):
         monkeypatch.setattr(placement, "version", lambda name, found=torch: found)
         assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": ",".join(["expandable_segments:True", *there])}
-        assert variables("learner", "ipc") == {"PYTORCH_ALLOC_CONF": ",".join(there)}
+        assert variables("learner", "ipc") == ({"PYTORCH_ALLOC_CONF": ",".join(there)} if there else None)
     assert variables("generator", "nccl") is None
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     assert variables("learner", "nccl") == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
