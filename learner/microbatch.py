@@ -81,10 +81,10 @@ def build(
     counts = [len(s.completion_ids) - skip for _, s in trained]
 
     def long(parts: Sequence[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(_joined(parts, np.int64)).to(device)
+        return _sent(torch.from_numpy(_joined(parts, np.int64)), device)
 
     def floats(parts: Sequence[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(_joined(parts, np.float32)).to(device)
+        return _sent(torch.from_numpy(_joined(parts, np.float32)), device)
 
     teachers = [s.teacher for _, s in trained if s.teacher is not None]
     chosen = [t for t in teachers if t.ids is not None and t.logprobs is not None and t.tail is not None]
@@ -99,9 +99,9 @@ def build(
         tail_T=floats([t.tail[skip:] for t in chosen if t.tail is not None]),
     )
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        position_ids=torch.from_numpy(position_ids).to(device),
-        bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
+        input_ids=_sent(torch.from_numpy(input_ids), device),
+        position_ids=_sent(torch.from_numpy(position_ids), device),
+        bounds=_sent(torch.from_numpy(bounds.astype(np.int32)), device),
         longest=int(np.diff(bounds).max()),
         predicts=long(predicts),
         weights=floats([np.full(n, weights[i]) for (i, _), n in zip(trained, counts, strict=True)]),
@@ -122,13 +122,16 @@ def _heads(
 
 def _states(teachers: Sequence[TeacherTargets], skip: int, head: torch.Tensor) -> torch.Tensor:
     """Teacher states [T, D] in the head's type."""
-    parts = []
-    for t in teachers:
-        assert t.states is not None
-        states = torch.from_numpy(t.states[skip:].copy())  # the object store's memory is read-only
-        parts.append(states.view(torch.bfloat16) if t.dtype == "bfloat16" else states)
-    joined = torch.cat(parts) if parts else torch.zeros(0, head.shape[1])
-    return joined.to(head.device, head.dtype)
+    parts = [t.states[skip:] for t in teachers if t.states is not None]
+    if not parts:
+        return torch.zeros(0, head.shape[1], dtype=head.dtype, device=head.device)
+    joined = torch.from_numpy(np.concatenate(parts))
+    return _sent(joined.view(torch.bfloat16) if teachers[0].dtype == "bfloat16" else joined, head.device).to(head.dtype)
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On `device`, without waiting for what a GPU is at: only from pinned memory does it take things by itself."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from learner.fused import Losses
 from learner.model import MicroBatch
@@ -14,6 +15,22 @@ from sdft_dist.types import Span
 from sdft_dist.watch import NUM_DECILES, NUM_FIRST, position_bin
 
 NUM_BINS = NUM_FIRST + NUM_DECILES
+
+
+class Done(NamedTuple):
+    """What is counted of a micro-batch. Tensors stay on their device until the step's end: to ask a GPU for a number is
+    to wait for it, and the next micro-batch would be made while it stands idle."""
+
+    losses: Losses  # detached
+    weights: torch.Tensor
+    behaviour: torch.Tensor | None
+    bins: np.ndarray  # of each trained token, int64
+
+
+def done(losses: Losses, batch: MicroBatch, lengths: Sequence[int], skip: int) -> Done:
+    """Of completions of `lengths` tokens, the first `skip` of each untrained."""
+    bins = np.array([position_bin(i, n) for n in lengths for i in range(skip, n)], dtype=np.int64)
+    return Done(losses._replace(total=losses.total.detach()), batch.weights, batch.targets.behaviour_T, bins)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,21 +46,20 @@ class Tally:
     importance: float = 0.0  # Σ w
     importance_squares: float = 0.0  # Σ w²
 
-    def add(self, losses: Losses, batch: MicroBatch, lengths: Sequence[int], skip: int) -> None:
-        """Count one micro-batch of completions of `lengths` tokens, the first `skip` of each untrained."""
+    def add(self, part: Done) -> None:
+        """Count one micro-batch."""
+        losses = part.losses
         self.loss += losses.total.item()
         self.tokens += len(losses.importance)
         if losses.per_token is not None:
             per_token = losses.per_token.double().cpu().numpy()
             self.divergence += float(per_token.sum())
-            bins = [position_bin(i, n) for n in lengths for i in range(skip, n)]
-            self.by_position[0] += np.bincount(bins, weights=per_token, minlength=NUM_BINS)
-            self.by_position[1] += np.bincount(bins, minlength=NUM_BINS)
-        elif len(batch.weights):
-            self.divergence += losses.total.item() / batch.weights[0].item()  # they are all equal
-        behaviour = batch.targets.behaviour_T
-        if losses.label_logprobs is not None and behaviour is not None and len(behaviour):
-            difference = (losses.label_logprobs - behaviour).abs()
+            self.by_position[0] += np.bincount(part.bins, weights=per_token, minlength=NUM_BINS)
+            self.by_position[1] += np.bincount(part.bins, minlength=NUM_BINS)
+        elif len(part.weights):
+            self.divergence += losses.total.item() / part.weights[0].item()  # they are all equal
+        if losses.label_logprobs is not None and part.behaviour is not None and len(part.behaviour):
+            difference = (losses.label_logprobs - part.behaviour).abs()
             self.difference += difference.sum().item()
             self.difference_max = max(self.difference_max, difference.max().item())
         self.importance += losses.importance.sum().item()

@@ -28,7 +28,7 @@ from learner.objective import divergence
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source, together
 from learner.roofline import Roofline, measure
 from learner.schedule import learning_rate
-from learner.tally import RankMetrics, Tally
+from learner.tally import RankMetrics, Tally, done
 from learner.zero import (
     add_gradients_directly,
     deepspeed_config,
@@ -85,7 +85,7 @@ class LearnerRank:
         timeout = timedelta(seconds=0.8 * self.config.cluster.start_timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         torch.manual_seed(self.config.seed)
-        if self.device.type == "cuda" and self.config.learner.offload == "optimizer":
+        if self.device.type == "cuda":  # for batches on their way to it, and for what is offloaded
             # Ray gives a process one thread; at most eight ranks share a node's cores.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(self.config.learner.ranks, 8)))
         lm = load_causal_lm(self.config.model)
@@ -139,7 +139,7 @@ class LearnerRank:
         rate = learning_rate(self.config.optim, step, num_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        tally, slots = Tally(), 0
+        parts, slots = [], 0
         for i, micro_batch in enumerate(micro_batches):
             micro_batch = sorted(micro_batch, key=lambda item: item.teacher_version)
             sequences = [self._sequence(item, payloads.get(item.key)) for item in micro_batch]
@@ -156,12 +156,15 @@ class LearnerRank:
             # DeepSpeed averages gradients over ranks; the weights are global, so the sum is wanted.
             self.engine.backward(losses.total * self.world_size)
             slots += batch.input_ids.numel()
-            tally.add(losses, batch, [len(s.completion_ids) for s in sequences], skip)
+            parts.append(done(losses, batch, [len(s.completion_ids) for s in sequences], skip))
         grad_norm, self._moved = step_and_norm(self.engine), True
         if self.ema is not None and math.isfinite(grad_norm):
             self.ema.update(self._fragments(), self.config.teacher.ema_rate)
         if self.config.cluster.sleep:
             torch.cuda.empty_cache()  # for the engines that wake now
+        tally = Tally()
+        for part in parts:
+            tally.add(part)
         spans = (Span("fetch", started, waited), Span("train", waited, time.time()))
         return RankMetrics(tally=tally, grad_norm=grad_norm, learning_rate=rate, slots=slots, spans=spans)
 
