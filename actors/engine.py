@@ -317,7 +317,8 @@ def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
         options["enforce_eager"] = True
         options["enable_chunked_prefill"] = False  # a seeded request's first chunk rewinds a generator
     else:
-        options["gpu_memory_utilization"] = cluster.engine_memory
+        role = "generator" if runner == "generate" else "teacher"
+        options["gpu_memory_utilization"] = cluster.engine_memory(role)
         options["enable_sleep_mode"] = cluster.sleep
     if runner == "generate":
         options["skip_tokenizer_init"] = True  # ids in, ids out

@@ -74,8 +74,8 @@ def _predicted_gib(config: Config, m: Dimensions, gpu: Gpu) -> dict[str, float]:
     of it."""
     if not gpu.memory_gib:
         return {}
-    share = config.cluster.engine_memory * gpu.memory_gib
-    return {"learner": memory_gib(config, m, config.learner.ranks)["learner"], "generator": share, "teacher": share}
+    engines = {role: config.cluster.engine_memory(role) * gpu.memory_gib for role in ("generator", "teacher")}
+    return {"learner": memory_gib(config, m, config.learner.ranks)["learner"], **engines}
 
 
 def _gpu(config: Config, machine: Machine) -> Gpu:

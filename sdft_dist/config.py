@@ -285,6 +285,13 @@ class ClusterConfig(Section):
         description="Share of its GPU that each vLLM engine may take. Default: 0.85; 0.4 where two engines share one; "
         "0.2 where the learner does too.",
     )
+    teacher_memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The same of teachers alone, which need room for one call's keys and values; generators decode the "
+        "more at a time the more room they have. Default: as generators.",
+    )
     kv_cache_gib: int = Field(1, ge=1, description="KV cache of each engine on CPU, GiB.")
     max_sequences: int = Field(256, ge=1, description="Largest decode batch of a generator.")
     push_transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
@@ -305,10 +312,10 @@ class ClusterConfig(Section):
         "compile), seconds.",
     )
 
-    @property
-    def engine_memory(self) -> float:
-        """Share of its GPU that each engine takes."""
-        return self.gpu_memory_utilization or {"none": 0.85, "teachers": 0.4, "all": 0.2}[self.colocate]
+    def engine_memory(self, role: str) -> float:
+        """Share of its GPU that each engine of "generator" or "teacher" takes."""
+        own = self.teacher_memory if role == "teacher" else None
+        return own or self.gpu_memory_utilization or {"none": 0.85, "teachers": 0.4, "all": 0.2}[self.colocate]
 
 
 MEAN = "mean"  # of all held-out sets, as a metric

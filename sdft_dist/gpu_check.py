@@ -52,9 +52,12 @@ SLOWER = {  # what the choice of TUNED and of varlen stands against
 OFFLOADED = (  # without an average, which would be in host memory too
     "learner.offload=optimizer", "learner.zero_stage=1", "learner.gradient_checkpointing=full", "teacher.kind=base",
 )  # fmt: skip
-# Both engines beside a learner that has next to nothing, so that keys and values find room. Weights with an adapter go
-# through host memory, so that all but one go as they do without adapters.
-ENGINES = ("model.lora.rank=1", "model.lora.targets=[0.self_attn.k_proj]", "cluster.gpu_memory_utilization=0.4")
+# Both engines beside a learner that has next to nothing, so that the generator's keys and values find room. Weights
+# with an adapter go through host memory, so that all but one go as they do without adapters.
+ENGINES = (
+    "model.lora.rank=1", "model.lora.targets=[0.self_attn.k_proj]", "cluster.gpu_memory_utilization=0.55",
+    "cluster.teacher_memory=0.2",
+)  # fmt: skip
 Figures = dict[str, float]
 Check = Callable[[], Iterator[Figures]]  # what it measures, part by part
 
@@ -266,11 +269,11 @@ def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
         yield {name: statistics.median(taken[1:]) for name, taken in spans.items()}
         yield {f"push {pool.role}: equal by checksum": equal_after_push(fleet, pool) for pool in pools}
         if device == "cuda":
-            share = config.cluster.engine_memory * torch.cuda.mem_get_info()[1] / 2**30
-            own = memory_gib(config, read_dimensions(config), 1)
-            yield {"predicted_gib": share}
+            there, own = torch.cuda.mem_get_info()[1] / 2**30, memory_gib(config, read_dimensions(config), 1)
             for role in ("generator", "teacher"):  # keys and values take what is left, by setting
+                share = config.cluster.engine_memory(role) * there
                 yield {
+                    f"{role} predicted_gib": share,
                     f"{role} weights and work predicted_gib": own[role],
                     f"{role} keys and values predicted_gib": share - own[role],
                 }

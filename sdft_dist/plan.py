@@ -179,18 +179,18 @@ def _plan(
     batch = config.rollout.prompts_per_step * copies
     memory = memory_gib(config, m, split["learner"])
     usable = USABLE * gpu.memory_gib
-    reserve = cluster.engine_memory * gpu.memory_gib  # of each engine on one GPU, for all that it holds
-    room = reserve - max(memory["generator"], memory["teacher"])  # for keys and values
+    engines = engine_parts(config, m)
+    reserve = {role: cluster.engine_memory(role) * gpu.memory_gib for role in engines}  # on one GPU, for all it holds
+    room = {role: reserve[role] - memory[role] for role in engines}  # for keys and values
     parts = {"learner": learner_parts(config, m, split["learner"])}
-    for role, own in engine_parts(config, m).items():
-        parts[role] = own | {"kv": max(0.0, reserve - memory[role])}
-    held = [sum(memory[role] if role == "learner" else reserve for role in group) for group in groups]
+    parts |= {role: own | {"kv": max(0.0, room[role])} for role, own in engines.items()}
+    held = [sum(memory[role] if role == "learner" else reserve[role] for role in group) for group in groups]
     if cluster.sleep:  # then all roles share each GPU, and engines hold nothing while the learner works
         resident, training, pushing = learner_gib(config, m, split["learner"])
-        held = [resident + max(training, 2 * reserve + pushing)]
+        held = [resident + max(training, sum(reserve.values()) + pushing)]
     spans = cluster.generator_tensor_parallel
     in_flight = batch * (1 + config.rollout.max_staleness) / max(1, split["generator"] // spans)
-    kv_limit = max(1.0, room * spans * 2**30 / (m.kv_bytes * (n.prompt + n.completion)))
+    kv_limit = max(1.0, room["generator"] * spans * 2**30 / (m.kv_bytes * (n.prompt + n.completion)))
     decode_limit = min(cluster.max_sequences, kv_limit)
     decode_batch = min(in_flight, decode_limit)
     cost = seconds(m, n, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
@@ -213,7 +213,7 @@ def _plan(
         memory_parts_gib=parts,
         host_gib=host_gib(config, m, split["learner"]) + saving_gib(config, m, split["learner"]),
         checkpoint_gib=state_gib(config, m, 1),
-        fits=room > 0 and max(held) <= usable,
+        fits=min(room.values()) > 0 and max(held) <= usable,
     )
 
 

@@ -33,6 +33,15 @@ def test_only_generators_that_draft_nothing_say_which_graphs_they_want():
     assert all("compilation_config" not in options(runner, "cpu") for runner in ("generate", "pooling"))
 
 
+def test_teachers_may_take_less_memory_than_generators():
+    def shares(**cluster):
+        return [options(runner, cluster=cluster)["gpu_memory_utilization"] for runner in ("generate", "pooling")]
+
+    assert shares() == [0.85, 0.85]
+    assert shares(colocate="teachers", teacher_memory=0.2) == [0.4, 0.2]
+    assert shares(gpu_memory_utilization=0.5) == [0.5, 0.5]
+
+
 def test_generators_sample_from_float32_logits_as_learners_do():
     bf16 = {"path": "x", "dtype": "bfloat16"}
     assert options("generate", model=bf16)["hf_overrides"] == {"head_dtype": "float32"}

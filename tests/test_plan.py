@@ -69,6 +69,20 @@ def test_what_does_not_fit_is_said():
         own_plan(config_of(method="sft"), big, SHORT, GPUS["h200"])
 
 
+def test_a_teacher_that_takes_less_leaves_it_to_the_generators_keys_and_values():
+    def shared(**cluster):
+        together = {"colocate": "teachers", "max_sequences": 4096, **cluster}
+        settings = config_of(cluster=together, learner={"gradient_checkpointing": "full"})
+        return own_plan(settings, QWEN4B, SHORT, GPUS["h200"])
+
+    alike, apart = shared(gpu_memory_utilization=0.4), shared(gpu_memory_utilization=0.6, teacher_memory=0.2)
+    for role, more in (("generator", 0.2), ("teacher", -0.2)):
+        gained = apart.memory_parts_gib[role]["kv"] - alike.memory_parts_gib[role]["kv"]
+        assert gained == pytest.approx(more * GPUS["h200"].memory_gib)
+    assert apart.decode_limit > alike.decode_limit
+    assert (apart.fits, shared(teacher_memory=0.05).fits) == (True, False)
+
+
 def test_the_table_is_explained_and_says_what_to_try_where_nothing_fits():
     big, settings = dimensions(SHAPES["qwen3-8b"]), config_of(learner={"gradient_checkpointing": "full"})
     found = {n: plan(settings, big, SHORT, GPUS["a100"], n) for n in (1, 16)}
