@@ -20,6 +20,7 @@ from sdft_dist import gpu_check
 from sdft_dist.adapters import half_of
 from sdft_dist.dimensions import dimensions
 from sdft_dist.gpu_check import (
+    ACCOUNT,
     DECODE,
     ENGINES,
     LENGTHS,
@@ -124,6 +125,21 @@ def test_a_used_folder_is_refused_before_the_tests(tmp_path):
     done, asked = make_gpu(tmp_path, tmp_path / "out")
     assert (asked, done.returncode) == ([], 2)
     assert f"{tmp_path}/out is already in use: give another as GPU_OUT=FOLDER" in done.stdout
+
+
+def test_the_account_is_of_the_batch_that_is_the_fastest():
+    loads = [load("generator", "short", batch) for batch in (64, 128, 256)] + [load("generator", "long", 128)]
+    taken = [(3.0, 100.0), (1.0, 300.0), (2.0, 150.0), (4.0, 50.0)]
+    reports = [
+        {"tokens_per_s": {"median": rate}, "account": dict.fromkeys(ACCOUNT, 0) | {"device_s": seconds}}
+        for seconds, rate in taken
+    ]
+    found = {}
+    for part in gpu_check._by_load(loads, iter(reports), lambda load: f"{load.role} "):
+        found |= part
+    assert [found[f"generator short tokens/s at {batch}"] for batch in (64, 128, 256)] == [100, 300, 150]
+    assert (found["generator short batch"], found["generator short device_s"]) == (128, 1.0)
+    assert (found["generator long batch"], found["generator long device_s"]) == (128, 4.0)
 
 
 def test_a_load_is_of_the_rows_of_its_length_all_different(tmp_path):
