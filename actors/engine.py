@@ -96,6 +96,7 @@ class Engine:
         if vocab_size is not None:
             self._llm.collective_rpc(_leave_out_padding, args=(vocab_size,))
         self.device = device
+        self._renewed = _renewed(config, runner)
         self._stop_ids = list(stop_ids)
         self._next_id = 0
         self._steps = self._stepped = 0  # decoding steps since `decode_batch`, and their requests added up
@@ -263,11 +264,13 @@ class Engine:
         return Span("await weights", started, loading), Span("load weights", loading, time.time())
 
     def rest(self, asleep: bool) -> None:
-        """Give the GPU's memory up, with the weights in host memory and the cache forgotten, or take it back. Needs
-        cluster.sleep and that nothing is under way."""
+        """Give the GPU's memory up and forget the cache, or take the memory back. Weights that come anew with the next
+        push are forgotten too, others wait in host memory. Needs cluster.sleep and that nothing is under way."""
         if asleep:
             self._catch_up()
-            self._llm.sleep(level=1)
+            if self._renewed:
+                self.version, self._head = None, None
+            self._llm.sleep(level=2 if self._renewed else 1)
         else:
             self._llm.wake_up()
 
@@ -344,6 +347,12 @@ def _options(config: Config, runner: str, device: str) -> dict[str, Any]:
         if config.model.dtype != "float32":
             options["hf_overrides"] = {"head_dtype": "model"}
     return options
+
+
+def _renewed(config: Config, runner: str) -> bool:
+    """Whether an engine gets all its weights anew after every optimizer step, before it serves again."""
+    moves = config.teacher.kind != "base" and config.teacher.sync_every == 1
+    return not config.model.lora.rank and (runner == "generate" or moves)
 
 
 def _graph_sizes(max_sequences: int) -> list[int]:

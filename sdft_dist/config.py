@@ -275,8 +275,8 @@ class ClusterConfig(Section):
     )
     sleep: bool = Field(
         False,
-        description="With colocate=all and max_staleness 0: engines keep their weights in host memory and give up the "
-        "rest while the learner works.",
+        description="With colocate=all and max_staleness 0: engines give up their memory while the learner works. What "
+        "the next push does not bring, such as a frozen teacher's weights, waits in host memory.",
     )
     gpu_memory_utilization: float | None = Field(
         None,

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from actors.engine import _graph_sizes, _options
+from actors.engine import _graph_sizes, _options, _renewed
 from sdft_dist.recipe import parse_config
 
 
@@ -20,10 +20,12 @@ def test_graphs_are_made_up_to_the_largest_decode_batch(most, sizes):
     assert all(size <= max(2 * last, last + 32) for last, size in pairwise(found))
 
 
+def config(**fields):
+    return parse_config({"model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x", **fields})
+
+
 def options(runner, device="cuda", **fields):
-    return _options(
-        parse_config({"model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x", **fields}), runner, device
-    )
+    return _options(config(**fields), runner, device)
 
 
 def test_only_generators_that_draft_nothing_say_which_graphs_they_want():
@@ -40,6 +42,19 @@ def test_teachers_may_take_less_memory_than_generators():
     assert shares() == [0.85, 0.85]
     assert shares(colocate="teachers", teacher_memory=0.2) == [0.4, 0.2]
     assert shares(gpu_memory_utilization=0.5) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "generator", "teacher"),
+    [
+        ({}, True, True),
+        ({"model": {"path": "x", "lora": {"rank": 2}}}, False, False),
+        ({"teacher": {"kind": "base"}}, True, False),
+        ({"teacher": {"sync_every": 2}}, True, False),
+    ],
+)
+def test_only_weights_that_the_next_push_brings_may_be_forgotten_in_sleep(fields, generator, teacher):
+    assert (_renewed(config(**fields), "generate"), _renewed(config(**fields), "pooling")) == (generator, teacher)
 
 
 def test_generators_sample_from_float32_logits_as_learners_do():
