@@ -16,7 +16,8 @@ from sdft_dist.last_words import is_death, obituary
 from sdft_dist.remote import Events
 from sdft_dist.types import Sample, TransportKind, WeightManifest
 
-CALL = 512  # pieces of work in one call at most, so that no answer takes as long as a hang would
+# Pieces of work, and tokens to generate, in one call at most, so that no answer takes as long as a hang would.
+CALL, CALL_TOKENS = 512, 1 << 19
 
 
 class Pool:
@@ -60,7 +61,7 @@ class Pool:
             own = [seed for _, seed in part] if seeds is not None else None
             return actor.complete.remote([prompt for prompt, _ in part], max_tokens, own)
 
-        return self._spread(work, send, "complete")
+        return self._spread(work, send, "complete", max(1, min(CALL, CALL_TOKENS // max_tokens)))
 
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """For each sequence (int32 [T]) the log-probability of its tokens from `start` on, and whether every one of
@@ -149,12 +150,15 @@ class Pool:
         """Ask every actor to take in a push; returns references to wait for."""
         return [actor.receive.remote(manifest) for actor in self.actors]
 
-    def _spread(self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str) -> list[Any]:
-        """Raises NotServing where an actor is lost by it, which `lost` tells of then."""
+    def _spread(
+        self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str, size: int = CALL
+    ) -> list[Any]:
+        """The answers to `work`, of which a call holds `size` at most. Raises NotServing where an actor is lost by it,
+        which `lost` tells of then."""
         sent = []
         for i, actor in enumerate(self.actors):
             own = range(i, len(work), len(self.actors))
-            for part in (own[first : first + CALL] for first in range(0, len(own), CALL)):
+            for part in (own[first : first + size] for first in range(0, len(own), size)):
                 sent.append((i, part, send(actor, [work[k] for k in part])))
         out: list[Any] = [None] * len(work)
         reasons = {}

@@ -71,6 +71,11 @@ def test_pass_at_k_is_the_share_of_all_ways_to_draw(n, c):
         assert share == pytest.approx(sum(map(any, ways)) / len(ways))
 
 
+def test_pass_at_k_is_the_mean_over_rows():
+    judged = [Judged("", "", False, "", 2, passed) for passed in (0, 1, 2)]
+    assert pass_at(judged) == {1: pytest.approx(0.5), 2: pytest.approx(2 / 3)}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))

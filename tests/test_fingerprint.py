@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import config_of, tiny_model
 from safetensors.torch import load_file, save_file
 
 from sdft_dist.errors import ConfigError
 from sdft_dist.fingerprint import fingerprint, refuse_changes
+from sdft_dist.types import Problem
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,17 @@ def model(tmp_path_factory):
 
 def of(folder, **sections):
     return fingerprint(config_of(model={"path": str(folder)}, **sections), [])
+
+
+def test_rows_are_told_apart_by_every_token_and_by_where_a_text_ends(model):
+    def digest(*parts):
+        prompt, shown, said = (np.array(ids, dtype=np.int32) for ids in parts)
+        problem = Problem(prompt_ids=prompt, teacher_prompt_ids=shown, demonstration_ids=said)
+        return fingerprint(config_of(model={"path": str(model)}), [problem])["data (token ids)"]
+
+    rows = [([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1, 2], [3], [5]), ([1, 2], [3, 4], []), ([2, 1], [3], [4])]
+    assert len({digest(*row) for row in rows}) == len(rows)
+    assert digest(*rows[0]) == digest(*rows[0])
 
 
 def differing(folder, change, **sections):

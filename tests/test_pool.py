@@ -90,6 +90,7 @@ def test_a_start_may_take_longer_than_work():
 def test_work_goes_out_in_calls_of_a_limited_size_and_comes_back_in_order(monkeypatch):
     """A call whose answer takes longer than a hang may would be taken for one."""
     monkeypatch.setattr("actors.pool.CALL", 3)
+    monkeypatch.setattr("actors.pool.CALL_TOKENS", 12)
     one, sizes = pool(2), []
 
     def complete(prompts, max_tokens, seeds):
@@ -101,3 +102,6 @@ def test_work_goes_out_in_calls_of_a_limited_size_and_comes_back_in_order(monkey
     assert one.complete(list(range(11)), 4) == [10 * i for i in range(11)]
     assert sizes == [3, 3, 3, 2]
     assert one.complete([5], 4) == [50]
+    sizes.clear()
+    one.complete(list(range(6)), 7)
+    assert sizes == [1] * 6, "long completions come in smaller calls"
