@@ -34,7 +34,7 @@ from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs, num_gpus
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
 TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
 STOP = "stop"  # in the sweep's folder: trials save and end
-SLACK_S = 30.0  # in which shared file systems show that file, and Tune hears of a trial's end
+SLACK_S = 75.0  # in which shared file systems show that file (NFS: 60 s), and Tune hears of a trial's end
 DONE = ("finished", "stopped")
 
 
