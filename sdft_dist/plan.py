@@ -132,6 +132,7 @@ class Plan:
     memory_parts_gib: dict[str, dict[str, float]]  # the same by what holds it, keys and values ("kv") too
     host_gib: float  # of one learner rank, for learner.offload and a checkpoint that is being written
     checkpoint_gib: float  # on disk
+    checkpoint_gib_per_s: float  # that the disk must take for a checkpoint to be saved within checkpoint.grace_s
     fits: bool
 
 
@@ -213,6 +214,7 @@ def _plan(
         memory_parts_gib=parts,
         host_gib=host_gib(config, m, split["learner"]) + saving_gib(config, m, split["learner"]),
         checkpoint_gib=state_gib(config, m, 1),
+        checkpoint_gib_per_s=state_gib(config, m, 1) / config.checkpoint.grace_s,
         fits=min(room.values()) > 0 and max(held) <= usable,
     )
 
@@ -257,7 +259,8 @@ def show(plans: list[Plan], console: Console) -> None:
     sizes = ", ".join(f"{p.host_gib:.0f}" for p in plans)
     console.print(
         f"Host memory of each learner rank, with a checkpoint being written: {sizes} GiB. A checkpoint on disk: "
-        f"{first.checkpoint_gib:.0f} GiB",
+        f"{first.checkpoint_gib:.0f} GiB; to be saved within checkpoint.grace_s it must take "
+        f"{first.checkpoint_gib_per_s:.1f} GiB/s",
         highlight=False,
     )
     if not any(p.fits for p in plans):
