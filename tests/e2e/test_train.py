@@ -10,6 +10,7 @@ from helpers import tiny_model, write_jsonl
 from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.errors import UserError
+from sdft_dist.evaluate import Judged
 from sdft_dist.export import export
 from sdft_dist.files import read_jsonl
 from sdft_dist.lab import world
@@ -48,7 +49,7 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     assert [m["step"] for m in read_metrics(rundir.path, "eval")] == [0, 2, 4]
     assert all({"new_pass@1", "new_pass@2"} <= m.keys() for m in read_metrics(rundir.path, "eval"))
     (judged,) = (rundir.path / "eval" / "step-000004.jsonl").read_text().splitlines()
-    assert json.loads(judged).keys() == {"set", "row", "completion", "answer", "right", "prompt", "samples", "passed"}
+    assert json.loads(judged).keys() == {"set", "row", *Judged._fields}
     written = {step: read_jsonl(path) for step, path in rundir.files_of_steps("samples")}
     assert list(written) == [1, 2, 4]
     trained = [line["demonstration"] for line in read_jsonl(Path(config.data.train))]
