@@ -14,7 +14,7 @@ from sdft_dist.types import TrainItem
 
 LONG = 16  # tokens of completions whose first three are not most of what there is
 WINDOW = 20  # steps that a length drift is judged over
-MANY_CUT = 0.25  # of the completions
+MANY_CUT, MOST_CUT = 0.25, 0.5  # of the completions: sampled; held-out ones, which a run may get over
 NUM_FIRST, NUM_DECILES = 32, 10  # bins of the divergence by position
 
 
@@ -68,7 +68,7 @@ class Watch:
                 f"cut {name}": f"{100 * share:.0f}% of the completions on {name} are cut, and judged as they are: "
                 "raise rollout.max_completion_tokens"
                 for name, share in shares.items()
-                if share > MANY_CUT
+                if share > MOST_CUT
             }
         )
 
