@@ -90,8 +90,8 @@ class Pool:
         where it is neither."""
         if is_out_of_memory(getattr(error, "cause", None)):  # as it would be again
             raise UserError(
-                f"{self.role}: a GPU's memory does not hold what an engine needs: lower cluster.engine_memory or "
-                f"cluster.max_sequences, or see what sdft plan says: {brief(error)}"
+                f"{self.role}: a GPU's memory does not hold what an engine needs: lower "
+                f"cluster.gpu_memory_utilization or cluster.max_sequences, or see what sdft plan says: {brief(error)}"
             ) from error
         if is_death(error):
             self._dead.add(index)

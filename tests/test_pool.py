@@ -28,7 +28,7 @@ def pool(size=2):
 def test_a_gpu_without_memory_is_a_matter_of_settings():
     """A new engine in its place would end in the same way."""
     error = RayTaskError("advance", "traceback", torch.OutOfMemoryError("CUDA out of memory")).as_instanceof_cause()
-    with pytest.raises(UserError, match=r"generators: a GPU's memory .* lower cluster.engine_memory or"):
+    with pytest.raises(UserError, match=r"generators: a GPU's memory .* lower cluster.gpu_memory_utilization or"):
         pool().lose(0, error)
     assert str(explain(error, [])).startswith("a GPU's memory does not hold the learner's step: lower learner.tokens")
 
