@@ -61,7 +61,7 @@ $(VENV): python3 -m venv venv && venv/bin/pip install -e '.[gpu,dev]', then make
 	@end=$$(($$(date +%s) + $(WITHIN))); \
 	  timeout --signal=INT --kill-after=30 $$(($(WITHIN) / 2)) $(BIN)/python -m pytest $(TESTS) -m gpu; failed=$$?; \
 	  test $$failed != 124 || echo "The tests were stopped after half of WITHIN=$(WITHIN) seconds."; \
-	  $(BIN)/python -m sdft_dist.gpu_check --out $(GPU_OUT) --within $$((end - $$(date +%s))) && exit $$failed
+	  $(BIN)/python -m sdft_dist.bench.gpu_check --out $(GPU_OUT) --within $$((end - $$(date +%s))) && exit $$failed
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

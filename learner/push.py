@@ -21,7 +21,7 @@ from sdft_dist.transport import Transport, connect
 from sdft_dist.types import Bucket, TransportKind, WeightManifest
 from sdft_dist.wire import pack, plan_buckets
 
-HELD_BYTES = 1 << 30  # of messages that have not left, on a GPU; plan_memory.py counts it
+HELD_BYTES = 1 << 30  # of messages that have not left, on a GPU; planning/memory.py counts it
 WeightSource = Callable[[list[str]], dict[str, torch.Tensor]]  # names to full tensors; a collective
 
 

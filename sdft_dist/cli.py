@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft_dist import __version__, commands
+from sdft_dist.bench.synthetic import SHAPES
 from sdft_dist.lab.base import BaseSettings
 from sdft_dist.lab.world import DOMAINS, TAUGHT
-from sdft_dist.synthetic import SHAPES
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

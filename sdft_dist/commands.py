@@ -82,7 +82,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.baseline and not args.baseline.is_file():
         raise UserError(f"--baseline: {args.baseline} is no file")
     if args.synthetic_model:
-        from sdft_dist.synthetic import synthetic
+        from sdft_dist.bench.synthetic import synthetic
 
         layers, fields = (list(filter(which, overrides)) for which in (is_layer, lambda text: not is_layer(text)))
         there = load_config(args.recipe, [*layers, "model.path=.", "data.train=.", *fields])
@@ -91,7 +91,8 @@ def bench(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, overrides)
     from rich.console import Console
 
-    from sdft_dist import bench, bench_roles
+    from sdft_dist.bench import contest as bench
+    from sdft_dist.bench import roles as bench_roles
 
     fixed, pairs = bool(args.synthetic_model), args.pairs
     if args.only:
@@ -112,7 +113,7 @@ def bench(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """`sdft report`."""
-    from sdft_dist.report import report
+    from sdft_dist.report.report import report
 
     print(f"Report: {report(args.runs, args.out, args.new)}")
 
@@ -149,7 +150,7 @@ def harness(args: argparse.Namespace) -> None:
         raise UserError("sdft harness: needs lm-evaluation-harness; in the repository: pip install -e '.[eval]'")
     from rich.console import Console
 
-    from sdft_dist.harness import harness, save, show
+    from sdft_dist.harness.harness import harness, save, show
 
     found = harness(
         config,
@@ -166,13 +167,13 @@ def harness(args: argparse.Namespace) -> None:
 
 def continual(args: argparse.Namespace) -> None:
     """`sdft continual`."""
-    from sdft_dist.continual import continual, load_plan
+    from sdft_dist.continual.stages import continual, load_plan
 
     plan = load_plan(args.plan)
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from sdft_dist.continual_results import markdown
+    from sdft_dist.continual.results import markdown
 
     Console().print(Markdown(markdown(continual(plan, Console()))))
     print(f"Results: {plan.out}/results.json, table.md, curves.png, normalised.png")
@@ -187,8 +188,8 @@ def sweep(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"sdft sweep: {' '.join(args.words)}: expected SWEEP.yaml, status SWEEP.yaml or report SWEEP.yaml"
         )
-    from sdft_dist.sweep import sweep_all, trials
-    from sdft_dist.sweep_space import load_sweep
+    from sdft_dist.sweep.space import load_sweep
+    from sdft_dist.sweep.trials import sweep_all, trials
 
     plan = load_sweep(Path(path))
     if args.dry_run:
@@ -197,7 +198,7 @@ def sweep(args: argparse.Namespace) -> None:
         return
     from rich.console import Console
 
-    from sdft_dist.sweep_results import markdown, rows, write_report
+    from sdft_dist.sweep.results import markdown, rows, write_report
 
     if not action:
         sweep_all(plan, Console())
@@ -213,11 +214,11 @@ def plan(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from sdft_dist.dimensions import dimensions, read_dimensions
+    from sdft_dist.bench.synthetic import SHAPES, parse_lengths
     from sdft_dist.errors import UserError
-    from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, show
+    from sdft_dist.planning.dimensions import dimensions, read_dimensions
+    from sdft_dist.planning.plan import GPUS, Lengths, as_json, own_plan, plan, show
     from sdft_dist.recipe import load_config
-    from sdft_dist.synthetic import SHAPES, parse_lengths
 
     # Overrides may follow the last of several numbers.
     config = load_config(args.recipe, [*args.overrides, *(word for word in args.gpus if is_override(word))])
@@ -238,8 +239,8 @@ def plan(args: argparse.Namespace) -> None:
     if not args.json:
         show(plans, Console())
     if args.simulate:
-        from sdft_dist.simulate import show as show_outcomes
-        from sdft_dist.simulate import simulate
+        from sdft_dist.planning.simulate import show as show_outcomes
+        from sdft_dist.planning.simulate import simulate
 
         split = [p for p in plans if all(len(group) == 1 for group in p.groups)]
         if not split:
@@ -254,7 +255,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """`sdft demo`."""
-    from sdft_dist.demo import demo
+    from sdft_dist.lab.demo import demo
 
     demo(args.out, num_seeds=args.seeds, steps=args.steps, rebuild_base=args.rebuild_base, overrides=args.overrides)
 

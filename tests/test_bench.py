@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sdft_dist import synthetic as synthetic_module
-from sdft_dist.account import Machine, accounts, mean_lengths, push_split, time_shares
-from sdft_dist.bench import (
+from sdft_dist.bench import synthetic as synthetic_module
+from sdft_dist.bench.account import Machine, accounts, mean_lengths, push_split, time_shares
+from sdft_dist.bench.contest import (
     SKIPPED,
     Turns,
     _rate,
@@ -25,12 +25,12 @@ from sdft_dist.bench import (
     show,
     timeline,
 )
-from sdft_dist.dimensions import read_dimensions
+from sdft_dist.bench.synthetic import SHAPES, parse_lengths, synthetic, write_model, write_rows
 from sdft_dist.errors import UserError
-from sdft_dist.plan import Lengths
-from sdft_dist.plan_memory import memory_gib
+from sdft_dist.planning.dimensions import read_dimensions
+from sdft_dist.planning.memory import memory_gib
+from sdft_dist.planning.plan import Lengths
 from sdft_dist.recipe import load_config, parse_config
-from sdft_dist.synthetic import SHAPES, parse_lengths, synthetic, write_model, write_rows
 from sdft_dist.trace import Trace
 from sdft_dist.types import Problem, Span
 

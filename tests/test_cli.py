@@ -151,7 +151,7 @@ def test_a_bench_writes_nothing_into_a_folder_that_is_used(recipe, tmp_path, cap
 
 def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, monkeypatch):
     """Also of a layer's; a field that is given by itself stays."""
-    from sdft_dist import bench
+    from sdft_dist.bench import contest as bench
 
     recipe, layer = tmp_path / "recipe.yaml", tmp_path / "layer.yaml"
     recipe.write_text("model: {dtype: bfloat16}\ncluster: {device: cuda}\ndata: {split: test}\n")
@@ -206,7 +206,7 @@ def test_a_wrong_word_is_refused_with_what_is_expected(tmp_path, monkeypatch, ca
 
 
 def test_extras_that_are_missing_are_told_with_the_command_that_adds_them(recipe, tmp_path, monkeypatch, capsys):
-    from sdft_dist.sweep_tune import Asking
+    from sdft_dist.sweep.tune import Asking
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["harness", str(recipe), "--out", str(tmp_path / "out")]) == 2
@@ -218,7 +218,7 @@ def test_extras_that_are_missing_are_told_with_the_command_that_adds_them(recipe
 
 @pytest.mark.parametrize("fields", [["eval.every=0"], ["eval.sets={own: own.jsonl}"]])
 def test_a_demo_without_its_accuracies_is_refused_before_it_runs(tmp_path, monkeypatch, capsys, fields):
-    from sdft_dist import demo
+    from sdft_dist.lab import demo
 
     monkeypatch.setattr(demo, "run", lambda *_, **__: pytest.fail("ran"))
     assert main(["demo", "--out", str(tmp_path / "out"), *fields]) == 2
@@ -283,7 +283,7 @@ def test_every_command_and_option_says_what_it_is():
 
 
 def test_help_tells_exit_codes_shapes_and_how_a_sweep_is_looked_at(capsys):
-    from sdft_dist.synthetic import SHAPES
+    from sdft_dist.bench.synthetic import SHAPES
 
     def shown(*words):
         with pytest.raises(SystemExit, match="0"):

@@ -8,8 +8,8 @@ from datasets import Dataset, DatasetDict
 from helpers import write_jsonl
 from scipy.stats import binomtest
 
-from sdft_dist.continual import MethodPlan, continual, load_plan, stages, write_mixtures
-from sdft_dist.continual_results import _curve, _ends, markdown, questions, write_results
+from sdft_dist.continual.results import _curve, _ends, markdown, questions, write_results
+from sdft_dist.continual.stages import MethodPlan, continual, load_plan, stages, write_mixtures
 from sdft_dist.data import load_rows, load_training_rows
 from sdft_dist.errors import ConfigError, DataError, UserError
 from sdft_dist.evaluate import Judged

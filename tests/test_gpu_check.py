@@ -16,10 +16,9 @@ import torch
 
 from learner.lora import attach
 from learner.model import load_causal_lm
-from sdft_dist import gpu_check
 from sdft_dist.adapters import half_of
-from sdft_dist.dimensions import dimensions
-from sdft_dist.gpu_check import (
+from sdft_dist.bench import gpu_check
+from sdft_dist.bench.gpu_check import (
     ACCOUNT,
     DECODE,
     ENGINES,
@@ -33,9 +32,10 @@ from sdft_dist.gpu_check import (
     recipe,
     sdft_over_sft,
 )
-from sdft_dist.plan import GPUS, USABLE
-from sdft_dist.plan_memory import memory_gib
-from sdft_dist.synthetic import SHAPES, parse_lengths
+from sdft_dist.bench.synthetic import SHAPES, parse_lengths
+from sdft_dist.planning.dimensions import dimensions
+from sdft_dist.planning.memory import memory_gib
+from sdft_dist.planning.plan import GPUS, USABLE
 from sdft_dist.topology import needs
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_a_check_that_ends_early_keeps_the_figures_that_it_has_written(tmp_path,
     """The process of a check runs this program, in which one stands for all."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, time\nfrom sdft_dist import gpu_check\n"
+        "import sys, time\nfrom sdft_dist.bench import gpu_check\n"
         f"def two():\n    yield {{'one': 1.0}}\n    yield {{'two': 2.0}}\n    {then}\n"
         "gpu_check.all_checks = lambda args: {'check': two}\ngpu_check.main()\n"
     )
@@ -111,7 +111,7 @@ def make_gpu(folder, out, within="100", pytest_does="exit 1"):
 def test_tests_and_figures_share_a_budget_and_figures_come_whatever_the_tests_say(tmp_path):
     done, (tests, figures) = make_gpu(tmp_path, tmp_path / "out")
     assert (tests, done.returncode) == ("-m pytest tests -m gpu", 2)
-    assert figures.startswith(f"-m sdft_dist.gpu_check --out {tmp_path}/out --within ")
+    assert figures.startswith(f"-m sdft_dist.bench.gpu_check --out {tmp_path}/out --within ")
     assert 90 < int(figures.split()[-1]) <= 100
     (tmp_path / "asked").unlink()
     done, (_, figures) = make_gpu(tmp_path, tmp_path / "out", within="6", pytest_does="exec sleep 30")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers import config_of
 
-from sdft_dist import harness
 from sdft_dist.errors import UserError
-from sdft_dist.harness import OWN_TASKS, HarnessModel
+from sdft_dist.harness import harness
+from sdft_dist.harness.harness import OWN_TASKS, HarnessModel
 from sdft_dist.lab.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -6,11 +6,11 @@ import pytest
 from helpers import config_of
 from rich.console import Console
 
-from sdft_dist import simulate
-from sdft_dist.dimensions import dimensions
+from sdft_dist.bench.synthetic import SHAPES
 from sdft_dist.errors import UserError
-from sdft_dist.plan import GPUS, Lengths, as_json, own_plan, plan, seconds, show
-from sdft_dist.synthetic import SHAPES
+from sdft_dist.planning import simulate
+from sdft_dist.planning.dimensions import dimensions
+from sdft_dist.planning.plan import GPUS, Lengths, as_json, own_plan, plan, seconds, show
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
 SHORT, LONG = (Lengths(prompt=p, demonstration=d, completion=c) for p, d, c in ((300, 400, 400), (1000, 600, 600)))

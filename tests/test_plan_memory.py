@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from learner import checkpoint, fused, varlen
 from learner.fused import Objective, Targets
 from learner.model import MicroBatch, Student, tune
-from sdft_dist import plan_memory
+from sdft_dist.bench.synthetic import SHAPES
 from sdft_dist.config import LearnerConfig
-from sdft_dist.dimensions import dimensions
-from sdft_dist.plan_memory import (
+from sdft_dist.planning import memory as plan_memory
+from sdft_dist.planning.dimensions import dimensions
+from sdft_dist.planning.memory import (
     backward_bytes,
     host_gib,
     kept_for_backward,
@@ -21,7 +22,6 @@ from sdft_dist.plan_memory import (
     saving_gib,
     state_gib,
 )
-from sdft_dist.synthetic import SHAPES
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
 TOKENS, COMPLETION_TOKENS = 8192, 4680

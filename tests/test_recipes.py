@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from sdft_dist.bench.synthetic import SHAPES
 from sdft_dist.cli import main
-from sdft_dist.dimensions import dimensions
 from sdft_dist.errors import ConfigError
-from sdft_dist.plan import GPUS, Lengths, own_plan
+from sdft_dist.planning.dimensions import dimensions
+from sdft_dist.planning.plan import GPUS, Lengths, own_plan
 from sdft_dist.recipe import load_config
-from sdft_dist.synthetic import SHAPES
 
 RECIPES = Path(__file__).parent.parent / "deploy" / "recipes"
 PUBLISHED = {

@@ -6,11 +6,11 @@ import re
 import pytest
 from test_rundir import config_in
 
-from sdft_dist.charts import Point, pareto
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.recipe import dump_config
-from sdft_dist.report import report
+from sdft_dist.report.charts import Point, pareto
+from sdft_dist.report.report import report
 from sdft_dist.rundir import RunDir
 
 
@@ -103,7 +103,9 @@ def test_a_run_that_is_given_twice_is_shown_once(tmp_path):
 
 def test_a_run_that_did_not_measure_what_is_taught_is_left_out_of_that_picture(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("sdft_dist.report.pareto", lambda points, new: drawn.update(points) or pareto(points, new))
+    monkeypatch.setattr(
+        "sdft_dist.report.report.pareto", lambda points, new: drawn.update(points) or pareto(points, new)
+    )
     plain = {"old": 0.5}
     runs = [a_run(tmp_path / "one"), a_run(tmp_path / "two", first=plain, last=plain)]
     page = report(runs, tmp_path / "out").read_text()

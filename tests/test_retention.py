@@ -1,6 +1,6 @@
 import pytest
 
-from sdft_dist.retention import Retention, normalised
+from sdft_dist.continual.retention import Retention, normalised
 
 STAGES = [
     {"a": 0.0, "b": 0.1, "c": 0.2, "old": 1.0},

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_dist.sandbox import passes
+from sdft_dist.harness.sandbox import passes
 
 
 def test_code_passes_where_it_ends_without_an_error():

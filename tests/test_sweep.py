@@ -12,10 +12,10 @@ from helpers import write_jsonl
 from rich.console import Console
 
 from sdft_dist.errors import ConfigError, Preempted, UserError
-from sdft_dist.sweep import at_a_time, corners, make_trial, run_trial, sweep_all, trial_bundles, trials
-from sdft_dist.sweep_results import front, markdown, rows, write_report
-from sdft_dist.sweep_space import load_sweep
-from sdft_dist.sweep_tune import Asking, Ending
+from sdft_dist.sweep.results import front, markdown, rows, write_report
+from sdft_dist.sweep.space import load_sweep
+from sdft_dist.sweep.trials import at_a_time, corners, make_trial, run_trial, sweep_all, trial_bundles, trials
+from sdft_dist.sweep.tune import Asking, Ending
 
 RATES = [1.0e-5, 1.0e-4]
 
@@ -309,14 +309,14 @@ def test_an_optuna_sweep_that_was_interrupted_between_trials_is_not_done(sheet, 
         (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
         return {}, no_others
 
-    monkeypatch.setattr("sdft_dist.sweep.ray_session", lambda config: nullcontext())
-    monkeypatch.setattr("sdft_dist.sweep.at_a_time", lambda *_: 1)
+    monkeypatch.setattr("sdft_dist.sweep.trials.ray_session", lambda config: nullcontext())
+    monkeypatch.setattr("sdft_dist.sweep.trials.at_a_time", lambda *_: 1)
     monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr("sdft_dist.sweep_tune.tune_trials", tune_trials)
+    monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", tune_trials)
     with pytest.raises(Preempted, match=words):
         sweep_all(sweep, Console(quiet=True))
     (trial.run / "model").mkdir()
-    monkeypatch.setattr("sdft_dist.sweep_tune.tune_trials", lambda *_: ({}, no_others))
+    monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", lambda *_: ({}, no_others))
     with nullcontext() if no_others else pytest.raises(Preempted, match="1 of 3 trials"):
         assert sweep_all(sweep, Console(quiet=True)) == [trial]
 

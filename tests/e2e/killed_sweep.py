@@ -22,8 +22,8 @@ from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sweep
 from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.runlog import read_metrics
-from sdft_dist.sweep import trials
-from sdft_dist.sweep_space import load_sweep
+from sdft_dist.sweep.space import load_sweep
+from sdft_dist.sweep.trials import trials
 
 KILL_AT = (3, 8)  # trials done
 GONE_S = 120  # in which Ray's own processes notice that the driver is gone

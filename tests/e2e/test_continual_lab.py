@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from sdft_dist.continual import MethodPlan, continual, load_plan, stages
+from sdft_dist.continual.stages import MethodPlan, continual, load_plan, stages
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sequence
 from sdft_dist.rundir import RunDir

@@ -6,7 +6,7 @@ import pytest
 from helpers import write_jsonl
 
 from sdft_dist.errors import UserError
-from sdft_dist.harness import harness, save
+from sdft_dist.harness.harness import harness, save
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.recipe import parse_config

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from learner.checkpoint import Shards
 from learner.model import Student, load_causal_lm
 from learner.worker import LearnerRank, objective
-from sdft_dist import plan_memory
 from sdft_dist.batching import pack
 from sdft_dist.logits import LogitTransform
+from sdft_dist.planning import memory as plan_memory
 from sdft_dist.types import Piece, Sample, SampleKey, TeacherTargets, TrainItem
 
 

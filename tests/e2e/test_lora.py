@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from learner.checkpoint import Shards
-from sdft_dist.dimensions import read_dimensions
 from sdft_dist.errors import UserError
 from sdft_dist.export import export_adapter
 from sdft_dist.lab.base import shipped_base
+from sdft_dist.planning.dimensions import read_dimensions
 from sdft_dist.train import run
 
 

@@ -19,8 +19,8 @@ from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sweep
 from sdft_dist.placement import placed
 from sdft_dist.runlog import read_metrics
-from sdft_dist.sweep import sweep_all, trial_bundles, trials
-from sdft_dist.sweep_space import load_sweep
+from sdft_dist.sweep.space import load_sweep
+from sdft_dist.sweep.trials import sweep_all, trial_bundles, trials
 
 pytestmark = pytest.mark.chaos
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.config import Config
-from sdft_dist.dimensions import Dimensions
-from sdft_dist.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan, token_seconds
+from sdft_dist.planning.dimensions import Dimensions
+from sdft_dist.planning.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan, token_seconds
 from sdft_dist.topology import sizes
 
 SLICE_TOKENS = 16

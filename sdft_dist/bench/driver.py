@@ -1,4 +1,4 @@
-"""What the driver itself costs: `python -m sdft_dist.bench_driver`.
+"""What the driver itself costs: `python -m sdft_dist.bench.driver`.
 
 The real loop, stream, log and Ray, with generators and teachers that answer at once and a learner that
 does nothing: the whole step is then the driver and Ray's messages. Printed are, per step, the wall time,

@@ -13,13 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.charts import Curve, Point, curves, matrix, pareto, shares
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.files import read_jsonl, refuse_used
-from sdft_dist.page import page, picture, side_by_side, table
 from sdft_dist.recipe import dump_config, flat, load_config
+from sdft_dist.report.charts import Curve, Point, curves, matrix, pareto, shares
+from sdft_dist.report.page import page, picture, side_by_side, table
 from sdft_dist.rundir import RunDir
 from sdft_dist.selection import exported
 

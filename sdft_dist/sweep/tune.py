@@ -17,8 +17,8 @@ from rich.console import Console
 
 from sdft_dist.errors import Preempted, UserError, brief
 from sdft_dist.files import write_whole
-from sdft_dist.sweep import DONE, STOP, STOPPED, Trial, make_trial, run_trial, trial_bundles
-from sdft_dist.sweep_space import Range, Sweep, fits
+from sdft_dist.sweep.space import Range, Sweep, fits
+from sdft_dist.sweep.trials import DONE, STOP, STOPPED, Trial, make_trial, run_trial, trial_bundles
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of recipes are the driver's
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner verbose=0 does not silence

@@ -28,7 +28,7 @@ from sdft_dist.rundir import RunDir, refuse_other_settings
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
 from sdft_dist.stop import LOOK_S, sigterm_told
-from sdft_dist.sweep_space import Range, Sweep, fits, points
+from sdft_dist.sweep.space import Range, Sweep, fits, points
 from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs, num_gpus
 
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
@@ -162,7 +162,7 @@ def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
             told()  # takes SIGTERM from Ray
             import ray
 
-            from sdft_dist.sweep_tune import tune_trials
+            from sdft_dist.sweep.tune import tune_trials
 
             device = resolve_device(probes[0].config)
             number = at_a_time(sweep, [trial.config for trial in probes], device, ray.nodes())

@@ -11,8 +11,8 @@ from typing import Any
 from sdft_dist.recipe import load_config
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported
-from sdft_dist.sweep import Trial, trials
-from sdft_dist.sweep_space import Sweep
+from sdft_dist.sweep.space import Sweep
+from sdft_dist.sweep.trials import Trial, trials
 from sdft_dist.topology import needs, num_gpus
 
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ def markdown(found: Sequence[Row]) -> str:
 
 def write_report(sweep: Sweep) -> Path:
     """Write `results.json`, `table.md` and `pareto.png` into the sweep's folder; returns it."""
-    from sdft_dist import charts
+    from sdft_dist.report import charts
 
     out, found = Path(sweep.out), rows(sweep)
     out.mkdir(parents=True, exist_ok=True)

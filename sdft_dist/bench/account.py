@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdft_dist.config import Config
-from sdft_dist.dimensions import Dimensions, read_dimensions
-from sdft_dist.plan import GPUS, Gpu, Lengths, flops, seconds
-from sdft_dist.plan_memory import memory_gib
+from sdft_dist.planning.dimensions import Dimensions, read_dimensions
+from sdft_dist.planning.memory import memory_gib
+from sdft_dist.planning.plan import GPUS, Gpu, Lengths, flops, seconds
 from sdft_dist.topology import sizes
 
 WORK = {"generator": "decode", "teacher": "score", "learner": "train"}  # spans in which a role does its own work

@@ -1,4 +1,4 @@
-"""All that is to be measured on a GPU, in one go, with one table last: `python -m sdft_dist.gpu_check --out FOLDER`.
+"""All that is to be measured on a GPU, one table last: `python -m sdft_dist.bench.gpu_check --out FOLDER`.
 
 Each check is a process of its own with a time limit, so that one that fails frees all memory and costs only the figures
 that it has not written yet. Actors take long to start, so what can be measured with the same ones is one check. Roles
@@ -27,14 +27,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.bench_roles import Load
+from sdft_dist.bench.roles import Load
+from sdft_dist.bench.synthetic import parse_lengths, synthetic
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.files import refuse_used
 from sdft_dist.recipe import load_config
-from sdft_dist.synthetic import parse_lengths, synthetic
 
-RECIPE = Path(__file__).parent.parent / "deploy" / "recipes" / "paper.yaml"
+RECIPE = Path(__file__).parents[2] / "deploy" / "recipes" / "paper.yaml"
 LENGTHS = {"short": "300/400/400", "long": "1000/600/600"}
 ROWS = 256  # of each length
 REPEATS = 3
@@ -111,7 +111,7 @@ def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[s
     """Why it failed, {} where it did not; its figures are in its file."""
     if limit_s < 1:
         return {"failed": f"no time was left (--within {args.within})"}
-    command = [sys.executable, "-m", "sdft_dist.gpu_check", "--only", name, "--out", str(args.out)]
+    command = [sys.executable, "-m", "sdft_dist.bench.gpu_check", "--only", name, "--out", str(args.out)]
     command += ["--shape", args.shape, "--large", args.large, "--device", args.device]
     log = args.out / f"{name}.log"
     with log.open("w") as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as process:
@@ -172,8 +172,8 @@ def all_checks(args: argparse.Namespace) -> dict[str, Check]:
 
 def lab(out: Path, device: str) -> Iterator[Figures]:
     """The lab's word taught in the device's own type: accuracy on it and on the old skills."""
-    from sdft_dist.demo import lab_config, measured
     from sdft_dist.lab.base import shipped_base
+    from sdft_dist.lab.demo import lab_config, measured
     from sdft_dist.train import run
 
     steps = None if device == "cuda" else 2
@@ -188,8 +188,8 @@ def agreement(out: Path) -> Iterator[Figures]:
     local model's, by token: the difference's norm over the state's."""
     import ray
 
-    from sdft_dist.bench import contestant
-    from sdft_dist.bench_roles import as_sampled
+    from sdft_dist.bench.contest import contestant
+    from sdft_dist.bench.roles import as_sampled
     from sdft_dist.cluster import launch, ray_session
     from sdft_dist.loop import batch_keys
     from sdft_dist.preflight import logprob_differences
@@ -237,11 +237,11 @@ def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
     them, and whether they then hold what the learner does; each by itself."""
     import torch
 
-    from sdft_dist.bench import contestant
-    from sdft_dist.bench_roles import bench_loads
+    from sdft_dist.bench.contest import contestant
+    from sdft_dist.bench.roles import bench_loads
     from sdft_dist.cluster import launch, ray_session
-    from sdft_dist.dimensions import read_dimensions
-    from sdft_dist.plan_memory import memory_gib
+    from sdft_dist.planning.dimensions import read_dimensions
+    from sdft_dist.planning.memory import memory_gib
     from sdft_dist.topology import push_transport
 
     config = recipe(out, device, shape, list(ENGINES))
@@ -319,11 +319,11 @@ def learner(
     more: tuple[str, ...] = (),
 ) -> Iterator[Figures]:
     """Optimizer steps of `batch` samples by themselves, on random weights of a published shape."""
-    from sdft_dist.bench import contestant
-    from sdft_dist.bench_roles import bench_loads
+    from sdft_dist.bench.contest import contestant
+    from sdft_dist.bench.roles import bench_loads
     from sdft_dist.cluster import launch, ray_session
-    from sdft_dist.dimensions import read_dimensions
-    from sdft_dist.plan_memory import host_gib, memory_gib
+    from sdft_dist.planning.dimensions import read_dimensions
+    from sdft_dist.planning.memory import host_gib, memory_gib
 
     folder = out / "-".join(["learner", shape, method, *more])
     ours = contestant(recipe(out, device, shape, [ALONE, *TUNED, *more]), method, folder, fixed=False)

@@ -25,7 +25,7 @@ from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
 from sdft_dist.lab.teaching import RECIPE, write_teaching_set
 from sdft_dist.memory import PeakMemory
 from sdft_dist.recipe import dump_config, load_config
-from sdft_dist.report import report
+from sdft_dist.report.report import report
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -184,7 +184,7 @@ def _accuracies(outcomes: list[Outcome], points: list[dict[str, float]]) -> list
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
     """Accuracy on the new word and on the old skills against steps; a thin line a seed, a thick mean."""
-    from sdft_dist.charts import COLOURS, plt, save
+    from sdft_dist.report.charts import COLOURS, plt, save
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     colours = dict(zip(METHODS, COLOURS, strict=False))

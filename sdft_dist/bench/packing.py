@@ -1,4 +1,4 @@
-"""Packed against padded micro-batches: `python -m learner.bench_packing RECIPE [section.field=value ...]`.
+"""Packed against padded micro-batches: `python -m sdft_dist.bench.packing RECIPE [section.field=value ...]`.
 
 Takes the lengths of the recipe's own rows (prompt and demonstration). Printed are the share of slots that
 train nothing (free slots, and waiting for the fullest rank), and trained tokens per second, forward and

@@ -36,7 +36,7 @@ PAPER = {
     "truthfulqa_mc2": 3.0,
     "winogrande": 1.0,
 }
-OWN_TASKS = Path(__file__).parent / "harness_tasks"
+OWN_TASKS = Path(__file__).parent / "tasks"
 FIRST_TOKENS = 32  # generated before stop strings are looked for; then twice as many, and so on
 
 

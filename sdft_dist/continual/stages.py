@@ -23,7 +23,7 @@ from rich.console import Console
 
 from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config, DataConfig, Section
-from sdft_dist.continual_results import PRIOR, write_results
+from sdft_dist.continual.results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
 from sdft_dist.errors import ConfigError
 from sdft_dist.files import write_whole

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sdft_dist.sandbox import passes
+from sdft_dist.harness.sandbox import passes
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

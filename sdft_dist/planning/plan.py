@@ -20,9 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.config import Config
-from sdft_dist.dimensions import Dimensions
 from sdft_dist.errors import UserError
-from sdft_dist.plan_memory import engine_parts, host_gib, learner_gib, learner_parts, memory_gib, saving_gib, state_gib
+from sdft_dist.planning.dimensions import Dimensions
+from sdft_dist.planning.memory import (
+    engine_parts,
+    host_gib,
+    learner_gib,
+    learner_parts,
+    memory_gib,
+    saving_gib,
+    state_gib,
+)
 from sdft_dist.topology import needs
 
 

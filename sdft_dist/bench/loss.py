@@ -1,4 +1,4 @@
-"""Memory and time of the full-vocabulary loss, forward and backward: `python -m learner.bench_loss`.
+"""Memory and time of the full-vocabulary loss, forward and backward: `python -m sdft_dist.bench.loss`.
 
 Each size runs in a process of its own, so that peak resident memory is its own. Printed are the peak
 above inputs and outputs, and the time beside that of the matrix products which no implementation can
@@ -37,7 +37,7 @@ def main() -> None:
     print(f"V = {args.vocab}, D = {args.width}, fp32, {torch.get_num_threads()} threads, median of {args.repeats}")
     print(f"{'tokens':>8} {'extra GB':>9} {'loss s':>8} {'products s':>11} {'ratio':>6}")
     for tokens in args.tokens:
-        command = [sys.executable, "-m", "learner.bench_loss", "--one", str(tokens), "--vocab", str(args.vocab)]
+        command = [sys.executable, "-m", "sdft_dist.bench.loss", "--one", str(tokens), "--vocab", str(args.vocab)]
         command += ["--width", str(args.width), "--repeats", str(args.repeats)]
         m = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         ratio = m["loss_s"] / m["products_s"]

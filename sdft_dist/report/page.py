@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.charts import save
+from sdft_dist.report.charts import save
 
 STYLE = """
 :root { color-scheme: light; --line: #d8dce2; --soft: #5a6472; }

@@ -6,7 +6,7 @@ A learner needs most in one of two moments: in backward, with all that forward h
 from __future__ import annotations
 
 from sdft_dist.config import Config, LearnerConfig
-from sdft_dist.dimensions import Dimensions
+from sdft_dist.planning.dimensions import Dimensions
 from sdft_dist.topology import push_transport
 
 CHUNK = 512 << 20  # learner/fused.py: of one fp32 [chunk, V] buffer on a GPU

@@ -20,8 +20,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.account import WORK, Machine, accounts, mean_lengths, push_split, time_shares
-from sdft_dist.charts import timeline
+from sdft_dist.bench.account import WORK, Machine, accounts, mean_lengths, push_split, time_shares
 from sdft_dist.cluster import launch, ray_session, resolve_device
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
@@ -31,6 +30,7 @@ from sdft_dist.loop import batch_keys, train
 from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
 from sdft_dist.recipe import parse_config
+from sdft_dist.report.charts import timeline
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.topology import lacking, needs, num_gpus, sizes
 from sdft_dist.types import Problem
@@ -151,7 +151,7 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
         on_policy = contestants[0].config.model_copy(update={"rollout": rollout})
         contestants.append(replace(contestants[0], name="sync", config=on_policy, folder=out / "sync", machines=[]))
     if peer == "trl":
-        from sdft_dist.bench_peer import Trl
+        from sdft_dist.bench.peer import Trl
 
         inputs = contestants[0].inputs
         contestants.append(

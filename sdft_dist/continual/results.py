@@ -9,11 +9,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdft_dist import charts
-from sdft_dist.charts import Curve
+from sdft_dist.continual.retention import Retention, normalised
 from sdft_dist.evaluate import Judged, accuracy, wilson
 from sdft_dist.recipe import load_config
-from sdft_dist.retention import Retention, normalised
+from sdft_dist.report import charts
+from sdft_dist.report.charts import Curve
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported

@@ -1,0 +1,1 @@
+"""Measuring: `sdft bench`, single roles and parts by themselves, and every figure of a GPU."""

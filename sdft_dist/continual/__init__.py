@@ -1,0 +1,1 @@
+"""`sdft continual`: tasks taught one after another, and what is kept of them."""

@@ -1,0 +1,1 @@
+"""What a step will cost: arithmetic on a model's sizes (`sdft plan`) and a simulation of the pipeline."""

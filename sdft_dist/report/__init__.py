@@ -1,0 +1,1 @@
+"""`sdft report`: pages and pictures of what runs have written."""

@@ -1,0 +1,1 @@
+"""`sdft sweep`: whole runs over a space of settings, on Ray Tune."""
