@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.cluster import ray_session, serving
+from sdft_dist.cluster import serving
 from sdft_dist.config import Config
 from sdft_dist.errors import ConfigError
 from sdft_dist.evaluate import Judged, accuracy, evaluate, interval, load_eval_sets, load_scorer, pass_at, summary
@@ -19,6 +19,7 @@ from sdft_dist.judge import Judge
 from sdft_dist.prepare import check_device
 from sdft_dist.prompts import load_tokenizer, stop_ids
 from sdft_dist.rundir import write_evaluation
+from sdft_dist.session import ray_session
 
 
 def evaluate_model(config: Config, out: Path | None = None) -> tuple[dict[str, Any], dict[str, list[Judged]]]:

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.cluster import launch, ray_session
+from sdft_dist.cluster import launch
 from sdft_dist.config import Config
 from sdft_dist.data import Row
 from sdft_dist.evaluate import EvalSet, Scorer, check_answers, evaluate, load_eval_sets, load_scorer
@@ -26,6 +26,7 @@ from sdft_dist.inputs import read_inputs
 from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
 from sdft_dist.recipe import parse_config
+from sdft_dist.session import ray_session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from sdft_dist.cluster import resolve_device
 from sdft_dist.config import Config
 from sdft_dist.errors import ConfigError
 from sdft_dist.evaluate import EvalSet, Scorer, load_eval_sets, load_scorer
 from sdft_dist.inputs import Inputs, read_inputs
+from sdft_dist.session import resolve_device
 from sdft_dist.topology import push_transport
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from sdft_dist.between_steps import BetweenSteps, best_step
-from sdft_dist.cluster import launch, ray_session
+from sdft_dist.cluster import launch
 from sdft_dist.config import Config
 from sdft_dist.errors import ActorLost, Fault, Preempted, UserError, brief
 from sdft_dist.fingerprint import fingerprint
@@ -24,6 +24,7 @@ from sdft_dist.prepare import Prepared, prepare
 from sdft_dist.rundir import RunDir, Start
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.selection import exhausted
+from sdft_dist.session import ray_session
 from sdft_dist.stop import asked_to_stop
 
 

@@ -29,8 +29,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray cluster, the same as `sdft train` starts."""
-    from sdft_dist.cluster import ray_session
     from sdft_dist.recipe import parse_config
+    from sdft_dist.session import ray_session
 
     with ray_session(parse_config({"model": {"path": "m"}, "data": {"train": "d"}})):
         yield

@@ -4,10 +4,10 @@ import socket
 
 import pytest
 
-from sdft_dist.cluster import _reach
 from sdft_dist.errors import Fault, NotServing, UserError
 from sdft_dist.fleet import Fleet
 from sdft_dist.recipe import parse_config
+from sdft_dist.session import _reach
 
 
 class Part:

@@ -7,7 +7,7 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.pool import Pool
-from sdft_dist.cluster import explain
+from sdft_dist.diagnosis import explain
 from sdft_dist.errors import NotServing, UserError
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.bench.account import WORK, Machine, accounts, mean_lengths, push_split, time_shares
-from sdft_dist.cluster import launch, ray_session, resolve_device
+from sdft_dist.cluster import launch
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.fleet import Fleet
@@ -32,6 +32,7 @@ from sdft_dist.problems import ProblemSet
 from sdft_dist.recipe import parse_config
 from sdft_dist.report.charts import timeline
 from sdft_dist.runlog import RunLog, read_metrics
+from sdft_dist.session import ray_session, resolve_device
 from sdft_dist.topology import lacking, needs, num_gpus, sizes
 from sdft_dist.types import Problem
 

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from sdft_dist.cluster import ray_session, stream
+from sdft_dist.cluster import stream
 from sdft_dist.config import Config
 from sdft_dist.loop import train
 from sdft_dist.pieces import split, train_items
@@ -30,6 +30,7 @@ from sdft_dist.problems import ProblemSet
 from sdft_dist.recipe import parse_config
 from sdft_dist.remote import Events
 from sdft_dist.runlog import RunLog
+from sdft_dist.session import ray_session
 from sdft_dist.types import Piece, Problem, Rollout, SampleKey, SampleRef, Scored, Span, TrainItem, VersionSpan
 
 

@@ -190,10 +190,11 @@ def agreement(out: Path) -> Iterator[Figures]:
 
     from sdft_dist.bench.contest import contestant
     from sdft_dist.bench.roles import as_sampled
-    from sdft_dist.cluster import launch, ray_session
+    from sdft_dist.cluster import launch
     from sdft_dist.loop import batch_keys
     from sdft_dist.preflight import logprob_differences
     from sdft_dist.problems import ProblemSet
+    from sdft_dist.session import ray_session
 
     ours = contestant(load_config(out / "lab" / "seed-0" / "sdft.yaml"), "sdft", out / "agreement", fixed=False)
     config, problems = ours.config, ours.inputs.problems
@@ -215,7 +216,7 @@ def _state_differences(config: Config, problems: Sequence[Any], targets: Sequenc
     import torch
 
     from learner.model import load_causal_lm
-    from sdft_dist.cluster import resolve_device
+    from sdft_dist.session import resolve_device
 
     device = resolve_device(config)
     # One sequence at a time needs no packing, and torch's own attention is another than the engine's.
@@ -239,9 +240,10 @@ def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
 
     from sdft_dist.bench.contest import contestant
     from sdft_dist.bench.roles import bench_loads
-    from sdft_dist.cluster import launch, ray_session
+    from sdft_dist.cluster import launch
     from sdft_dist.planning.dimensions import read_dimensions
     from sdft_dist.planning.memory import memory_gib
+    from sdft_dist.session import ray_session
     from sdft_dist.topology import push_transport
 
     config = recipe(out, device, shape, list(ENGINES))
@@ -321,9 +323,10 @@ def learner(
     """Optimizer steps of `batch` samples by themselves, on random weights of a published shape."""
     from sdft_dist.bench.contest import contestant
     from sdft_dist.bench.roles import bench_loads
-    from sdft_dist.cluster import launch, ray_session
+    from sdft_dist.cluster import launch
     from sdft_dist.planning.dimensions import read_dimensions
     from sdft_dist.planning.memory import host_gib, memory_gib
+    from sdft_dist.session import ray_session
 
     folder = out / "-".join(["learner", shape, method, *more])
     ours = contestant(recipe(out, device, shape, [ALONE, *TUNED, *more]), method, folder, fixed=False)

@@ -20,13 +20,14 @@ from rich.console import Console
 from sdft_dist import pieces
 from sdft_dist.bench.account import Machine, accounts, mean_lengths, processed
 from sdft_dist.bench.contest import Ours, contestant, machine, spans, spread, summary
-from sdft_dist.cluster import launch, ray_session
+from sdft_dist.cluster import launch
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.fleet import Fleet
 from sdft_dist.loop import batch_keys, demonstrations
 from sdft_dist.planning.dimensions import read_dimensions
 from sdft_dist.problems import ProblemSet
+from sdft_dist.session import ray_session
 from sdft_dist.topology import sizes
 from sdft_dist.types import Sample, SampleKey, SampleRef, TeacherTargets, TrainItem, VersionSpan
 

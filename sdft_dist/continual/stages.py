@@ -21,7 +21,6 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
-from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config, DataConfig, Section
 from sdft_dist.continual.results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
@@ -29,6 +28,7 @@ from sdft_dist.errors import ConfigError
 from sdft_dist.files import write_whole
 from sdft_dist.recipe import load_config, load_yaml, parse
 from sdft_dist.rundir import RunDir, refuse_other_settings
+from sdft_dist.session import ray_session
 from sdft_dist.train import run
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # also the name of a folder

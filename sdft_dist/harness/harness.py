@@ -21,11 +21,12 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.cluster import ray_session, serving
+from sdft_dist.cluster import serving
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError, brief
 from sdft_dist.files import write_jsonl
 from sdft_dist.prompts import load_tokenizer, stop_ids
+from sdft_dist.session import ray_session
 
 # The paper names six benchmarks and no settings. These are the harness's own, without examples in the prompt.
 PAPER = {

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sdft_dist.cluster import ray_session
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.files import refuse_used
@@ -27,6 +26,7 @@ from sdft_dist.memory import PeakMemory
 from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.report.report import report
 from sdft_dist.runlog import read_metrics
+from sdft_dist.session import ray_session
 from sdft_dist.train import run
 
 METHODS = ("sdft", "sft")

@@ -17,7 +17,6 @@ from typing import Any
 
 from rich.console import Console
 
-from sdft_dist.cluster import ray_session
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.demo import DOMAIN, WORD
@@ -25,6 +24,7 @@ from sdft_dist.lab.teaching import RECIPE, write_teaching_set
 from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
+from sdft_dist.session import ray_session
 from sdft_dist.train import run
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from sdft_dist.cluster import ray_session, resolve_device
 from sdft_dist.config import MEAN, Config
 from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
 from sdft_dist.files import write_whole
@@ -27,6 +26,7 @@ from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir, refuse_other_settings
 from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import score
+from sdft_dist.session import ray_session, resolve_device
 from sdft_dist.stop import LOOK_S, sigterm_told
 from sdft_dist.sweep.space import Range, Sweep, fits, points
 from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs, num_gpus

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import ray
 
-from sdft_dist.cluster import explain
+from sdft_dist.diagnosis import explain
 from sdft_dist.pieces import fetch
 from sdft_dist.types import Piece, SampleKey, TeacherTargets
 
