@@ -1,5 +1,5 @@
 """What this project changes in vLLM, in every process of an engine: vLLM calls `prepare` in the workers that it starts
-for tensor parallelism, as the plugin that pyproject.toml names, and engine.py calls it in its own.
+for tensor parallelism, as the plugin that pyproject.toml names, and llm.py calls it in its own.
 
 It does nothing in processes of other engines, where the variable DEVICE is not set.
 """

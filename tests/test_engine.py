@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from actors.engine import _graph_sizes, _options, _renewed
+from actors.engine import _renewed
+from actors.llm import _graph_sizes, options_for
 from sdft_dist.recipe import parse_config
 
 
@@ -25,7 +26,7 @@ def config(**fields):
 
 
 def options(runner, device="cuda", **fields):
-    return _options(config(**fields), runner, device)
+    return options_for(config(**fields), runner, device)
 
 
 def test_only_generators_that_draft_nothing_say_which_graphs_they_want():
