@@ -68,6 +68,19 @@ class LearnerRank:
     def start(self, host: str, port: int, resume: str | None) -> None:
         """Join the process group, load the model, build optimizer and EMA; from the checkpoint in the
         folder `resume`, where one is given."""
+        self._join_ranks(host, port)
+        shards = checkpoint.Shards(Path(resume)) if resume else None
+        self._load_student(shards)
+        self._initialize_engine()
+        self._moved = shards is not None  # whether the student has left the weights at model.path
+        self.ema, anchor = None, checkpoint.anchor(self.config, shards)
+        if self.config.teacher.kind == "ema":
+            self.ema = Ema(self._fragments(), None if anchor is None else self._weights_of(anchor))
+        if shards is not None:
+            self._restore(shards, anchored=anchor is not None)
+
+    def _join_ranks(self, host: str, port: int) -> None:
+        """The process group of all ranks, and what this process needs before it computes."""
         os.environ.update(
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
@@ -88,11 +101,13 @@ class LearnerRank:
         if self.device.type == "cuda":  # for batches on their way to it, and for what is offloaded
             # Ray gives a process one thread; at most eight ranks share a node's cores.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(self.config.learner.ranks, 8)))
+
+    def _load_student(self, shards: checkpoint.Shards | None) -> None:
+        """The model with its loss, whole, with the weights of `shards` where there are any."""
         lm = load_causal_lm(self.config.model)
         if self.config.model.lora.rank:
             attach(lm, self.config.model.lora)
         tune(lm, self.config.learner)
-        shards = checkpoint.Shards(Path(resume)) if resume else None
         if shards is not None:
             with torch.no_grad():  # DeepSpeed takes its master weights from here
                 for name, param in lm.named_parameters():
@@ -102,10 +117,16 @@ class LearnerRank:
         check_head(lm, transform, self.config.model.path)
         self.student = Student(lm, self.vocab_size, objective(self.config, transform))
         named = self.student.named_weights()
-        one_row = self.config.model.attention in ONE_ROW
-        self._layout = one_after_another if one_row else partial(rows, width=lm.config.get_text_config().hidden_size)
         self._shapes = {name: tuple(p.shape) for name, p in named}
         self._named = {name: p for name, p in named if p.requires_grad}
+        self._frozen = {name: p for name, p in named if not p.requires_grad}
+        one_row = self.config.model.attention in ONE_ROW
+        self._layout = one_after_another if one_row else partial(rows, width=lm.config.get_text_config().hidden_size)
+
+    def _initialize_engine(self) -> None:
+        """DeepSpeed's engine: shards the student and its optimizer."""
+        import deepspeed
+
         settings = deepspeed_config(self.config)
         if self.config.learner.zero_stage == 3:  # shard by shard: `initialize` would put all of it on the GPU first
             deepspeed.zero.Init(module=self.student, config_dict_or_path=settings)
@@ -118,14 +139,6 @@ class LearnerRank:
         add_gradients_directly(self.engine)
         # Before the driver loses patience: who is still silent when the others have given up is the one that hangs.
         set_timeouts(timedelta(seconds=0.8 * self.config.cluster.timeout_s))
-        self._frozen = {name: p for name, p in named if not p.requires_grad}
-        self._moved = resume is not None  # whether the student has left the weights at model.path
-        teacher = self.config.teacher
-        self.ema, anchor = None, checkpoint.anchor(self.config, shards)
-        if teacher.kind == "ema":
-            self.ema = Ema(self._fragments(), None if anchor is None else self._weights_of(anchor))
-        if shards is not None:
-            self._restore(shards, anchored=anchor is not None)
 
     def update(
         self, step: int, num_steps: int, micro_batches: list[list[TrainItem]], total_tokens: int, total_sequences: int
