@@ -91,21 +91,20 @@ def bench(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, overrides)
     from rich.console import Console
 
-    from sdft_dist.bench import contest as bench
-    from sdft_dist.bench import roles as bench_roles
+    from sdft_dist.bench import contest, figures, roles
 
     fixed, pairs = bool(args.synthetic_model), args.pairs
     if args.only:
-        report = bench_roles.bench_role(config, args.out, args.only, repeats=pairs, fixed=fixed)
-        show = bench_roles.show
+        report = roles.bench_role(config, args.out, args.only, repeats=pairs, fixed=fixed)
+        show = roles.show
     else:
-        report = bench.bench(config, args.out, pairs=pairs, segment=args.segment, fixed=fixed, peer=args.peer)
-        show = bench.show
+        report = contest.bench(config, args.out, pairs=pairs, segment=args.segment, fixed=fixed, peer=args.peer)
+        show = figures.show
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         show(report, Console())
-    worse = bench.regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
+    worse = figures.regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
     if worse:
         print(f"sdft: regression: {worse}", file=sys.stderr)
         sys.exit(1)

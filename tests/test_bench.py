@@ -13,18 +13,9 @@ from rich.console import Console
 
 from sdft_dist.bench import synthetic as synthetic_module
 from sdft_dist.bench.account import Machine, accounts, mean_lengths, push_split, time_shares
-from sdft_dist.bench.contest import (
-    SKIPPED,
-    Turns,
-    _rate,
-    _refuse_too_few_gpus,
-    _report,
-    contestant,
-    devices,
-    regression,
-    show,
-    timeline,
-)
+from sdft_dist.bench.contest import Turns, _refuse_too_few_gpus, timeline
+from sdft_dist.bench.contestants import contestant, devices
+from sdft_dist.bench.figures import SKIPPED, _rate, figures, regression, show
 from sdft_dist.bench.synthetic import SHAPES, parse_lengths, synthetic, write_model, write_rows
 from sdft_dist.errors import UserError
 from sdft_dist.planning.dimensions import read_dimensions
@@ -205,7 +196,7 @@ def test_samples_are_counted_as_each_method_takes_them(tmp_path):
         (tmp_path / contestant_.name).mkdir()
         lines = [json.dumps(record | {"step": step}) for step in range(1, 13)]
         (tmp_path / contestant_.name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    report = _report(config, turns, ours, tmp_path, True)
+    report = figures(config, turns.ends, ours, tmp_path, True)
     assert report["batch"] == {"sdft": 16, "sft": 2}
     assert {name: found["median"] for name, found in report["samples_per_s"].items()} == {"sdft": 16.0, "sft": 2.0}
     assert report["sdft_over_sft"]["median"] == pytest.approx(1 / 8)

@@ -151,14 +151,14 @@ def test_a_bench_writes_nothing_into_a_folder_that_is_used(recipe, tmp_path, cap
 
 def test_a_synthetic_model_takes_the_place_of_the_recipes_in_its_type(tmp_path, monkeypatch):
     """Also of a layer's; a field that is given by itself stays."""
-    from sdft_dist.bench import contest as bench
+    from sdft_dist.bench import contest, figures
 
     recipe, layer = tmp_path / "recipe.yaml", tmp_path / "layer.yaml"
     recipe.write_text("model: {dtype: bfloat16}\ncluster: {device: cuda}\ndata: {split: test}\n")
     layer.write_text("model: {path: Qwen/Qwen3-4B, max_length: 4096}\nlearner: {tokens_per_microbatch: 4096}\n")
     seen = []
-    monkeypatch.setattr(bench, "bench", lambda config, *args, **kwargs: seen.append(config) or {})
-    monkeypatch.setattr(bench, "show", lambda report, console: None)
+    monkeypatch.setattr(contest, "bench", lambda config, *args, **kwargs: seen.append(config) or {})
+    monkeypatch.setattr(figures, "show", lambda report, console: None)
     words = ["bench", str(recipe), str(layer), "--out", str(tmp_path / "out"), "--synthetic-model", "lab"]
     assert main([*words, "--lengths", "12/7/5", "rollout.max_completion_tokens=4"]) == 0
     (config,) = seen

@@ -6,7 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PURE = {"types", "config", "errors", "prompts", "data", "batching", "wire", "remote", "pieces", "logits", "watch"}
+PURE = {
+    "types",
+    "config",
+    "errors",
+    "prompts",
+    "data",
+    "records",
+    "batching",
+    "wire",
+    "remote",
+    "pieces",
+    "logits",
+    "watch",
+}
 PURE |= {"memory", "vector_math", "last_words"}  # of a process
 PURE |= {"adapters", "transport", "problems", "inputs", "recipe"}
 MAY_IMPORT_ACTORS_AND_LEARNER = {"cluster", "fleet"}

@@ -188,7 +188,7 @@ def agreement(out: Path) -> Iterator[Figures]:
     local model's, by token: the difference's norm over the state's."""
     import ray
 
-    from sdft_dist.bench.contest import contestant
+    from sdft_dist.bench.contestants import contestant
     from sdft_dist.bench.roles import as_sampled
     from sdft_dist.cluster import launch
     from sdft_dist.loop import batch_keys
@@ -238,7 +238,7 @@ def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
     them, and whether they then hold what the learner does; each by itself."""
     import torch
 
-    from sdft_dist.bench.contest import contestant
+    from sdft_dist.bench.contestants import contestant
     from sdft_dist.bench.roles import bench_loads
     from sdft_dist.cluster import launch
     from sdft_dist.planning.dimensions import read_dimensions
@@ -321,7 +321,7 @@ def learner(
     more: tuple[str, ...] = (),
 ) -> Iterator[Figures]:
     """Optimizer steps of `batch` samples by themselves, on random weights of a published shape."""
-    from sdft_dist.bench.contest import contestant
+    from sdft_dist.bench.contestants import contestant
     from sdft_dist.bench.roles import bench_loads
     from sdft_dist.cluster import launch
     from sdft_dist.planning.dimensions import read_dimensions

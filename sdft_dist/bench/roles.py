@@ -19,7 +19,8 @@ from rich.console import Console
 
 from sdft_dist import pieces
 from sdft_dist.bench.account import Machine, accounts, mean_lengths, processed
-from sdft_dist.bench.contest import Ours, contestant, machine, spans, spread, summary
+from sdft_dist.bench.contestants import Ours, contestant, machine, spans
+from sdft_dist.bench.figures import spread, summary
 from sdft_dist.cluster import launch
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
