@@ -18,7 +18,8 @@ from learner.lora import attach
 from learner.model import load_causal_lm
 from sdft_dist.adapters import half_of
 from sdft_dist.bench import gpu_check
-from sdft_dist.bench.gpu_check import (
+from sdft_dist.bench.gpu_check import all_checks, sdft_over_sft
+from sdft_dist.bench.gpu_checks import (
     ACCOUNT,
     DECODE,
     ENGINES,
@@ -26,11 +27,11 @@ from sdft_dist.bench.gpu_check import (
     OFFLOADED,
     SLOWER,
     TUNED,
-    all_checks,
+    _by_load,
+    _state_differences,
     load,
     loss,
     recipe,
-    sdft_over_sft,
 )
 from sdft_dist.bench.synthetic import SHAPES, parse_lengths
 from sdft_dist.planning.dimensions import dimensions
@@ -135,7 +136,7 @@ def test_the_account_is_of_the_batch_that_is_the_fastest():
         for seconds, rate in taken
     ]
     found = {}
-    for part in gpu_check._by_load(loads, iter(reports), lambda load: f"{load.role} "):
+    for part in _by_load(loads, iter(reports), lambda load: f"{load.role} "):
         found |= part
     assert [found[f"generator short tokens/s at {batch}"] for batch in (64, 128, 256)] == [100, 300, 150]
     assert (found["generator short batch"], found["generator short device_s"]) == (128, 1.0)
@@ -196,6 +197,6 @@ def test_states_are_compared_with_a_local_models(tmp_path):
     half = states.clone()
     half[0] /= 2
     targets = [SimpleNamespace(dtype="bfloat16", states=kept.view(torch.uint16).numpy()) for kept in (states, half)]
-    found = gpu_check._state_differences(config, [problem, problem], targets)
+    found = _state_differences(config, [problem, problem], targets)
     assert found.shape == (8,)
     assert found.tolist() == pytest.approx([0, 0, 0, 0, 0.5, 0, 0, 0], abs=0.02)  # bf16, by two ways
