@@ -71,7 +71,7 @@ def options_for(config: Config, runner: Runner, device: str) -> dict[str, Any]:
         # Log-probs after temperature: those of the distribution that was sampled from.
         options["logprobs_mode"] = "processed_logprobs"
         options["max_logprobs"] = config.loss.top_k
-        if device == "cuda" and config.model.dtype != "float32":
+        if config.model.dtype != "float32":
             # As the learner forms them: bf16 would round what is sampled from, by up to 0.06 at logits of 16 and more.
             options["hf_overrides"] = {"head_dtype": "float32"}
         if config.rollout.speculative != "none":

@@ -52,8 +52,11 @@ def prepare(
 def check_device(config: Config) -> None:
     """Raises ConfigError where the device cannot do what the configuration asks for, or a package is missing."""
     device = resolve_device(config)
-    if device == "cpu" and config.model.dtype == "bfloat16":
-        raise ConfigError("model.dtype: bfloat16 needs a GPU; with cluster.device=cpu use float32")
+    if device == "cpu" and config.model.dtype == "bfloat16" and config.cluster.device == "auto":
+        raise ConfigError(
+            "model.dtype: bfloat16 is for GPUs, and torch sees none here: use float32, or give cluster.device=cpu to try "
+            "it without one"
+        )
     if device == "cpu" and config.model.attention in ("varlen", "flash_attention_2"):
         raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
     if device == "cpu" and config.cluster.sleep:

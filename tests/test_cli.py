@@ -93,7 +93,6 @@ def no_template(tmp_path, model):
         ("learner.zero_stag=1", "learner.zero_stag: no such field; did you mean learner.zero_stage?"),
         ("run_dir={tmp}/used", "used holds files that are not a run's (precious.txt): give another run_dir=…"),
         ("eval.scorer=nothing:here", "eval.scorer: 'nothing:here' is not a function"),
-        ("model.dtype=bfloat16", "cluster.device=cpu"),
     ],
 )
 def test_mistakes_end_with_code_2_and_nothing_written(recipe, model, tmp_path, capsys, override, message):

@@ -60,7 +60,7 @@ def test_what_a_run_would_refuse_is_refused_before_engines_start(tmp_path, monke
     ]:
         with pytest.raises(UserError, match=message):
             preflight.preflight(config_of(**sections, eval=evaluation))
-    with pytest.raises(UserError, match="bfloat16 needs a GPU"):
+    with pytest.raises(UserError, match="bfloat16 is for GPUs, and torch sees none"):
         preflight.preflight(config_of(**sections | {"model": {**sections["model"], "dtype": "bfloat16"}}))
 
 

@@ -51,7 +51,7 @@ Figures = dict[str, float]
 
 
 def lab(out: Path, device: str) -> Iterator[Figures]:
-    """The lab's word taught in the device's own type: accuracy on it and on the old skills."""
+    """The lab's word taught in bfloat16: accuracy on it and on the old skills."""
     from sdft_dist.lab.base import shipped_base
     from sdft_dist.lab.demo import lab_config, measured
     from sdft_dist.train import run
@@ -251,8 +251,7 @@ def loss(device: str, *, tokens: int, width: int, vocab: int) -> Iterator[Figure
     from learner import fused, liger
     from learner.fused import Objective, Targets
 
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    make = partial(torch.randn, device=device, dtype=dtype)
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
     states, head = make(tokens, width).requires_grad_(), (make(vocab, width) / width**0.5).requires_grad_()
     teacher_states, teacher_head = make(tokens, width), make(vocab, width) / width**0.5
     weights = torch.full((tokens,), 1 / tokens, device=device)
@@ -308,9 +307,9 @@ def _cost(compute: Callable[[], Any], inputs: list[Any], device: str, repeats: i
 
 
 def _shared(device: str) -> list[str]:
-    """All roles on one device, in its own type."""
+    """All roles on one device."""
     if device == "cpu":
-        return ["cluster.device=cpu", "model.dtype=float32"]
+        return ["cluster.device=cpu", "model.dtype=bfloat16"]
     return ["cluster.device=cuda", "cluster.colocate=all", "model.dtype=bfloat16", "model.attention=varlen"]
 
 
@@ -318,8 +317,7 @@ def recipe(out: Path, device: str, shape: str, more: list[str]) -> Config:
     """The paper's recipe on random weights and rows of all LENGTHS, one after the other, which are made once."""
     made = out / "inputs" / shape / "made.json"
     if not made.is_file():
-        dtype = "bfloat16" if device == "cuda" else "float32"
-        overrides = synthetic(made.parent, shape, list(LENGTHS.values()), ROWS, dtype)
+        overrides = synthetic(made.parent, shape, list(LENGTHS.values()), ROWS, "bfloat16")
         made.write_text(json.dumps(overrides))
     fields = json.loads(made.read_text())
     if not RECIPE.is_file():
