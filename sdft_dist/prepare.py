@@ -54,8 +54,8 @@ def check_device(config: Config) -> None:
     device = resolve_device(config)
     if device == "cpu" and config.model.dtype == "bfloat16" and config.cluster.device == "auto":
         raise ConfigError(
-            "model.dtype: bfloat16 is for GPUs, and torch sees none here: use float32, or give cluster.device=cpu to try "
-            "it without one"
+            "model.dtype: bfloat16 is for GPUs, and torch sees none here: use float32, or give cluster.device=cpu to "
+            "try it without one"
         )
     if device == "cpu" and config.model.attention in ("varlen", "flash_attention_2"):
         raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
