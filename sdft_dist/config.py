@@ -414,7 +414,9 @@ class Config(Section):
     )
     run_dir: str = Field("runs/sdft", description="Folder for everything that the run writes.")
     trace: bool = Field(
-        False, description="Write attempts/NNN/trace.json, a timeline of all roles for Perfetto or chrome://tracing."
+        False,
+        description="Write attempts/NNN/trace.json, a timeline of all roles for Perfetto or chrome://tracing; "
+        "its first 256 MiB, which are hours.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Decides data order and every sampled token; below 2**32.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; default: `epochs` over the data.")

@@ -7,18 +7,24 @@ from pathlib import Path
 
 from sdft_dist.types import Span
 
+MOST_BYTES = 256 << 20  # hours of a run; a viewer opens not much more
+
 
 class Trace:
     """Written event by event, so that memory stays flat and a killed run leaves a file that opens: the
-    format allows the closing bracket to be missing. One process per role, one thread per actor."""
+    format allows the closing bracket to be missing. One process per role, one thread per actor. After `most_bytes` it
+    holds no more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most_bytes: int = MOST_BYTES) -> None:
+        self._left = most_bytes
         self._file = path.open("w")
         self._file.write("[\n")
         self._roles: dict[str, int] = {}
 
     def add(self, role: str, index: int, span: Span) -> None:
-        """One bar of the timeline."""
+        """One bar of the timeline, if there is room."""
+        if self._left <= 0:
+            return
         if role not in self._roles:
             self._roles[role] = len(self._roles)
             self._write({"name": "process_name", "ph": "M", "pid": self._roles[role], "args": {"name": role}})
@@ -32,4 +38,6 @@ class Trace:
         self._file.close()
 
     def _write(self, event: dict[str, object]) -> None:
-        self._file.write(json.dumps(event) + ",\n")
+        line = json.dumps(event) + ",\n"
+        self._left -= len(line)
+        self._file.write(line)
