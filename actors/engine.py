@@ -48,18 +48,17 @@ class _Request:
 
     def __init__(self, num_top: int, version: int) -> None:
         self.num_top = num_top
-        self.num_tokens = 0
         self._starts = [(version, 0)]  # of each version's tokens
 
-    def renew(self, version: int) -> None:
-        """Tokens from here on are sampled by `version`."""
-        if self._starts[-1][1] == self.num_tokens:
+    def renew(self, version: int, num_tokens: int) -> None:
+        """Tokens after the first `num_tokens` are sampled by `version`."""
+        if self._starts[-1][1] == num_tokens:
             self._starts.pop()
-        self._starts.append((version, self.num_tokens))
+        self._starts.append((version, num_tokens))
 
-    def spans(self) -> tuple[VersionSpan, ...]:
-        """Who sampled which of its tokens."""
-        ends = [start for _, start in self._starts[1:]] + [self.num_tokens]
+    def spans(self, num_tokens: int) -> tuple[VersionSpan, ...]:
+        """Who sampled which of its tokens, `num_tokens` in all."""
+        ends = [start for _, start in self._starts[1:]] + [num_tokens]
         return tuple(VersionSpan(version, start, end) for (version, start), end in zip(self._starts, ends, strict=True))
 
 
@@ -78,6 +77,7 @@ class Engine:
         vocab_size: int | None = None,
     ):
         self._llm = make_llm(config, runner, device, vocab_size)
+        self._core = self._llm.llm_engine.engine_core.engine_core
         self.device = device
         self._renewed = _renewed(config, runner)
         self._stop_ids = list(stop_ids)
@@ -113,6 +113,7 @@ class Engine:
         """Take on one request per prompt (int32 [P]); returns their names. Needs runner="generate" and a
         current push."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         version, num_top = self._serving_version(), min(how.num_top, self._num_ids)
         names = [self._new_id() for _ in prompts]
@@ -128,6 +129,8 @@ class Engine:
                 stop_token_ids=self._stop_ids,
                 ignore_eos=True,  # besides those: what the model's folder names is among them where it counts
                 detokenize=False,
+                # An answer after every token would take a quarter of the time that vLLM's scheduler has for one.
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             # The salt keeps prefixes computed under other weights out of the cache's answers.
             prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(version)}
@@ -160,14 +163,12 @@ class Engine:
         return mean
 
     def _step(self) -> None:
-        outputs = self._engine_step()
-        self._steps += bool(outputs)  # one that only reads prompts decodes nothing
-        self._stepped += len(outputs)
-        for output in outputs:
-            completion, request = output.outputs[0], self._under_way[output.request_id]
-            request.num_tokens = len(completion.token_ids)
-            if output.finished:
-                self._done[output.request_id] = _completion(completion, self._under_way.pop(output.request_id))
+        finished = self._engine_step()
+        in_step = len(self._core.scheduler.running) + len(finished)
+        self._steps += bool(in_step)
+        self._stepped += in_step
+        for output in finished:
+            self._done[output.request_id] = _completion(output.outputs[0], self._under_way.pop(output.request_id))
 
     def _engine_step(self) -> Any:
         """Ends this process where the engine cannot go on: then its actor is replaced."""
@@ -184,12 +185,11 @@ class Engine:
     def _catch_up(self) -> None:
         """Take in the step that vLLM has begun before the last one was answered, as it does on CUDA (asynchronous
         scheduling), and begin none: its tokens are the present weights', and it must not run without memory."""
-        core = self._llm.llm_engine.engine_core.engine_core
-        if core.batch_queue:
-            core.pause_scheduler("keep", clear_cache=False)
-            while core.batch_queue:
+        if self._core.batch_queue:
+            self._core.pause_scheduler("keep", clear_cache=False)
+            while self._core.batch_queue:
                 self._step()
-            core.resume_scheduler()
+            self._core.resume_scheduler()
 
     def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int], salts: Sequence[str]) -> list[np.ndarray]:
         """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
@@ -241,8 +241,9 @@ class Engine:
         self._llm.update_weights({"update_info": update})
         self._llm.finish_weight_update()
         self.version = manifest.version
-        for request in self._under_way.values():
-            request.renew(manifest.version)
+        for state in self._llm.llm_engine.output_processor.request_states.values():
+            if state.external_req_id in self._under_way:
+                self._under_way[state.external_req_id].renew(manifest.version, state.detokenizer.num_output_tokens())
         loading = started + max(self._llm.collective_rpc(_wire_seconds))
         return Span("await weights", started, loading), Span("load weights", loading, time.time())
 
@@ -303,7 +304,7 @@ def _completion(output: Any, request: _Request) -> Completion:
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(ids.shape)[:, 0]
     assert (ids[:, 0] == token_ids).all()
     top_ids = ids[:, 1:] if request.num_top else None
-    return Completion(token_ids, logprobs, output.finish_reason, request.spans(), top_ids)
+    return Completion(token_ids, logprobs, output.finish_reason, request.spans(len(token_ids)), top_ids)
 
 
 def _last_rows(states: Any, count: int) -> np.ndarray:
