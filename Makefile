@@ -24,7 +24,7 @@ so nothing is installed into it: run $(VENV)/bin/sdft demo or $(VENV)/bin/python
 	  { echo "Python 3.11 or newer is needed; give one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@mkdir -p $(VENV) && touch $(VENV)/.begun
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing about 190 packages (2 GB, some minutes) ..."
+	@echo "Installing about 190 packages (4 GB on disk, some minutes) ..."
 	$(PIP) "torch==2.13.0+cpu" || $(PIP) --extra-index-url $(TORCH_INDEX) "torch==2.13.0+cpu"
 	$(PIP) -r deploy/requirements-cpu.txt
 	$(PIP) --no-build-isolation --editable .

@@ -1,4 +1,4 @@
-"""Drives vLLM's engine; how one is made is in llm.py, and no other file touches its API.
+"""Drives vLLM's engine; how one is made is in llm.py.
 
 An Engine runs in its actor's own process and is driven step by step. It knows the version of its
 weights, and serves nothing between a failed push and the next whole one.

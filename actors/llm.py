@@ -66,6 +66,8 @@ def options_for(config: Config, runner: Runner, device: str) -> dict[str, Any]:
         role = "generator" if runner == "generate" else "teacher"
         options["gpu_memory_utilization"] = cluster.engine_memory(role)
         options["enable_sleep_mode"] = cluster.sleep
+        # Other kernels for mixtures of experts reorder weights after loading, which a push would not.
+        options["moe_backend"] = "triton"
     if runner == "generate":
         options["skip_tokenizer_init"] = True  # ids in, ids out
         # Log-probs after temperature: those of the distribution that was sampled from.

@@ -224,7 +224,7 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
     return Encoded(ProblemSet(problems), kept, dropped, truncated)
 
 
-_ADVICE = "Raise model.max_length, or see data.too_long for dropping rows or shortening demonstrations."
+_ADVICE = "Raise the limit that is named, or see data.too_long for dropping rows or shortening demonstrations."
 
 
 def _encode(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Iterator[Problem]:

@@ -7,12 +7,12 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from sdft_dist.config import Config, Section
 from sdft_dist.errors import ConfigError
@@ -22,13 +22,23 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # a number that YA
 Override = str | Mapping[str, Any]
 
 
-def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
-    """Read a YAML recipe and apply overrides, in order: `section.field=value` (values are YAML); another YAML file,
-    whose fields replace those of the same name; or values by the dotted names of their fields.
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Files = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]  # of a recipe; in YAML one name will do
+
+
+def load_config(path: str | Path | Sequence[str], overrides: Iterable[Override] = ()) -> Config:
+    """Read a YAML recipe, or several one over the other, and apply overrides, in order: `section.field=value` (values
+    are YAML); another YAML file, whose fields replace those of the same name; or values by the dotted names of their
+    fields.
 
     Raises ConfigError with one line per mistake: field, value got, what is valid.
     """
-    tree = load_yaml(path)
+    tree: dict[str, Any] = {}
+    for file in [path] if isinstance(path, str | Path) else path:
+        _merge(tree, load_yaml(file))
     for override in overrides:
         if isinstance(override, str) and is_layer(override):
             _merge(tree, load_yaml(override))

@@ -113,14 +113,15 @@ class RunLog:
             f"len {record['completion_tokens_mean']:.0f} {rate:.0f}/s"
         )
         self._progress.update(self._task, completed=step, total=num_steps, shown=shown)
-        self._warn(step, self._watch.step(record))
+        self.warn(step, self._watch.step(record))
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
         """Record what was found on held-out rows."""
         self.write("eval", step, record)
-        self._warn(step, self._watch.evaluation(record))
+        self.warn(step, self._watch.evaluation(record))
 
-    def _warn(self, step: int, warnings: Sequence[str]) -> None:
+    def warn(self, step: int, warnings: Sequence[str]) -> None:
+        """Record what a person should look at, and print it."""
         for warning in warnings:
             self.write("warning", step, {"text": warning})
             self._progress.console.print(f"step {step}: warning: {warning}", markup=False, highlight=False)

@@ -26,6 +26,7 @@ from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.selection import exhausted
 from sdft_dist.session import ray_session
 from sdft_dist.stop import asked_to_stop
+from sdft_dist.watch import length_signs
 
 
 def run(
@@ -161,6 +162,7 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             rundir.rewind(start.step)  # now that it can be done again
             rundir.set_aside(start.step)
             between.begin()
+            log.warn(start.step, length_signs(prepared.num_steps, config.optim.warmup_steps))
             after_step = partial(between.after_step, fleet)
             try:
                 train(config, problems, fleet.rollouts, fleet, fleet, log, after_step=after_step, start=start.step)

@@ -42,6 +42,16 @@ def _staleness(lags: Sequence[int]) -> dict[str, Any]:
     return {"staleness_mean": mean(lags), "staleness_max": max(lags), "staleness_counts": counts}
 
 
+def length_signs(num_steps: int, warmup_steps: int) -> list[str]:
+    """What is amiss with a run of `num_steps`, before its first."""
+    if warmup_steps < num_steps:
+        return []
+    return [
+        f"the run has {num_steps} steps and warms up for {warmup_steps}: the rate never reaches optim.learning_rate; "
+        "lower optim.warmup_steps, or raise epochs"
+    ]
+
+
 class Watch:
     """Feed it each step's metrics; it gives the warnings that are new."""
 

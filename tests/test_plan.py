@@ -10,7 +10,7 @@ from sdft_dist.bench.synthetic import SHAPES
 from sdft_dist.errors import UserError
 from sdft_dist.planning import simulate
 from sdft_dist.planning.dimensions import dimensions
-from sdft_dist.planning.plan import GPUS, Lengths, as_json, own_plan, plan, seconds, show
+from sdft_dist.planning.plan import GPUS, Lengths, as_json, flops, own_plan, plan, seconds, show
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
 SHORT, LONG = (Lengths(prompt=p, demonstration=d, completion=c) for p, d, c in ((300, 400, 400), (1000, 600, 600)))
@@ -35,6 +35,29 @@ def test_qwen3_4b_on_an_h200(lengths, efficiency, decode_batch, ratio):
     """A table that was worked out independently; its figures are rounded."""
     found = seconds(QWEN4B, lengths, GPUS["h200"], decode_batch=decode_batch, efficiency=efficiency).ratio
     assert found == pytest.approx(ratio, abs=0.06)
+
+
+def test_operations_of_a_sample_by_hand():
+    """Head alone: 2 for a product; forward and backward of it 6, and 2 more for the teacher's in the learner. The
+    generator and the teacher read what they read once; the teacher applies no head."""
+    found, n = flops(QWEN4B, SHORT), SHORT.prompt + SHORT.completion
+    head = QWEN4B.head * SHORT.completion
+    assert found["sft"] == 3 * QWEN4B.forward_flops(n) + 6 * head
+    assert found["learner"] == 3 * QWEN4B.forward_flops(n) + 8 * head
+    assert found["generator"] == QWEN4B.forward_flops(n) + 2 * head
+    assert found["teacher"] == QWEN4B.forward_flops(n + SHORT.demonstration)
+
+
+def test_decoding_is_bound_by_the_room_for_keys_and_values():
+    settings = config_of(
+        rollout={"max_staleness": 4, "prompts_per_step": 4096},
+        learner={"gradient_checkpointing": "full"},
+        cluster={"max_sequences": 100_000},
+    )
+    found = plan(settings, QWEN4B, SHORT, GPUS["h200"], 8)
+    kv = found.memory_parts_gib["generator"]["kv"] * 2**30
+    a_request = QWEN4B.kv_bytes * (SHORT.prompt + SHORT.completion)
+    assert found.decode_batch == found.decode_limit == pytest.approx(kv / a_request)
 
 
 def test_several_completions_of_a_prompt_share_its_prefill():
@@ -95,6 +118,8 @@ def test_the_table_is_explained_and_says_what_to_try_where_nothing_fits():
         assert "GiB: memory on one GPU of each role" in shown
         assert "┃ gen/tea/lea ┃" in shown
         assert ("Nothing fits. Try learner.offload=optimizer, " in shown) == nothing
+        assert " NO " in shown
+        assert (" yes " in shown) != nothing
 
 
 def test_memory_is_told_by_what_holds_it():

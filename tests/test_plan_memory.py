@@ -55,6 +55,30 @@ def test_a_learners_parts_by_hand():
     assert host["gradients"] * 2**30 == pytest.approx(2 * QWEN4B.total)
 
 
+@pytest.mark.parametrize(
+    ("stage", "weights", "optimizer", "gradients"),
+    [(1, 2, 12 / 4, 2), (2, 2, 12 / 4, 4 / 4), (3, 2 / 4, 12 / 4, 4 / 4)],
+)
+def test_what_each_stage_shards_over_four_ranks(stage, weights, optimizer, gradients):
+    """Bytes of a parameter on each rank."""
+    settings = config_of(learner={"zero_stage": stage}, model={"dtype": "bfloat16"})
+    parts = learner_parts(settings, QWEN4B, ranks=4)
+    found = [parts[name] * 2**30 / QWEN4B.total for name in ("weights", "optimizer", "gradients")]
+    assert found == pytest.approx([weights, optimizer, gradients])
+
+
+def test_adapters_beside_the_weights_they_are_added_to():
+    """Frozen weights on each rank unless sharded; nothing moves a head, so one is kept."""
+    lora = {"dtype": "bfloat16", "lora": {"rank": 32}}
+    parts = learner_parts(config_of(model=lora, rollout={"max_staleness": 2}), QWEN4B, ranks=4)
+    adapters = QWEN4B.adapters(32)
+    assert parts["weights"] * 2**30 == pytest.approx(2 * (QWEN4B.total + adapters))
+    assert parts["optimizer"] * 2**30 == pytest.approx(12 / 4 * adapters)
+    assert parts["teacher_heads"] * 2**30 == pytest.approx(2 * QWEN4B.head)
+    frozen = config_of(teacher={"kind": "base"}, rollout={"max_staleness": 2})
+    assert learner_parts(frozen, QWEN4B, ranks=1)["teacher_heads"] * 2**30 == pytest.approx(2 * QWEN4B.head)
+
+
 def test_adapters_need_no_room_for_what_is_frozen():
     big, full = dimensions(SHAPES["qwen3-8b"]), {"gradient_checkpointing": "full"}
     lora = config_of(model={"lora": {"rank": 32}}, learner=full)

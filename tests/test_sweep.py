@@ -187,7 +187,7 @@ def test_trials_of_another_recipe_are_refused(sheet):
     sweep = sheet()
     (first, *_) = trials(sweep)
     pretend(first, [], finished=True)
-    recipe = Path(sweep.recipe)
+    recipe = Path(*sweep.recipe)
     recipe.write_text(recipe.read_text().replace("steps: 20", "steps: 30"))
     with pytest.raises(UserError, match="was run with another steps"):
         sweep_all(sweep, Console(quiet=True))
@@ -330,3 +330,13 @@ def test_trials_of_optuna_are_those_that_were_begun(sheet):
     trial.folder.mkdir(parents=True)
     (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
     assert trials(sweep) == [trial]
+
+
+def test_a_recipe_may_be_several_files_the_last_one_counts(sheet, tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: 7\noptim: {warmup_steps: 3}\n")
+    one = trials(sheet())[0].config
+    two = trials(sheet(recipe=[str(tmp_path / "recipe.yaml"), str(tmp_path / "mine.yaml")]))[0].config
+    assert (one.steps, two.steps, two.optim.warmup_steps) == (20, 7, 3)
+    assert two.model == one.model
+    with pytest.raises(ConfigError, match="recipe: "):
+        sheet(recipe=[])

@@ -3,7 +3,7 @@
 import pytest
 
 from sdft_dist.types import SampleKey, TrainItem
-from sdft_dist.watch import NUM_DECILES, NUM_FIRST, Watch, item_metrics, position_bin
+from sdft_dist.watch import NUM_DECILES, NUM_FIRST, Watch, item_metrics, length_signs, position_bin
 
 OPENING = [5.0, 5.0, 5.0] + [0.1] * 29
 FINE = {"completion_tokens_mean": 100.0, "cut_share": 0.0, "empty_share": 0.0}
@@ -69,3 +69,10 @@ def test_item_metrics_by_hand():
 
     found = item_metrics(3, [item(1, "stop"), item(9, "length"), item(5, "stop"), item(5, "stop")])
     assert found == {"completion_tokens_mean": 5, "empty_share": 0.25}
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told():
+    assert length_signs(11, 10) == []
+    (text,) = length_signs(8, 10)
+    assert "8 steps" in text
+    assert "optim.warmup_steps" in text

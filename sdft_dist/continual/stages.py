@@ -26,7 +26,7 @@ from sdft_dist.continual.results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
 from sdft_dist.errors import ConfigError
 from sdft_dist.files import write_whole
-from sdft_dist.recipe import load_config, load_yaml, parse
+from sdft_dist.recipe import Files, load_config, load_yaml, parse
 from sdft_dist.rundir import RunDir, refuse_other_settings
 from sdft_dist.session import ray_session
 from sdft_dist.train import run
@@ -73,7 +73,10 @@ class MethodPlan(Section):
 class Plan(Section):
     """What `sdft continual` does."""
 
-    recipe: str = Field(description="Recipe that holds for all runs; model.path in it is the start.")
+    recipe: Files = Field(
+        description="Recipe that holds for all runs: a file, or several, one over the other; model.path in it is the "
+        "start."
+    )
     out: str = Field(description="Folder for all runs and results.")
     tasks: dict[str, TaskPlan] = Field(min_length=1, description="In the order in which they are taught.")
     prior: dict[str, str] = Field(default_factory=dict, description="Held-out files of what the start knows, by name.")

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sdft_dist.config import MEAN, Section
 from sdft_dist.errors import ConfigError
-from sdft_dist.recipe import load_yaml, parse
+from sdft_dist.recipe import Files, load_yaml, parse
 
 
 class Range(Section):
@@ -78,7 +78,7 @@ class Asha(Section):
 class Sweep(Section):
     """What `sdft sweep` does."""
 
-    recipe: str = Field(description="Recipe that holds for all trials.")
+    recipe: Files = Field(description="Recipe that holds for all trials: a file, or several, one over the other.")
     out: str = Field(description="Folder for all trials and results.")
     methods: dict[str, MethodSpace] = Field(min_length=1, description="What is varied, by a name that tables show.")
     search: Literal["grid", "random", "optuna"] = Field(

@@ -87,10 +87,10 @@ def make_trial(sweep: Sweep, method: str, values: dict[str, Any]) -> Trial:
     except ConfigError as e:
         raise ConfigError(f"methods.{method} with {json.dumps(values)}: {e}") from e
     if not config.eval.every:
-        raise ConfigError(f"{sweep.recipe}: eval.every: a sweep compares evaluations: give eval.every and eval.sets")
+        raise ConfigError("recipe: eval.every: a sweep compares evaluations: give eval.every and eval.sets")
     for name in (sweep.new, None if sweep.metric == MEAN else sweep.metric):
         if name is not None and name not in config.eval.sets:
-            raise ConfigError(f"{name}: is no held-out set of {sweep.recipe}: {', '.join(config.eval.sets)}")
+            raise ConfigError(f"{name}: is no held-out set of the recipe: {', '.join(config.eval.sets)}")
     return Trial(method, values, config)
 
 
