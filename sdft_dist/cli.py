@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bench worse than its --baseline, a damaged checkpoint, or a fault of this program; "
-    "2 configuration or data error; 3 asked to stop and saved; 4 machines, disks or a judge's endpoint failed; 5 diverged; 130 interrupted."
+    "2 configuration or data error; 3 asked to stop and saved; 4 machines, disks or a judge's endpoint failed; "
+    "5 diverged; 130 interrupted."
 )
 LENGTHS = "300/400/400"
 A_LENGTH = "prompt/demonstration/completion, tokens (default: %(default)s)"

@@ -105,8 +105,12 @@ class RolloutConfig(Section):
         description="Sampling temperature; both models' logits use it too. vLLM samples at no lower one.",
     )
     max_completion_tokens: int = Field(1024, ge=1, description="A completion is cut at this many tokens.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling. Not with loss.importance, whose weights it would bias.")
-    top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0 is all. Not with loss.importance.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling. Not with loss.importance, whose weights it would bias."
+    )
+    top_k: int = Field(
+        0, ge=0, description="Sample among this many likeliest tokens; 0 is all. Not with loss.importance."
+    )
     max_staleness: int = Field(
         0,
         ge=0,
@@ -252,8 +256,11 @@ class LearnerConfig(Section):
 
 
 class ClusterConfig(Section):
-    address: str | None = Field(None, description="A running Ray cluster to join: HOST:PORT of its head, or auto on one of its nodes. Default: a Ray of its own on "
-        "this machine.")
+    address: str | None = Field(
+        None,
+        description="A running Ray cluster to join: HOST:PORT of its head, or auto on one of its nodes. "
+        "Default: a Ray of its own on this machine.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where torch sees it on the driver's node."
     )
@@ -272,8 +279,8 @@ class ClusterConfig(Section):
     teacher_tensor_parallel: int = Field(1, ge=1, description="GPUs of one node that each teacher spans.")
     colocate: Literal["none", "teachers", "all"] = Field(
         "none",
-        description="Which roles share GPUs: none. teachers: each generator shares one with a teacher. all: one actor of each "
-        "role.",
+        description="Which roles share GPUs: none. teachers: each generator shares one with a teacher. all: one actor "
+        "of each role.",
     )
     sleep: bool = Field(
         False,
@@ -291,8 +298,8 @@ class ClusterConfig(Section):
         None,
         gt=0,
         le=1,
-        description="gpu_memory_utilization of teachers alone: they need keys and values of one call, generators use all that "
-        "they get. Default: as generators.",
+        description="gpu_memory_utilization of teachers alone: they need keys and values of one call, generators use "
+        "all that they get. Default: as generators.",
     )
     kv_cache_gib: int = Field(1, ge=1, description="KV cache of each engine on CPU, GiB.")
     max_sequences: int = Field(256, ge=1, description="Largest decode batch of a generator.")

@@ -263,6 +263,16 @@ def test_results_of_two_methods_and_two_seeds(plan, tmp_path):
     assert {"curves.png", "normalised.png"} <= {path.name for path in Path(tmp_path).iterdir()}
 
 
+def test_one_task_alone_has_means_over_seeds_and_nothing_to_forget(plan, tmp_path):
+    config, sequence = stages(plan)[0].config, []
+    for seed, share in ((0, 1.0), (1, 0.8)):
+        sequence.append(Stage("sdft", seed, tmp_path / f"sdft{seed}"))
+        ends = [{"a": 0.0, "old": 1.0}, {"a": share, "old": 0.9}]
+        finished(sequence[-1].folder, 0, ends, config)
+    text = markdown(write_results(tmp_path, ["a"], ["old"], sequence))
+    assert "| sdft | 90.0 (80.0 – 100.0) |  |  |  | 100.0 (100.0 – 100.0) | 90.0 (90.0 – 90.0) |" in text
+
+
 def made_up(rows, *right):
     """Results of one method with made-up counts: at the start and after the task `new`."""
     prior = [name for name in rows if name != "new"]

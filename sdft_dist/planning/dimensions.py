@@ -92,5 +92,7 @@ def read_dimensions(config: Config) -> Dimensions:
     try:
         settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
     except (OSError, ValueError) as e:
-        raise UserError(f"model.path: {config.model.path}: no model configuration could be read; --shape needs none: {e}") from e
+        raise UserError(
+            f"model.path: {config.model.path}: no model configuration could be read; --shape needs none: {e}"
+        ) from e
     return dimensions(settings.get_text_config().to_dict())
