@@ -41,7 +41,7 @@ def test_a_drift_of_1000_steps_in_fp32_and_in_bf16(capsys):
 
 def test_an_anchor_is_where_the_average_starts():
     fragment = Fragment(name="w", start=2, master=torch.zeros(3), state={})
-    ema = Ema([fragment], anchor={"w": torch.arange(6.0).reshape(2, 3)})
+    ema = Ema([fragment], anchor={"w": torch.arange(8.0).reshape(2, 4)})
     assert ema.averages["w"][1].tolist() == [2, 3, 4]
     ema.update([fragment], 0.5)
     assert ema.averages["w"][1].tolist() == [1, 1.5, 2]
