@@ -84,9 +84,13 @@ def children(pid):
 
 
 @pytest.mark.fault("half of an engine killed", "SIGKILL to a worker of vLLM's", "its actor ends, and is replaced")
-def test_an_engine_that_loses_a_half_ends(spanning, problems):
+def test_an_engine_that_loses_a_half_ends(spanning, ranks, problems):
     """It would raise errors of vLLM's for ever, and no actor would be known to be lost."""
-    _, _, teachers = spanning
+    model, _, teachers = spanning
+    group = ranks.group(config_for(model, method="sft"), problems)
+    group.open_push(teachers)
+    group.push(teachers, 0, 0, wait=True)
+    group.stop()
     workers = [pid for pid in children(ray.get(teachers.actors[0].pid.remote())) if b"Worker" in command(pid)]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
