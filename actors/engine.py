@@ -82,7 +82,7 @@ class Engine:
         self._renewed = _renewed(config, runner)
         self._stop_ids = list(stop_ids)
         self._next_id = 0
-        self._steps = self._stepped = 0  # decoding steps since `decode_batch`, and their requests added up
+        self._steps = self._stepped = 0  # steps since `decode_batch` was asked, and their requests added up
         self._under_way: dict[str, _Request] = {}
         self._done: dict[str, Completion] = {}  # what catching up has finished, for the next `advance`
         self.settings: Any = self._llm.llm_engine.model_config.hf_text_config
@@ -157,7 +157,8 @@ class Engine:
         return found
 
     def decode_batch(self) -> float:
-        """Requests of a decoding step, mean over those since it was last asked; 0 where there were none."""
+        """Requests of an engine step, mean over those since it was last asked; 0 where there were none. Those whose
+        prompt is read in it count too."""
         mean = self._stepped / max(1, self._steps)
         self._steps = self._stepped = 0
         return mean
