@@ -112,7 +112,7 @@ class BetweenSteps:
         """Judge every held-out row, and write down all that came of it."""
         prepared, step = self._prepared, self.step
         scorer, samples = prepared.scorer, self._config.eval.samples
-        limit = self._config.rollout.max_completion_tokens
+        _, limit = self._config.evaluation_limit
 
         def score(cases: Sequence[Case]) -> list[bool]:
             right: list[bool] = []

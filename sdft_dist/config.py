@@ -383,6 +383,12 @@ class EvalConfig(Section):
         "refuses the row.",
     )
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="A completion of a held-out row is cut, and judged, at this many tokens; default: "
+        "rollout.max_completion_tokens. With its prompt it must fit model.max_length.",
+    )
     metric: str | None = Field(
         None,
         description="What `keep_best` and `patience` go by, the higher the better: a held-out set, or mean of all.",
@@ -453,11 +459,14 @@ class Config(Section):
         for name in ("{prompt}", "{demonstration}"):
             if name not in self.prompt.template:
                 raise ValueError(f"prompt.template: does not contain {name}")
-        if self.rollout.max_completion_tokens >= self.model.max_length:
-            raise ValueError(
-                f"rollout.max_completion_tokens: {self.rollout.max_completion_tokens} leaves no room for a "
-                f"prompt in model.max_length={self.model.max_length}"
-            )
+        for name, tokens in (
+            ("rollout.max_completion_tokens", self.rollout.max_completion_tokens),
+            self.evaluation_limit,
+        ):
+            if tokens >= self.model.max_length:
+                raise ValueError(
+                    f"{name}: {tokens} leaves no room for a prompt in model.max_length={self.model.max_length}"
+                )
         self._check_learner()
         self._check_loss()
         if self.teacher.reanchor == (self.teacher.anchor is not None):
@@ -573,6 +582,14 @@ class Config(Section):
     def skipped_tokens(self) -> int:
         """Tokens without loss at the start of each sequence that is trained on: of demonstrations none."""
         return self.loss.skip_first_tokens if self.method == "sdft" else 0
+
+    @property
+    def evaluation_limit(self) -> tuple[str, int]:
+        """The field that decides at how many tokens completions of held-out rows are cut, and their number."""
+        own = self.eval.max_completion_tokens
+        if own is not None:
+            return "eval.max_completion_tokens", own
+        return "rollout.max_completion_tokens", self.rollout.max_completion_tokens
 
     def num_steps(self, num_problems: int) -> int:
         """Optimizer steps of the run; with `epochs` enough to see every row of the last pass."""

@@ -34,8 +34,8 @@ def evaluate_model(config: Config, out: Path | None = None) -> tuple[dict[str, A
     tokenizer = load_tokenizer(config)
     sets, scorer, ends = load_eval_sets(config, tokenizer), load_scorer(config.eval), stop_ids(tokenizer, config.model)
     with ray_session(config), serving(config, ends, len(tokenizer)) as engines:
-        limit, samples = config.rollout.max_completion_tokens, config.eval.samples
-        judged = evaluate(sets, engines, tokenizer, scorer, limit, samples)
+        _, limit = config.evaluation_limit
+        judged = evaluate(sets, engines, tokenizer, scorer, limit, config.eval.samples)
     found = {
         "model": config.model.path,
         "revision": config.model.revision,

@@ -68,7 +68,7 @@ def _scores(rundir: RunDir, config: Config, step: int, weights: str) -> list[str
     if weights != "student" or not judged:
         return ["None were measured for these weights."]
     lines = [
-        f"Greedy, at most {config.rollout.max_completion_tokens} tokens, judged by `{config.eval.scorer}`; 95% "
+        f"Greedy, at most {config.evaluation_limit[1]} tokens, judged by `{config.eval.scorer}`; 95% "
         "intervals by Wilson's score.",
         "",
         "| set | accuracy | 95% interval | rows |",

@@ -264,15 +264,14 @@ def encode_prompts(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[
     a whole completion: it would be cut short, and judged by that; UserError that names each one with an id which the
     model does not have."""
     prompts = list(map(_ids, encode_chats(tokenizer, [row.messages for row in rows])))
-    room, limit = config.rollout.max_completion_tokens, config.model.max_length
+    (name, room), limit = config.evaluation_limit, config.model.max_length
     unfit = [
-        f"{row.where}: prompt of {len(ids)} tokens + rollout.max_completion_tokens={room} is {len(ids) + room}, "
-        f"above model.max_length={limit}"
+        f"{row.where}: prompt of {len(ids)} tokens + {name}={room} is {len(ids) + room}, above model.max_length={limit}"
         for row, ids in zip(rows, prompts, strict=True)
         if len(ids) + room > limit
     ]
     if unfit:
-        advice = "Raise model.max_length, lower rollout.max_completion_tokens, or leave these rows out."
+        advice = f"Raise model.max_length, lower {name}, or leave these rows out."
         raise DataError("\n".join([f"{len(unfit)} held-out rows are too long", *few(unfit), advice]))
     used = ((f"{row.where}: prompt", ids) for row, ids in zip(rows, prompts, strict=True))
     _refuse_unknown_ids(tokenizer, config.model, used)

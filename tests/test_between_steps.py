@@ -20,10 +20,10 @@ class Fleet:
     """Answers every prompt with one token; `learner` saves."""
 
     def __init__(self):
-        self.learner, self.asked = FakeSaver(), 0
+        self.learner, self.asked, self.limit = FakeSaver(), 0, 0
 
     def complete(self, prompts, max_tokens, seeds=None):
-        self.asked += 1
+        self.asked, self.limit = self.asked + 1, max_tokens
         return [[1]] * len(prompts)
 
 
@@ -31,7 +31,7 @@ class Run:
     """A run of 8 steps in `folder`, from `start`."""
 
     def __init__(self, folder, start=0, rows=3, stop=lambda: False, resume=None, **sections):
-        self.config = config_of(run_dir=str(folder / "run"), steps=8, eval=EVERY, **sections)
+        self.config = config_of(**({"run_dir": str(folder / "run"), "steps": 8, "eval": EVERY} | sections))
         self.rundir, self.start = claim(self.config, resume)
         self.fleet, self.scored = Fleet(), 0
 
@@ -87,6 +87,14 @@ def test_a_checkpoint_that_is_due_does_not_wait_for_the_evaluation(tmp_path):
     run.after(0, 1, 2)
     assert found[-1] == [2]
     run.done()
+
+
+def test_held_out_completions_have_a_limit_of_their_own_or_that_of_rollouts(tmp_path):
+    for own, limit in [({}, 7), ({"max_completion_tokens": 9}, 9)]:
+        run = Run(tmp_path / str(limit), rollout={"max_completion_tokens": 7}, eval=EVERY | own)
+        run.after(0)
+        assert run.fleet.limit == limit
+        run.done()
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("of the scorer"), TimeoutError("of its endpoint")])

@@ -55,6 +55,7 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
         ("loss.divergence=kl", "loss.divergence: got 'kl': Input should be 'forward_kl', 'reverse_kl' or 'jsd'"),
         ("optim.learning_rate=-1", "optim.learning_rate: got -1: Input should be greater than 0"),
         ("rollout.max_completion_tokens=5000", "leaves no room for a prompt in model.max_length=4096"),
+        ("eval.max_completion_tokens=4096", "eval.max_completion_tokens: 4096 leaves no room"),
         ("prompt.template=hello", "prompt.template: does not contain {prompt}"),
         ("steps", "an override reads section.field=value"),
         ("model.path.x=1", "path is a value, not a section"),

@@ -278,6 +278,9 @@ def test_held_out_prompts_leave_room_for_a_whole_completion(model, tokenizer):
         encode_prompts(config, tokenizer, [row(), row("a0 " * 46)])
     told = "prompt of 49 tokens + rollout.max_completion_tokens=16 is 65, above model.max_length=64"
     assert str(e.value).splitlines()[:2] == ["1 held-out rows are too long", f"d.jsonl:1: {told}"]
+    longer = config_for(model, eval={"max_completion_tokens": 17})
+    with pytest.raises(DataError, match=r"48 tokens \+ eval.max_completion_tokens=17 is 65.*\n.*, lower eval\.max"):
+        encode_prompts(longer, tokenizer, [row("a0 " * 45)])
 
 
 def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path):
