@@ -433,6 +433,12 @@ class Config(Section):
         description="Write attempts/NNN/trace.json, a timeline of all roles for Perfetto or chrome://tracing; "
         "its first 256 MiB, which are hours.",
     )
+    wandb: str | None = Field(
+        None,
+        pattern=r"^([^/\s]+/)?[^/\s]+$",
+        description="Weights & Biases, PROJECT or ENTITY/PROJECT, that gets the metrics too; needs the package and "
+        "`wandb login` or WANDB_MODE=offline.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Decides data order and every sampled token; below 2**32.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; default: `epochs` over the data.")
     epochs: float = Field(

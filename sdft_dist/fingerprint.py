@@ -15,7 +15,7 @@ from sdft_dist.recipe import flat
 from sdft_dist.types import Problem
 
 # Where and how fast a run works, and what it reports, may change; what it learns may not.
-FREE = ("run_dir", "trace", "cluster", "eval", "checkpoint", "learner", "rollout.max_held_mib", "data.train")
+FREE = ("run_dir", "trace", "wandb", "cluster", "eval", "checkpoint", "learner", "rollout.max_held_mib", "data.train")
 # Of each file of weights that are hashed: the first bytes, with the names and shapes, and samples evenly over the rest.
 FIRST_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 20, 256, 4096
 

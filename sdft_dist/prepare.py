@@ -63,4 +63,6 @@ def check_device(config: Config) -> None:
         raise ConfigError("cluster.sleep: there is no GPU's memory to give up; set it to false")
     if config.loss.kernel == "liger" and find_spec("liger_kernel") is None:
         raise ConfigError("loss.kernel: liger needs the package: pip install liger-kernel; or use auto")
+    if config.wandb and find_spec("wandb") is None:
+        raise ConfigError("wandb: needs the package: pip install 'wandb>=0.31'; or leave the field out")
     push_transport(config, device)  # raises where there is no such way

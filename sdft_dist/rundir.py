@@ -28,7 +28,17 @@ from sdft_dist.fingerprint import refuse_changes
 from sdft_dist.recipe import dump_config, load_config
 
 # Files that a start leaves which failed before its first step, besides an empty metrics.jsonl.
-LEFT_BY_A_START = {"config.yaml", "config.yaml.new", "lock", "run.log", "rows.txt", "attempts", "events", "origin.json"}
+LEFT_BY_A_START = {
+    "config.yaml",
+    "config.yaml.new",
+    "lock",
+    "run.log",
+    "rows.txt",
+    "attempts",
+    "events",
+    "origin.json",
+    "wandb",
+}
 EXPORTS = ("model", "adapter")  # in this order: without the first a run is not finished
 ORIGIN = "origin.json"  # of a run that went on from another one's checkpoint
 LEASE_S = 180.0  # for which NFS may keep the lock of a machine that is gone

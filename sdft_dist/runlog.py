@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sdft_dist.files import read_jsonl
 from sdft_dist.trace import Trace
+from sdft_dist.tracker import Tracker, untracked
 from sdft_dist.types import Span, TrainItem
 from sdft_dist.watch import Watch, item_metrics
 
@@ -34,6 +35,7 @@ class RunLog:
         trace: Path | None = None,
         first_step: int = 1,
         attempt: int = 1,
+        track: Tracker = untracked,
         on_step: Callable[[dict[str, Any]], None] = lambda record: None,
         on_samples: Callable[[int, Sequence[TrainItem], bool], None] = lambda step, items, bad: None,
     ) -> None:
@@ -41,7 +43,8 @@ class RunLog:
 
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(folder / "events"), purge_step=first_step)
-        self._started, self._attempt, self._on_step = time.monotonic(), attempt, on_step
+        self._started, self._attempt = time.monotonic(), attempt
+        self._on_step, self._track = on_step, track
         self.samples = on_samples
         self._times: dict[str, float] = {}
         self._busy: dict[str, float] = {}
@@ -127,7 +130,7 @@ class RunLog:
             self._progress.console.print(f"step {step}: warning: {warning}", markup=False, highlight=False)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the numbers among it to TensorBoard."""
+        """One line of metrics.jsonl, and the numbers among it to TensorBoard and the tracker."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         seconds = round(time.monotonic() - self._started, 3)
@@ -138,6 +141,7 @@ class RunLog:
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in numbers.items()]
         self._events.file_writer.add_summary(Summary(value=points), step)
+        self._track(kind, step, numbers)
 
 
 def _strict(value: Any) -> Any:

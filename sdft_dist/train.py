@@ -26,6 +26,7 @@ from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.selection import exhausted
 from sdft_dist.session import ray_session
 from sdft_dist.stop import asked_to_stop
+from sdft_dist.tracker import Tracker, tracked
 from sdft_dist.watch import length_signs
 
 
@@ -64,8 +65,8 @@ def run(
                 if _is_done(prepared, rundir, start.step):
                     rundir.rewind(start.step)
                 else:
-                    with ray_session(config):
-                        _survive(prepared, rundir, start, asked)
+                    with tracked(config, rundir.path, rundir.say) as track, ray_session(config):
+                        _survive(prepared, rundir, start, asked, track)
                 rundir.say("training is done")
                 if asked():
                     raise Preempted("asked to stop: all steps are saved, the model is not exported")
@@ -108,7 +109,7 @@ def _telling_its_end(rundir: RunDir) -> Iterator[None]:
         rundir.release()
 
 
-def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[], bool]) -> None:
+def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[], bool], track: Tracker) -> None:
     """Attempts until one comes to the end, each from the newest checkpoint. Raises Fault when
     `cluster.max_restarts` of them in a row made no new one."""
     restarts, wait_for_nodes = 0, False
@@ -116,7 +117,7 @@ def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
         if asked():
             raise Preempted(f"asked to stop before step {start.step + 1}")
         try:
-            return _attempt(prepared, rundir, start, asked, wait_for_nodes)
+            return _attempt(prepared, rundir, start, asked, track, wait_for_nodes)
         except ActorLost as error:
             rundir.say(f"lost the learner or its engines: {error}")
             now = rundir.newest()
@@ -130,7 +131,9 @@ def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             rundir.say(f"starting anew from step {start.step}")
 
 
-def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[], bool], wait_for_nodes: bool) -> None:
+def _attempt(
+    prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[], bool], track: Tracker, wait_for_nodes: bool
+) -> None:
     """From `start` to the end. Raises ActorLost where the run may go on from a checkpoint, and Preempted, with the
     state saved, where it was asked to stop."""
     config, problems = prepared.config, prepared.inputs.problems
@@ -143,6 +146,7 @@ def _attempt(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
         trace=attempt / "trace.json" if config.trace else None,
         first_step=start.step + 1,
         attempt=int(attempt.name),
+        track=track,
         on_step=lambda record: gauges.set(record, fleet.rollouts.queues(), fleet.versions()),
         on_samples=lambda step, items, bad: between.note_samples(step, items, bad),
     )
