@@ -48,6 +48,7 @@ def tracked(config: Config, folder: Path, say: Callable[[str], None]) -> Iterato
             job_type=config.method,
             dir=folder,
             config=flat(config),
+            allow_val_change=True,  # a resumed run may have other free settings
             settings=options,
         )
     except wandb.errors.Error as e:
