@@ -1,6 +1,7 @@
 """The cost model against figures worked out by hand and by an independent table."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from helpers import config_of
@@ -10,7 +11,7 @@ from sdft_dist.bench.synthetic import SHAPES
 from sdft_dist.errors import UserError
 from sdft_dist.planning import simulate
 from sdft_dist.planning.dimensions import dimensions
-from sdft_dist.planning.plan import GPUS, Lengths, as_json, flops, own_plan, plan, seconds, show
+from sdft_dist.planning.plan import GPUS, Lengths, as_json, flops, own_plan, plan, seconds, show, token_seconds
 
 QWEN4B = dimensions(SHAPES["qwen3-4b"])
 SHORT, LONG = (Lengths(prompt=p, demonstration=d, completion=c) for p, d, c in ((300, 400, 400), (1000, 600, 600)))
@@ -180,6 +181,41 @@ def test_the_simulation_knows_what_completions_share_and_what_a_generator_has_ro
     predicted = plan(tight, QWEN4B, long, GPUS["h200"], 8)
     found = simulate.simulate(tight, QWEN4B, long, GPUS["h200"], predicted)
     assert found.decode_batch <= predicted.decode_limit < tight.cluster.max_sequences
+
+
+@pytest.mark.parametrize(("spans", "copies"), [(1, 1), (2, 1), (1, 2)])
+def test_a_simulated_step_by_hand(monkeypatch, spans, copies):
+    """Four completions of two slices each, strictly one thing after another."""
+    monkeypatch.setattr(simulate, "SPREAD", 0.0)
+    cluster = {"generator_tensor_parallel": spans, "teacher_tensor_parallel": spans}
+    rollout = {"prompts_per_step": 4 // copies, "completions_per_prompt": copies}
+    c, gpu = config_of(cluster=cluster, rollout=rollout, learner={"ranks": 2}), GPUS["h200"]
+    n = Lengths(prompt=300, demonstration=400, completion=2 * simulate.SLICE_TOKENS)
+    p = own_plan(c, QWEN4B, n, gpu)
+    prefill = 4 * QWEN4B.forward_flops(300) / (0.6 * gpu.product_flops * copies)
+    slices = 2 * simulate.SLICE_TOKENS * 4 * token_seconds(QWEN4B, n, gpu, 4, 0.6)
+    busy = {"generator": prefill + slices, "teacher": 4 * p.seconds.teacher, "learner": 4 * p.seconds.learner}
+    gpus = {"generator": spans, "teacher": spans, "learner": 2}
+    step_s = sum(busy[role] / gpus[role] for role in busy) + simulate.PUSH_EXPOSED_S + simulate.DRIVER_S
+    found = simulate.simulate(c, QWEN4B, n, gpu, p, steps=5)
+    assert found.step_s == pytest.approx(step_s)
+    for role, seconds_ in busy.items():
+        assert found.idle_share[role] == pytest.approx(1 - seconds_ / (step_s * gpus[role]))
+    assert (found.decode_batch, found.staleness_mean, found.staleness_max) == (4, 0, 0)
+
+
+def test_a_simulated_generator_takes_as_many_requests_as_it_has_room_for_and_the_table_says_so(monkeypatch):
+    monkeypatch.setattr(simulate, "SPREAD", 0.0)
+    n = Lengths(prompt=300, demonstration=400, completion=simulate.SLICE_TOKENS)
+    c = config_of(rollout={"prompts_per_step": 7})
+    p = replace(own_plan(c, QWEN4B, n, GPUS["h200"]), decode_limit=4.0)
+    found = simulate.simulate(c, QWEN4B, n, GPUS["h200"], p)
+    assert found.decode_batch == 3.5  # 4, then 3
+    out = io.StringIO()
+    simulate.show([p], [found], Console(file=out, width=120))
+    row = out.getvalue().splitlines()[-2].replace("│", " ").split()
+    ratio = p.ratio_with_waiting * found.step_s / p.step_s
+    assert row[:5] == ["3", "1/1/1", "4", f"{found.step_s:.2f}", f"{ratio:.2f}"]
 
 
 def test_engines_that_span_gpus_get_whole_spans():
