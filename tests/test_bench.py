@@ -210,6 +210,8 @@ def test_samples_are_counted_as_each_method_takes_them(tmp_path):
         "sft": {"trained": 2 * 4, "processed": 2 * (12 + 5)},
     }
     assert report["decode_batch"] == {"measured": pytest.approx(7), "planned": 16}
+    ahead = load_config(recipe, [made, "rollout.max_staleness=3", "cluster.generators=2"])
+    assert figures(ahead, turns.ends, ours, tmp_path, True)["decode_batch"]["planned"] == 16 * 4 / 2
     assert report["padding_share"] == pytest.approx({"sdft": 0.1, "sft": 0.1})
     assert report["push_in_a_step"]["generator_pause_s"] == pytest.approx(0.25)
     console = Console(file=io.StringIO(), width=120)
