@@ -23,6 +23,7 @@ from sdft_dist.logits import LogitTransform
 from sdft_dist.vector_math import settle
 
 ONE_ROW = ("flash_attention_2", varlen.NAME)  # implementations that are given where sequences start and end
+STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}  # transformers' names of layers that carry a state on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +100,14 @@ def load_causal_lm(config: ModelConfig) -> Any:
         raise UserError(f"model.path: {config.path}: no causal language model could be loaded: {e}") from e
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"model.path: {config.path}: an output head with a bias is not supported")
+    kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
+    if lm._is_stateful or kinds & STATES:
+        # Positions that begin anew tell attention alone where a packed sequence starts.
+        raise UserError(
+            f"model.path: {config.path}: {type(lm).__name__} has layers that carry a state from token to token (Mamba, "
+            "linear attention, convolutions), and so from one packed sequence into the next: give a model whose layers "
+            "are all attention"
+        )
     if getattr(lm.config, "attn_logit_softcapping", None) and config.attention in ("sdpa", varlen.NAME):
         # sdpa leaves the cap out without a word, and the learner would train another model than vLLM serves.
         raise UserError(

@@ -50,6 +50,20 @@ def test_a_cap_in_the_settings_of_the_text_model_is_seen():
     assert logit_transform(settings.get_text_config()).softcap == 7.0
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Lfm2", {"layer_types": ["conv"], "block_ff_dim": 48}),
+        ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}),
+    ],
+)
+def test_a_model_that_sees_the_sequence_before_in_a_packed_row_is_refused(tmp_path, family, settings):
+    """It would be trained on other log-probs than vLLM samples by."""
+    made(family, **{**SIZES, **settings}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{family}ForCausalLM has layers that carry a state from token to token"):
+        load_causal_lm(config_of(model={"path": str(tmp_path)}).model)
+
+
 def test_dropout_is_off(tmp_path):
     settings = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.5)
     transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path)
