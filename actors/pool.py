@@ -113,19 +113,18 @@ class Pool:
         self.lost[index] = why
 
     def replace_lost(self) -> None:
-        """New actors for the dead ones; the others forget what they were doing. None serves before the
-        next push."""
-        while self.lost:  # others may be lost meanwhile
-            dead = set(self._dead)
-            tainted = self.lost.keys() - dead
-            for index in dead:
-                assert self._make is not None
-                self.actors[index] = self._make(index)
-            self._wait_ready([self.actors[i] for i in dead], "start anew")
-            self._wait([self.actors[i].forget.remote() for i in tainted], "forget")
-            self._dead -= dead
-            done = (dead | tainted) - self._dead
-            self.lost = {i: why for i, why in self.lost.items() if i not in done}
+        """New actors for the dead ones; the others forget what they were doing. None serves before the next push. Those
+        that are lost meanwhile stay lost."""
+        dead = set(self._dead)
+        tainted = self.lost.keys() - dead
+        for index in dead:
+            assert self._make is not None
+            self.actors[index] = self._make(index)
+        self._wait_ready([self.actors[i] for i in dead], "start anew")
+        self._wait([self.actors[i].forget.remote() for i in tainted], "forget")
+        self._dead -= dead
+        done = (dead | tainted) - self._dead
+        self.lost = {i: why for i, why in self.lost.items() if i not in done}
 
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]:
         """Ask every actor to join the push group, and to keep the weight of that name as received;

@@ -98,14 +98,16 @@ class Fleet:
                 self._mend(pool)
 
     def _mend(self, pool: Pool) -> None:
-        reasons = "; ".join(f"{pool.role} {i}: {why}" for i, why in sorted(pool.lost.items()))
         self.mends += 1
         if self.mends > self.config.cluster.max_restarts:
-            raise Fault(f"engines were lost {self.mends} times in one step, more than cluster.max_restarts: {reasons}")
-        self.on_event(f"lost {reasons}")
+            raise Fault(
+                f"engines were lost {self.mends} times in one step, more than cluster.max_restarts: {_reasons(pool)}"
+            )
         started = time.monotonic()
-        self.rollouts.abandon_lost()
-        pool.replace_lost()
+        while pool.lost:  # others may be lost meanwhile, as those of one node are
+            self.on_event(f"lost {_reasons(pool)}")
+            self.rollouts.abandon_lost()
+            pool.replace_lost()
         self.learner.open_push(pool)
         if pool is self.generators:
             self._push_to_generators(wait=True)
@@ -120,3 +122,7 @@ class Fleet:
     def _push_to_teachers(self, version: int, *, wait: bool) -> None:
         self.learner.push(self.teachers, version, self.rollouts.oldest_teacher_version(), wait=wait)
         self.rollouts.teacher_version = version
+
+
+def _reasons(pool: Pool) -> str:
+    return "; ".join(f"{pool.role} {i}: {why}" for i, why in sorted(pool.lost.items()))

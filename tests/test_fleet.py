@@ -16,6 +16,7 @@ class Part:
     def __init__(self, name, log, losses=0):
         self.name, self.role, self.log, self.losses = name, name, log, losses
         self.lost, self.actors = {}, [None]
+        self.meanwhile = []  # who else is lost while the lost are replaced
 
     def rest(self, asleep):
         self.log.append(f"{self.name} {'sleep' if asleep else 'wake'}")
@@ -31,7 +32,7 @@ class Part:
         self.log.append(f"push {version}")
 
     def replace_lost(self):
-        self.lost = {}
+        self.lost = {self.meanwhile.pop(): "killed"} if self.meanwhile else {}
 
     def abandon_lost(self):
         self.log.append("abandon")
@@ -89,6 +90,17 @@ def test_generators_that_are_lost_while_they_evaluate_are_put_right_and_asked_ag
     ]  # fmt: skip
     with pytest.raises(Fault, match="engines were lost 3 times in one step"):
         fleet([], losses=3).complete(["p"], 4)
+
+
+@pytest.mark.fault("a node with several generators lost", "fake pool", "all of their samples are done again")
+def test_what_an_engine_was_doing_that_is_lost_while_others_are_replaced_is_taken_from_it_too():
+    log = []
+    one = fleet(log)
+    one.generators.lost[0] = "killed"
+    one.generators.meanwhile = [1]
+    one.mend()
+    lost = [f"lost generators {i}: killed" for i in range(2)]
+    assert log[:-1] == [lost[0], "abandon", lost[1], "abandon", "open generators", "push -1"]
 
 
 def test_a_head_that_does_not_answer_is_named():
