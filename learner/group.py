@@ -77,8 +77,9 @@ class LearnerGroup:
                 self._on_span("learner", rank, span)
         tally = sum((m.tally for m in per_rank), Tally())
         pushed, self._pushed = self._pushed, 0
-        metrics = tally.metrics()
-        if self.config.rollout.from_teacher:  # sampled under another prompt, which is what would be seen
+        metrics, rollout = tally.metrics(), self.config.rollout
+        # Sampled under another prompt, or among fewer tokens: that is what would be seen.
+        if rollout.from_teacher or rollout.top_p < 1 or rollout.top_k:
             metrics = {name: value for name, value in metrics.items() if not name.startswith("logprob_difference")}
         return {
             **metrics,

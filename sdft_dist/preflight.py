@@ -101,7 +101,9 @@ def verdict(likelihood: Comparison, accuracy: Comparison | None) -> str:
 
 def preflight(config: Config, num_rows: int = 64) -> Preflight:
     """Run all checks on the first `num_rows` rows. Raises UserError as a run would."""
-    config = parse_config({**config.model_dump(), "method": "sdft"})
+    tree = config.model_dump()
+    tree["rollout"] |= {"top_p": 1.0, "top_k": 0}  # or generator and learner would differ by what these cut off
+    config = parse_config({**tree, "method": "sdft"})
     check_device(config)
     inputs = read_inputs(config)
     kept = inputs.kept[:num_rows]

@@ -8,6 +8,7 @@ from ray.exceptions import RayActorError
 
 from learner import group
 from learner.group import LearnerGroup
+from learner.tally import RankMetrics, Tally
 from sdft_dist.errors import UserError
 from sdft_dist.types import ShardFile, WeightManifest
 
@@ -35,14 +36,22 @@ def actor(**answers):
     )
 
 
-def made(*ranks):
-    return LearnerGroup(config_of(cluster={"timeout_s": 10}), ranks, Events(), lambda *_: None)
+def made(*ranks, **sections):
+    return LearnerGroup(config_of(cluster={"timeout_s": 10}, **sections), ranks, Events(), lambda *_: None)
 
 
 def test_ranks_that_do_not_see_the_run_directory_are_named(tmp_path):
     made(actor(sees=True)).must_see(tmp_path / "run" / "config.yaml")
     with pytest.raises(UserError, match=r"run_dir: .*run is not there for learner ranks 1, 2: give a folder on a file"):
         made(actor(sees=True), actor(sees=False), actor(sees=False)).must_see(tmp_path / "run" / "config.yaml")
+
+
+@pytest.mark.parametrize("rollout", [{}, {"top_p": 0.7}, {"top_k": 5}, {"from_teacher": True}])
+def test_log_probs_are_compared_where_both_sides_mean_the_same_distribution(rollout):
+    tally = Tally(tokens=1, difference=0.5, importance=1.0, importance_squares=1.0)
+    rank = actor(update=RankMetrics(tally=tally, grad_norm=1.0, learning_rate=1.0, slots=1, spans=()))
+    metrics = made(rank, rollout=rollout).update(0, 1, [])
+    assert ("logprob_difference_mean" in metrics) == (not rollout)
 
 
 def test_a_checkpoint_may_take_as_long_as_a_slow_disk_needs():

@@ -64,6 +64,22 @@ def test_what_a_run_would_refuse_is_refused_before_engines_start(tmp_path, monke
         preflight.preflight(config_of(**sections | {"model": {**sections["model"], "dtype": "bfloat16"}}))
 
 
+def test_log_probs_are_compared_of_samples_among_all_tokens(tmp_path, monkeypatch):
+    """The learner knows nothing of what top_p and top_k leave out."""
+    started = []
+    monkeypatch.setattr(preflight, "launch", lambda config, *_, **__: started.append(config))
+    monkeypatch.setattr(preflight, "ray_session", lambda config: None)
+    config = config_of(
+        model={"path": str(tiny_model(tmp_path / "model")), "max_length": 64},
+        data={"train": str(write_jsonl(tmp_path / "d.jsonl", [{"prompt": "rev a0", "demonstration": "a0"}]))},
+        rollout={"max_completion_tokens": 16, "top_p": 0.5, "top_k": 3, "temperature": 0.7},
+    )
+    with pytest.raises(TypeError):  # of what stands for Ray
+        preflight.preflight(config)
+    (used,) = (config.rollout for config in started)
+    assert (used.top_p, used.top_k, used.temperature) == (1.0, 0, 0.7)
+
+
 def test_a_demonstration_is_compared_as_far_as_the_context_holds_it():
     asked = []
 
