@@ -266,7 +266,7 @@ class RunDir:
                 raise UserError(f"--resume: got {resume!r}, expected step=N with a number")
             folder = self.checkpoint(int(number))
         else:
-            folder = Path(resume)
+            folder = Path(resume).absolute()  # ranks of a cluster that runs work in its folder, not in this one
             if not folder.is_dir():
                 raise UserError(f"--resume: {resume}: is no folder; give auto, step=N, or that of a run or checkpoint")
             if (folder / "config.yaml").is_file():

@@ -185,6 +185,13 @@ def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_
         claim(finished, "step=²")
 
 
+def test_a_fork_of_a_relative_path_is_for_ranks_that_work_elsewhere(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, start = claim(config_in(tmp_path / "fork"), "run")
+    assert start.checkpoint == RunDir(tmp_path / "run").commits.path(20)
+    run.release()
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "run", Path("/proc/run")):
