@@ -125,8 +125,10 @@ def _signs(m: dict[str, Any]) -> dict[str, str]:
             f"importance weights leave {100 * m['effective_sample_share']:.0f}% of the tokens effective: samples are "
             "too stale or too far off; lower loss.importance_clip or the learning rate"
         )
-    bins = [value for value in m.get("divergence_by_position", [])[:NUM_FIRST] if value is not None]
-    if "staleness_mean" in m and len(bins) > LONG and mean(bins[:3]) > 10 * mean(bins[3:]) > 0:  # of sampled tokens
+    bins = m.get("divergence_by_position", [])[:NUM_FIRST]  # None where nothing was trained, as what is skipped already
+    first, rest = ([value for value in part if value is not None] for part in (bins[:3], bins[3:]))
+    sampled = "staleness_mean" in m
+    if sampled and first and len(first + rest) > LONG and mean(first) > 10 * mean(rest) > 0:
         signs["first tokens"] = (
             "the divergence sits in the first three tokens: the teacher opens as the demonstration does; consider "
             "loss.skip_first_tokens=3"

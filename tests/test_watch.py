@@ -33,6 +33,11 @@ def test_the_opening_of_demonstrations_is_to_be_imitated():
     assert Watch().step(FINE | {"divergence_by_position": OPENING}) == []
 
 
+def test_first_tokens_that_are_skipped_already_are_not_advised_to_be_skipped():
+    skipped = [None, None, None, *OPENING]
+    assert Watch().step(FINE | {"divergence_by_position": skipped, "staleness_mean": 0.0}) == []
+
+
 def test_short_completions_have_no_opening():
     """Of nine tokens, as in the lab, the first three are the answer's own."""
     assert Watch().step(FINE | {"divergence_by_position": OPENING[:9], "staleness_mean": 0.0}) == []
