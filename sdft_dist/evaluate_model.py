@@ -17,7 +17,7 @@ from sdft_dist.evaluate import Judged, accuracy, evaluate, interval, load_eval_s
 from sdft_dist.files import refuse_used
 from sdft_dist.judge import Judge
 from sdft_dist.prepare import check_device
-from sdft_dist.prompts import load_tokenizer, stop_ids
+from sdft_dist.prompts import load_tokenizer, stop_ids, vocab_size
 from sdft_dist.rundir import write_evaluation
 from sdft_dist.session import ray_session
 
@@ -33,7 +33,7 @@ def evaluate_model(config: Config, out: Path | None = None) -> tuple[dict[str, A
     check_device(config)
     tokenizer = load_tokenizer(config)
     sets, scorer, ends = load_eval_sets(config, tokenizer), load_scorer(config.eval), stop_ids(tokenizer, config.model)
-    with ray_session(config), serving(config, ends, len(tokenizer)) as engines:
+    with ray_session(config), serving(config, ends, vocab_size(tokenizer)) as engines:
         _, limit = config.evaluation_limit
         judged = evaluate(sets, engines, tokenizer, scorer, limit, config.eval.samples)
     found = {

@@ -8,7 +8,7 @@ from typing import Any
 from sdft_dist.config import Config
 from sdft_dist.data import Row, load_training_rows
 from sdft_dist.problems import ProblemSet
-from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids
+from sdft_dist.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Inputs:
     @property
     def vocab_size(self) -> int:
         """Token ids that may be sampled; a model's head may have more, which are padding."""
-        return len(self.tokenizer)
+        return vocab_size(self.tokenizer)
 
 
 def read_inputs(config: Config) -> Inputs:

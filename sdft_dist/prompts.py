@@ -61,6 +61,11 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
+def vocab_size(tokenizer: Any) -> int:
+    """One more than its highest id: where ids have gaps, as in conversions of tiktoken's, there are fewer tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def stop_ids(tokenizer: Any, model: ModelConfig) -> list[int]:
     """Token ids that end a completion: the tokenizer's and those of the model's generation settings. Raises UserError
     where the model has no such id."""
@@ -90,9 +95,9 @@ def _refuse_unknown_ids(tokenizer: Any, model: ModelConfig, used: Iterable[tuple
     if unknown:
         lines = [f"{where}: id {number} ({tokenizer.decode([number])})" for where, number in unknown]
         raise UserError(
-            f"model.path: {model.path}: its tokenizer has {len(tokenizer)} ids, its embeddings have {rows} rows, and "
-            "ids without a row are used:\n" + "\n".join(few(lines)) + "\nGive the model more rows (transformers: "
-            "resize_token_embeddings), or use the tokenizer that it was trained with."
+            f"model.path: {model.path}: its tokenizer has {vocab_size(tokenizer)} ids, its embeddings have {rows} "
+            "rows, and ids without a row are used:\n" + "\n".join(few(lines)) + "\nGive the model more rows "
+            "(transformers: resize_token_embeddings), or use the tokenizer that it was trained with."
         )
 
 

@@ -22,6 +22,7 @@ from sdft_dist.prompts import (
     load_tokenizer,
     stop_ids,
     teacher_messages,
+    vocab_size,
 )
 from sdft_dist.recipe import parse_config
 
@@ -311,6 +312,21 @@ def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [1, known]}))
     with pytest.raises(UserError, match=f"the end of a turn: id {known} "):
         stop_ids(tokenizer, config.model)
+
+
+def test_ids_with_gaps_are_counted_to_the_highest(tmp_path):
+    """Later ones are a head's padding, which is never sampled."""
+    folder = tiny_model(tmp_path, vocab_size=128)
+    before, file = load_tokenizer(config_for(folder)), folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"]["vocab"]["<|end|>"] = 120
+    (end,) = (token for token in tree["added_tokens"] if token["content"] == "<|end|>")
+    end["id"] = 120
+    file.write_text(json.dumps(tree))
+    tokenizer = load_tokenizer(config_for(folder))
+    assert tokenizer.eos_token_id == 120
+    assert len(tokenizer) == len(before)
+    assert vocab_size(tokenizer) == 121
 
 
 def test_damaged_files_of_a_model_are_named(model, tmp_path):
