@@ -67,15 +67,16 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, model: ModelConfig) -> list[int]:
-    """Token ids that end a completion: the tokenizer's and those of the model's generation settings. Raises UserError
-    where the model has no such id."""
-    from transformers import GenerationConfig
+    """Token ids that end a completion: the tokenizer's and those of the model's generation settings or, where it has
+    none, of its configuration, as transformers and vLLM do. Raises UserError where the model has no such id."""
+    from transformers import GenerationConfig, PreTrainedConfig
 
     ids = {tokenizer.eos_token_id}
     try:
         listed = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
     except OSError:
-        listed = None
+        written, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
+        listed = written.get("eos_token_id")  # as written: classes have defaults of other models
     ids.update([listed] if isinstance(listed, int) else listed or [])
     _refuse_unknown_ids(tokenizer, model, [("the end of a turn", _ids(sorted(ids)))])
     return sorted(ids)

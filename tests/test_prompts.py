@@ -314,6 +314,16 @@ def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path):
         stop_ids(tokenizer, config.model)
 
 
+def test_without_generation_settings_the_configuration_tells_what_ends_a_turn(tmp_path):
+    folder = tiny_model(tmp_path)
+    config, settings = config_for(folder), folder / "config.json"
+    tokenizer = load_tokenizer(config)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [5, 6]}))
+    assert stop_ids(tokenizer, config.model) == [tokenizer.eos_token_id]
+    (folder / "generation_config.json").unlink()
+    assert stop_ids(tokenizer, config.model) == [5, 6, tokenizer.eos_token_id]
+
+
 def test_ids_with_gaps_are_counted_to_the_highest(tmp_path):
     """Later ones are a head's padding, which is never sampled."""
     folder = tiny_model(tmp_path, vocab_size=128)
