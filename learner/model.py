@@ -134,6 +134,28 @@ def check_head(lm: Any, transform: LogitTransform, path: str) -> None:
         raise UserError(f"model.path: {path}: the output head of {type(lm).__name__} does more than is known here")
 
 
+def check_packing(lm: Any, path: str) -> None:
+    """Raises UserError where a sequence sees the one before it in its row: not all models go by positions that begin
+    anew (OPT, Bloom). ONE_ROW's kernels, which are for GPUs, are given the bounds and not looked at."""
+    decoder = lm.get_decoder()
+    if decoder.config._attn_implementation in ONE_ROW:
+        return
+    own = torch.arange(8)
+
+    def after(other: int) -> torch.Tensor:
+        ids, places = torch.cat([torch.full_like(own, other), own]), own.repeat(2)
+        states = decoder(input_ids=ids[None], position_ids=places[None], use_cache=False).last_hidden_state
+        return states[0, len(own) :].float()
+
+    with torch.no_grad():
+        one, another = after(1), after(2)
+    if (one - another).norm() > 0.1 * one.norm():  # mixtures of experts round differently beside other tokens
+        raise UserError(
+            f"model.path: {path}: sequences of {type(lm).__name__} that are packed into one row see each other: give "
+            "another model"
+        )
+
+
 def zero_dropout(settings: Any) -> None:
     """The student that is trained must be the one that samples, and a resumed run the one that was interrupted."""
     for part in (settings, settings.get_text_config()):

@@ -23,7 +23,7 @@ from learner.ema import Ema
 from learner.fused import Kind, Objective
 from learner.lora import attach
 from learner.microbatch import TrainSequence, build, token_weight
-from learner.model import ONE_ROW, Student, check_head, load_causal_lm, tune
+from learner.model import ONE_ROW, Student, check_head, check_packing, load_causal_lm, tune
 from learner.objective import divergence
 from learner.push import Sender, WeightSource, ema_source, manifest, push, student_source, together
 from learner.roofline import Roofline, measure
@@ -105,6 +105,7 @@ class LearnerRank:
     def _load_student(self, shards: checkpoint.Shards | None) -> None:
         """The model with its loss, whole, with the weights of `shards` where there are any."""
         lm = load_causal_lm(self.config.model)
+        check_packing(lm, self.config.model.path)
         if self.config.model.lora.rank:
             attach(lm, self.config.model.lora)
         tune(lm, self.config.learner)

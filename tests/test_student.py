@@ -8,7 +8,7 @@ from helpers import config_of, tiny_model
 
 from learner.fused import Objective
 from learner.microbatch import TrainSequence, build
-from learner.model import Student, check_head, load_causal_lm
+from learner.model import Student, check_head, check_packing, load_causal_lm
 from learner.worker import LearnerRank, objective
 from sdft_dist.batching import one_after_another
 from sdft_dist.errors import UserError
@@ -62,6 +62,14 @@ def test_a_model_that_sees_the_sequence_before_in_a_packed_row_is_refused(tmp_pa
     made(family, **{**SIZES, **settings}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{family}ForCausalLM has layers that carry a state from token to token"):
         load_causal_lm(config_of(model={"path": str(tmp_path)}).model)
+
+
+def test_models_whose_packed_sequences_see_each_other_are_refused():
+    for family, settings in [("Gemma2", {"head_dim": 16, "sliding_window": 4}), ("GPTNeoX", {})]:
+        check_packing(made(family, **{**SIZES, **settings}), "m")
+    opt = made("OPT", **SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
+    with pytest.raises(UserError, match="m: sequences of OPTForCausalLM that are packed into one row see each other"):
+        check_packing(opt, "m")
 
 
 def test_dropout_is_off(tmp_path):
