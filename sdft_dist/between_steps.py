@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -28,12 +29,14 @@ class BetweenSteps:
         self._prepared, self._rundir, self._log, self._asked = prepared, rundir, log, asked
         self._config = prepared.config
         self._saved: set[int] = set()
+        self._evals: list[Mapping[str, Any]] = []  # all records of evaluations: the file grows with every step
         self.step = self._start = start  # optimizer steps done
 
     def begin(self) -> None:
         """When the run directory holds nothing that came after the start."""
         self._saved = set(self._rundir.commits.steps())
-        self._rundir.commits.kept = best_step(self._config, self._rundir, self._saved)
+        self._evals = [*read_metrics(self._rundir.path, "eval")]
+        self._rundir.commits.kept = best_step(self._config, self._evals, self._saved)
 
     def must_stop(self) -> bool:
         """Whether to stop now: only after a step that pushes to the teachers, as a run that is resumed elsewhere would
@@ -55,10 +58,10 @@ class BetweenSteps:
             self._save(fleet)  # it is written while the evaluation, which may take long or fail, goes on
         every = config.eval.every
         if every and (step % every == 0 or last):
-            if step not in {record["step"] for record in read_metrics(self._rundir.path, "eval")}:
+            if step not in {record["step"] for record in self._evals}:
                 self._evaluate(fleet)
-            commits.kept = best_step(config, self._rundir, self._saved | {step})
-            if not last and exhausted(config.eval, read_metrics(self._rundir.path, "eval")):
+            commits.kept = best_step(config, self._evals, self._saved | {step})
+            if not last and exhausted(config.eval, self._evals):
                 metric, patience = config.eval.metric, config.eval.patience
                 self.announce(f"stops early: eval.{metric} was no better for {patience} evaluations")
                 last = True
@@ -132,13 +135,15 @@ class BetweenSteps:
         self._rundir.note_evaluation(step, judged)
         cost = scorer.cost() if isinstance(scorer, Judge) else {}
         place = {"num_steps": prepared.num_steps}  # who reads the record later knows then whether it was the last
-        self._log.evaluation(step, {**place, **summary(judged), **cost})
+        found = {**place, **summary(judged), **cost}
+        self._log.evaluation(step, found)
+        self._evals.append({"step": step, **found})
         prepared.on_evaluation({**place, **{name: accuracy(rows) for name, rows in judged.items()}, "step": step})
 
 
-def best_step(config: Config, rundir: RunDir, saved: Collection[int]) -> int | None:
-    """The step of the best evaluation so far, of those whose weights are `saved`, where `eval.keep_best` asks for it:
-    a resumed run may ask for it later than the first."""
-    records = [record for record in read_metrics(rundir.path, "eval") if record["step"] in saved]
+def best_step(config: Config, evals: Sequence[Mapping[str, Any]], saved: Collection[int]) -> int | None:
+    """The step of the best of the evaluations so far, of those whose weights are `saved`, where `eval.keep_best` asks
+    for it: a resumed run may ask for it later than the first."""
+    records = [record for record in evals if record["step"] in saved]
     found = best(config.eval, records) if config.eval.keep_best else None
     return None if found is None else int(found["step"])

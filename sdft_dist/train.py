@@ -70,7 +70,7 @@ def run(
                 rundir.say("training is done")
                 if asked():
                     raise Preempted("asked to stop: all steps are saved, the model is not exported")
-                _export(config, rundir, best_step(config, rundir, rundir.commits.steps()))
+                _export(config, rundir, best_step(config, read_metrics(rundir.path, "eval"), rundir.commits.steps()))
             return rundir
     except Preempted as end:
         raise Preempted(f"{end}; {advice}" if advice else str(end)) from end

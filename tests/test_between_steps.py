@@ -8,6 +8,7 @@ from helpers import config_of
 from test_commits import FakeSaver
 from test_rundir import claim
 
+from sdft_dist import between_steps
 from sdft_dist.between_steps import CASES, BetweenSteps
 from sdft_dist.errors import Diverged, Fault, Preempted, ScorerFailed
 from sdft_dist.evaluate import EvalSet
@@ -78,6 +79,19 @@ def test_an_evaluation_that_fails_leaves_the_steps_state_and_is_done_first_when_
     assert run.start.step == 2
     run.after(2, 3, 4)
     assert run.done() == ([0, 2, 4], [2])
+
+
+def test_metrics_are_read_once_and_not_after_every_evaluation(tmp_path, monkeypatch):
+    """They grow with every step: to read them each time would cost the square of the steps."""
+    run = Run(tmp_path)
+    run.after(0, 1, 2)
+    run.done()
+    run = Run(tmp_path, start=0, resume="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(between_steps, "read_metrics", lambda *_: pytest.fail("read again"))
+        assert run.after(0, 2, 4) == [False, False, False]
+        assert run.after(6) == [True], "two were no better than the first"
+    assert run.done()[0] == [0, 2, 4, 6]
 
 
 def test_a_checkpoint_that_is_due_does_not_wait_for_the_evaluation(tmp_path):
