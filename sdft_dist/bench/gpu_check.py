@@ -37,7 +37,7 @@ from sdft_dist.bench.gpu_checks import (
     loss,
 )
 from sdft_dist.errors import UserError
-from sdft_dist.files import refuse_used
+from sdft_dist.files import refuse_used, write_whole
 
 LIMIT_S = 240  # of one check
 Check = Callable[[], Iterator[Figures]]  # what it measures, part by part
@@ -60,7 +60,7 @@ def main() -> None:
         found: Figures = {}
         for part in checks[args.only]():
             found |= part
-            _write(_file(args.out, args.only), found)
+            write_whole(_file(args.out, args.only), json.dumps(found, indent=1) + "\n")
         return
     try:
         refuse_used(args.out)
@@ -74,7 +74,7 @@ def main() -> None:
         failed = _in_a_process(name, args, min(args.limit, end - started))
         written = _read(args.out, name) | failed
         Console(stderr=True).print(f"{name}: {written}", highlight=False)
-        _write(_file(args.out, name), written)
+        write_whole(_file(args.out, name), json.dumps(written, indent=1) + "\n")
         seconds = f"{time.monotonic() - started:.0f}"
         for figure, value in written.items():
             table.add_row(name, figure, f"{value:.4g}" if isinstance(value, float) else str(value), seconds)
@@ -108,13 +108,6 @@ def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[s
 
 def _file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(file)
 
 
 def _read(out: Path, name: str) -> dict[str, Any]:
