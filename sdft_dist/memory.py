@@ -6,7 +6,6 @@ import os
 import resource
 import threading
 from contextlib import suppress
-from types import TracebackType
 
 import psutil
 
@@ -23,9 +22,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
 
