@@ -97,12 +97,7 @@ def calls(completion: str) -> list[tuple[str, Any]]:
 
 
 class Malformed:
-    """Equal to nothing, itself included."""
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    __hash__ = None  # type: ignore[assignment]
+    """Equal to nothing else; answers, which a completion is compared with, hold none."""
 
 
 def _call(call: Any) -> tuple[str, Any]:
