@@ -23,7 +23,7 @@ from sdft_dist.placement import Places, placed
 from sdft_dist.remote import Events
 from sdft_dist.rundir import Start
 from sdft_dist.session import resolve_device
-from sdft_dist.topology import PLURAL, roles_of
+from sdft_dist.topology import PLURAL, roles_of, sizes
 from sdft_dist.types import OnSpan
 
 FROM_THE_BEGINNING = Start()
@@ -109,12 +109,7 @@ class _Crew:
 
     def engines(self, cls: type, role: str, args: tuple[Any, ...], *, alone: bool = False) -> Pool:
         """All engines of a role; none where there is no place for it. `alone`: no other role works besides."""
-        cluster = self._config.cluster
-        size, workers = (
-            (cluster.generators, cluster.generator_tensor_parallel)
-            if role == "generator"
-            else (cluster.teachers, cluster.teacher_tensor_parallel)
-        )
+        cluster, (size, workers) = self._config.cluster, sizes(self._config)[role]
         make = partial(self._start, cls, role, size if alone else self._at_once * workers, args)
         found = Pool(
             PLURAL[role],

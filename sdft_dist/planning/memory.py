@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sdft_dist.config import Config, LearnerConfig
 from sdft_dist.planning.dimensions import Dimensions
-from sdft_dist.topology import push_transport
+from sdft_dist.topology import push_transport, sizes
 
 CHUNK = 512 << 20  # learner/fused.py: of one fp32 [chunk, V] buffer on a GPU
 PART = 2 << 30  # learner/checkpoint.py: of the state, copied at a time
@@ -26,7 +26,7 @@ def memory_gib(config: Config, m: Dimensions, ranks: int) -> dict[str, float]:
 def engine_parts(config: Config, m: Dimensions) -> dict[str, dict[str, float]]:
     """GiB on one GPU of each engine, without keys and values."""
     work = 2 * max(8192, config.model.max_length) * (4 * m.width + 2 * m.mlp_width)
-    spans = {"generator": config.cluster.generator_tensor_parallel, "teacher": config.cluster.teacher_tensor_parallel}
+    spans = {role: size.gpus for role, size in sizes(config).items() if role != "learner"}
     return {role: {"weights": 2 * m.total / n / 2**30, "activations": work / 2**30} for role, n in spans.items()}
 
 
