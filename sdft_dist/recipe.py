@@ -138,10 +138,14 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    key, sep, value = text.partition("=")
+    """YAML 1.1 reads 1e-5 as text; a user means a number, if it is one and stands without quotes."""
+    key, sep, given = text.partition("=")
     if not sep or not key:
         raise ConfigError(f"{text!r}: an override reads section.field=value")
-    return key, _yaml_value(value, key)
+    value = _read_yaml(given, key)
+    if isinstance(value, str) and EXPONENT.fullmatch(given.strip()) and math.isfinite(float(value)):
+        value = float(value)
+    return key, value
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -156,14 +160,6 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         _merge(node[leaf], value)  # a section, as a file would give it; other mappings are values
     else:
         node[leaf] = value
-
-
-def _yaml_value(text: str, where: str) -> Any:
-    """YAML 1.1 reads 1e-5 as text; a user means a number, if it is one and stands without quotes."""
-    value = _read_yaml(text, where)
-    if isinstance(value, str) and EXPONENT.fullmatch(text.strip()) and math.isfinite(float(value)):
-        return float(value)
-    return value
 
 
 OVER_A_PRESET = "; sizes, models and tasks go over a preset: sdft train deploy/recipes/paper.yaml SIZE.yaml"
