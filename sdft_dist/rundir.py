@@ -85,7 +85,9 @@ class RunDir:
         except OSError as e:
             raise UserError(f"run_dir: {run.path}: cannot be made or written to: {e.strerror}") from e
         try:
-            start = run._begin(resume, facts, allow_changes)
+            start = run._start(resume) if resume else Start()
+            if start.checkpoint is not None and not allow_changes:
+                refuse_changes(commits.facts(start.checkpoint)["fingerprint"], facts["fingerprint"], start.checkpoint)
             read_jsonl(run.path / "metrics.jsonl")  # raises now what a rewind would raise
         except UserError:
             run.release()
@@ -94,12 +96,6 @@ class RunDir:
             run._note_origin(start)
         write_whole(run.path / "config.yaml", dump_config(config))
         return run, start
-
-    def _begin(self, resume: str | None, facts: dict[str, Any], allow_changes: bool) -> Start:
-        start = self._start(resume) if resume else Start()
-        if start.checkpoint is not None and not allow_changes:
-            refuse_changes(commits.facts(start.checkpoint)["fingerprint"], facts["fingerprint"], start.checkpoint)
-        return start
 
     def _is_run(self) -> bool:
         """Whether a run has begun here; a recipe of the user's own has the same name as its settings."""
