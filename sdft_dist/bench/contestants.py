@@ -21,7 +21,6 @@ from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import RunLog
 from sdft_dist.session import resolve_device
 from sdft_dist.topology import needs, num_gpus, sizes
-from sdft_dist.types import Problem
 
 
 class Contestant(Protocol):
@@ -93,11 +92,4 @@ def _imitating(problems: ProblemSet, num_tokens: int) -> ProblemSet:
     """The same prompts with demonstrations of as many tokens as SDFT's completions have."""
     import numpy as np
 
-    return ProblemSet(
-        Problem(
-            prompt_ids=p.prompt_ids,
-            teacher_prompt_ids=p.teacher_prompt_ids,
-            demonstration_ids=np.resize(p.demonstration_ids, num_tokens),
-        )
-        for p in problems
-    )
+    return ProblemSet(replace(p, demonstration_ids=np.resize(p.demonstration_ids, num_tokens)) for p in problems)
