@@ -16,7 +16,7 @@ from actors.choose import choose
 from actors.engine import Engine
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
-from sdft_dist.logits import LogitTransform, logit_transform
+from sdft_dist.logits import logit_transform
 from sdft_dist.memory import own_peak_gib
 from sdft_dist.pieces import fetch, split, train_items
 from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, WeightManifest
@@ -33,7 +33,6 @@ class Teacher:
         except UserError as e:  # for `ready`: of what a constructor raises Ray passes on the text alone
             self._refused = e
         self.vocab_size = vocab_size
-        self._transform: LogitTransform | None = None
 
     def ready(self) -> bool:
         """Returns when the engine stands. Raises UserError where it cannot."""
@@ -65,8 +64,6 @@ class Teacher:
         loss = self.config.loss
         if loss.support == "full":
             return {"states": states}
-        if self._transform is None:
-            self._transform = logit_transform(self.engine.settings)
         if loss.support == "sampled":
             ids: np.ndarray | int = sample.completion_ids[:, None]
         elif loss.topk_from == "student":
@@ -75,7 +72,8 @@ class Teacher:
         else:
             ids = loss.top_k
         head = self.engine.pushed_head()[: self.vocab_size]
-        found = choose(states, head, ids, self._transform, self.config.rollout.temperature)
+        transform = logit_transform(self.engine.settings)
+        found = choose(states, head, ids, transform, self.config.rollout.temperature)
         return dict(zip(("ids", "logprobs", "tail"), found, strict=True))
 
     def forget(self) -> None:
