@@ -34,12 +34,12 @@ class Sampling(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What one request comes to."""
+    """What one request comes to, by the names that it has in a Sample."""
 
-    token_ids: np.ndarray  # int32 [C], with the end-of-turn token if it was reached
+    completion_ids: np.ndarray  # int32 [C], with the end-of-turn token if it was reached
     logprobs: np.ndarray  # float32 [C]
     finish_reason: Literal["stop", "length"]
-    versions: tuple[VersionSpan, ...]
+    policy_versions: tuple[VersionSpan, ...]
     top_ids: np.ndarray | None  # int32 [C, num_top], likeliest first; None where none were asked for
 
 

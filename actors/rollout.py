@@ -74,7 +74,7 @@ class Generator:
             if slice_s is not None and time.time() >= started + slice_s:
                 break
         done = [(self._keys.pop(name), self._finished.pop(name)) for name in [*self._keys] if name in self._finished]
-        samples = [_sample(key, completion) for key, completion in done]
+        samples = [Sample(key=key, **completion._asdict()) for key, completion in done]
         span = Span("decode", started, time.time(), self.engine.decode_batch())
         answer = Rollout(samples=sample_refs(samples, self.problems), span=span)
         return answer, samples
@@ -95,7 +95,7 @@ class Generator:
         names = self.engine.add(prompts, seeds or [0] * len(prompts), how)
         while not all(name in self._finished for name in names):
             self._finished |= self.engine.advance()
-        return [self._finished.pop(name).token_ids for name in names]
+        return [self._finished.pop(name).completion_ids for name in names]
 
     def loglikelihoods(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[tuple[float, bool]]:
         """Log-probability of each sequence's tokens from `start` on, and whether greedy decoding gives them."""
@@ -121,14 +121,3 @@ class Generator:
     def receive(self, manifest: WeightManifest) -> tuple[Span, ...]:
         """Take in one whole push."""
         return self.engine.receive(manifest)
-
-
-def _sample(key: SampleKey, completion: Completion) -> Sample:
-    return Sample(
-        key=key,
-        completion_ids=completion.token_ids,
-        logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
-        policy_versions=completion.versions,
-        top_ids=completion.top_ids,
-    )
