@@ -209,7 +209,7 @@ def test_the_split_of_the_recipe_is_what_is_checked_and_rehearsed(plan, tmp_path
         continual(wrong)
 
 
-def finished(folder, stages, accuracies, config):
+def finished(folder, accuracies, config):
     """A run directory with evaluations before and after, of 10 rows a set."""
     run = RunDir(folder)
     folder.mkdir(parents=True)
@@ -220,11 +220,7 @@ def finished(folder, stages, accuracies, config):
         run.note_evaluation(step, rows)
         records.append({"kind": "eval", "step": step, **shares})
     write_jsonl(folder / "metrics.jsonl", records)
-
-
-class Stage:
-    def __init__(self, method, seed, folder):
-        self.method, self.seed, self.folder = method, seed, folder
+    return folder
 
 
 def test_results_of_two_methods_and_two_seeds(plan, tmp_path):
@@ -232,15 +228,15 @@ def test_results_of_two_methods_and_two_seeds(plan, tmp_path):
         "sdft": [{"a": 0.0, "b": 0.0, "old": 1.0}, {"a": 1.0, "b": 0.0, "old": 1.0}, {"a": 0.9, "b": 1.0, "old": 0.9}],
         "sft": [{"a": 0.0, "b": 0.0, "old": 1.0}, {"a": 1.0, "b": 0.0, "old": 0.5}, {"a": 0.2, "b": 1.0, "old": 0.1}],
     }
-    sequence = []
     config = stages(plan)[0].config
-    for method, shares in points.items():
-        for seed in (0, 1):
-            for i in (0, 1):
-                stage = Stage(method, seed, tmp_path / f"{method}{seed}" / str(i))
-                finished(stage.folder, i, shares[i : i + 2], config)
-                sequence.append(stage)
-    found = write_results(tmp_path, ["a", "b"], ["old"], sequence)
+    sequences = {
+        method: {
+            seed: [finished(tmp_path / f"{method}{seed}" / str(i), shares[i : i + 2], config) for i in (0, 1)]
+            for seed in (0, 1)
+        }
+        for method, shares in points.items()
+    }
+    found = write_results(tmp_path, ["a", "b"], ["old"], sequences)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert found["methods"]["sft"]["right"] == [
         {"a": [0, 0], "b": [0, 0], "old": [10, 10]},
@@ -264,12 +260,11 @@ def test_results_of_two_methods_and_two_seeds(plan, tmp_path):
 
 
 def test_one_task_alone_has_means_over_seeds_and_nothing_to_forget(plan, tmp_path):
-    config, sequence = stages(plan)[0].config, []
+    config, seeds = stages(plan)[0].config, {}
     for seed, share in ((0, 1.0), (1, 0.8)):
-        sequence.append(Stage("sdft", seed, tmp_path / f"sdft{seed}"))
         ends = [{"a": 0.0, "old": 1.0}, {"a": share, "old": 0.9}]
-        finished(sequence[-1].folder, 0, ends, config)
-    text = markdown(write_results(tmp_path, ["a"], ["old"], sequence))
+        seeds[seed] = [finished(tmp_path / f"sdft{seed}", ends, config)]
+    text = markdown(write_results(tmp_path, ["a"], ["old"], {"sdft": seeds}))
     assert "| sdft | 90.0 (80.0 – 100.0) |  |  |  | 100.0 (100.0 – 100.0) | 90.0 (90.0 – 90.0) |" in text
 
 

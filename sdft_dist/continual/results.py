@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sdft_dist.continual.retention import Retention, normalised
 from sdft_dist.evaluate import Judged, accuracy, wilson
@@ -19,26 +19,12 @@ from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported
 
 PRIOR = "prior"  # column of the mean over all prior sets
+Sequences = Mapping[str, Mapping[int, Sequence[Path]]]  # by method and seed: its stages' run directories, in order
 Records = list[list[dict[str, Any]]]  # evaluations of each stage of one sequence
 
 
-class Finished(Protocol):
-    """One stage of the plan, which has come to its end."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def folder(self) -> Path: ...
-
-
-def write_results(out: Path, tasks: Sequence[str], prior: Sequence[str], stages: Sequence[Finished]) -> dict[str, Any]:
-    """Of all stages, which are in order: writes results.json, table.md, curves.png and normalised.png into `out`
-    and returns what is in the first."""
-    sequences: dict[str, dict[int, list[Path]]] = {}
-    for stage in stages:
-        sequences.setdefault(stage.method, {}).setdefault(stage.seed, []).append(stage.folder)
+def write_results(out: Path, tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) -> dict[str, Any]:
+    """Writes results.json, table.md, curves.png and normalised.png into `out` and returns what is in the first."""
     found = results(tasks, prior, sequences)
     (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "table.md").write_text(markdown(found))
@@ -46,11 +32,9 @@ def write_results(out: Path, tasks: Sequence[str], prior: Sequence[str], stages:
     return found
 
 
-def results(
-    tasks: Sequence[str], prior: Sequence[str], sequences: Mapping[str, Mapping[int, Sequence[Path]]]
-) -> dict[str, Any]:
+def results(tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) -> dict[str, Any]:
     """For each method: how many held-out rows of every set are right at the start and after every stage, a number
-    for each seed, and the measures of `Retention` for each seed. `sequences` holds run directories."""
+    for each seed, and the measures of `Retention` for each seed."""
     names = (*tasks, *prior)
     found: dict[str, Any] = {"tasks": [*tasks], "prior": [*prior], "methods": {}}
     for method, seeds in sequences.items():
@@ -133,9 +117,7 @@ def _spread(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(known):.1f}{spread}"
 
 
-def _pictures(
-    out: Path, tasks: Sequence[str], prior: Sequence[str], sequences: Mapping[str, Mapping[int, Sequence[Path]]]
-) -> None:
+def _pictures(out: Path, tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) -> None:
     """Accuracy against optimizer steps, as it is and on a scale where 0 is the start and 100 the best that any
     method reached."""
     lines = {task: [task] for task in tasks} | ({PRIOR: list(prior)} if prior else {})

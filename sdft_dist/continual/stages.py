@@ -250,4 +250,7 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
             if not stage.done:
                 title = f"{i}/{len(work)} {stage.method} seed {stage.seed} {stage.task}"
                 run(stage.config, title=title, console=console, resume="auto", advice="the same command goes on")
-    return write_results(Path(plan.out), list(plan.tasks), list(plan.prior), work)
+    sequences: dict[str, dict[int, list[Path]]] = {}
+    for stage in work:
+        sequences.setdefault(stage.method, {}).setdefault(stage.seed, []).append(stage.folder)
+    return write_results(Path(plan.out), list(plan.tasks), list(plan.prior), sequences)
