@@ -82,7 +82,9 @@ class Stream:
         self._due = min(key.step for key in keys)
         while not self._all_there(keys):
             if self._lost():
-                self._mend()
+                if self.mend is None:
+                    raise RuntimeError(f"lost: generators {self._generators.lost}, teachers {self._teachers.lost}")
+                self.mend()
             homeless, self._homeless = self._homeless, []
             self.submit(homeless)
             self._dispatch()
@@ -131,15 +133,6 @@ class Stream:
 
     def _lost(self) -> bool:
         return bool(self._generators.lost or self._teachers.lost)
-
-    def _mend(self) -> None:
-        if self.mend is None:
-            role, lost = (
-                ("generators", self._generators.lost) if self._generators.lost else ("teachers", self._teachers.lost)
-            )
-            raise RuntimeError(f"{role} are lost: {lost}")
-        self.abandon_lost()
-        self.mend()
 
     def _kill_silent(self, error: TimeoutError) -> None:
         """End the engines that were asked and did not answer. Raises `error` where there are none."""

@@ -130,9 +130,10 @@ def dying(actor, name, after):
 
 
 def mending(path, **new):
-    """New actors in the place of lost ones."""
+    """New actors in the place of lost ones, as a Fleet puts them there."""
 
     def mend():
+        path.abandon_lost()
         for pool, make in zip(path.pools, (new.get("generator"), new.get("teacher")), strict=True):
             for index in pool.lost:
                 pool.actors[index] = make()
@@ -310,7 +311,7 @@ def test_a_late_answer_of_a_replaced_generator_is_not_counted():
 def test_without_anybody_who_mends_a_loss_is_an_error():
     path = stream([dying(generator(), "rollout", 0)], [teacher()])
     path.submit(keys(0))
-    with pytest.raises(RuntimeError, match=r"generators are lost: \{0: 'killed'\}"):
+    with pytest.raises(RuntimeError, match=r"lost: generators \{0: 'killed'\}, teachers \{\}"):
         path.take(keys(0))
 
 
