@@ -12,7 +12,7 @@ from typing import Any
 
 from sdft_dist.config import Config
 from sdft_dist.errors import Fault, Preempted, UserError
-from sdft_dist.topology import Need, bundles, lacking, needs, place, placed_on, push_transport
+from sdft_dist.topology import CPU_SHARE, Need, bundles, lacking, needs, placed_on, push_transport, spot_of
 from sdft_dist.types import TransportKind
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
@@ -37,14 +37,14 @@ class Places:
         """Ray options of actor `index` of a role; `sharing` as in `environment`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        spot = place(self.wanted, role, index)
+        spot = spot_of(self.wanted, role, index)
         variables = environment(sharing) if self.device == "cpu" else {}
         if self.device == "cuda" and role == "learner":  # engines have what they need from the start
             options = os.environ.get(ALLOCATOR, _allocator(self.transport))
             variables = {ALLOCATOR: options} if options else {}
         return {
             "num_gpus": spot.gpus,
-            "num_cpus": spot.cpus,
+            "num_cpus": CPU_SHARE,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + spot.bundle),
             **({"runtime_env": {"env_vars": variables}} if variables else {}),
         }

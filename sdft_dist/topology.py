@@ -110,21 +110,20 @@ def push_transport(config: Config, device: str) -> TransportKind:
     return "ipc" if alone else "gloo"
 
 
-class Place(NamedTuple):
-    """Where an actor goes, and what it takes of its bundle."""
+class Spot(NamedTuple):
+    """Where an actor goes, and what it takes of its bundle, besides CPU_SHARE."""
 
     bundle: int
     gpus: float
-    cpus: float
 
 
-def place(wanted: Sequence[Need], role: str, index: int) -> Place:
+def spot_of(wanted: Sequence[Need], role: str, index: int) -> Spot:
     """Of actor `index` of a role. Several roles take equal shares of a GPU."""
     start = 0
     for need in wanted:
         if role in need.roles:
             share = 1 if len(need.roles) == 1 else int(10_000 / len(need.roles)) / 10_000  # Ray counts to four digits
-            return Place(start + index, need.gpus * share, CPU_SHARE)
+            return Spot(start + index, need.gpus * share)
         start += need.number
     raise KeyError(role)
 

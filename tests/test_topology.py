@@ -4,7 +4,7 @@ from sdft_dist import placement
 from sdft_dist.errors import ConfigError
 from sdft_dist.placement import Places
 from sdft_dist.recipe import parse_config
-from sdft_dist.topology import Need, bundles, lacking, needs, place, placed_on, push_transport
+from sdft_dist.topology import CPU_SHARE, Need, bundles, lacking, needs, placed_on, push_transport, spot_of
 
 
 def config(**sections):
@@ -35,10 +35,10 @@ def test_roles_that_share_gpus_share_bundles():
     wanted = needs(together, "cuda")
     assert wanted == [Need(("learner",), 3, 1), Need(("generator", "teacher"), 2, 1)]
     assert [b["GPU"] for b in bundles(wanted)] == [1] * 5
-    assert (place(wanted, "generator", 1), place(wanted, "teacher", 1)) == ((4, 0.5, 0.01), (4, 0.5, 0.01))
+    assert (spot_of(wanted, "generator", 1), spot_of(wanted, "teacher", 1)) == ((4, 0.5), (4, 0.5))
     wanted = needs(config(cluster={"colocate": "all"}), "cuda")
     assert wanted == [Need(("learner", "generator", "teacher"), 1, 1)]
-    assert {place(wanted, role, 0).gpus for role in wanted[0].roles} == {0.3333}
+    assert {spot_of(wanted, role, 0).gpus for role in wanted[0].roles} == {0.3333}
     assert bundles(wanted) == [{"GPU": 1, "CPU": 0.03}]
 
 
@@ -54,8 +54,8 @@ def test_every_actor_fits_into_its_bundle():
             wanted = needs(config(cluster={"colocate": colocate}), device)
             left = [dict(b) for b in bundles(wanted)]
             for role in ("learner", "generator", "teacher"):
-                spot = place(wanted, role, 0)
-                left[spot.bundle]["CPU"] -= spot.cpus
+                spot = spot_of(wanted, role, 0)
+                left[spot.bundle]["CPU"] -= CPU_SHARE
                 left[spot.bundle]["GPU"] = left[spot.bundle].get("GPU", 0) - spot.gpus
             assert all(value > -1e-9 for bundle in left for value in bundle.values())
 
