@@ -147,18 +147,14 @@ def _train(out: Path, s: BaseSettings, progress: Progress) -> None:
 def _batch(examples: list[world.BaseExample], tokenizer: Any) -> tuple[Any, Any]:
     """Right-padded ids and labels, both int64 [B, T]; label -100 outside the target."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    rows, starts = [], []
+    ids, labels = [], []
     for e in examples:
         prompt = [{"role": "user", "content": e.user}]
         head = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
         tail = tokenizer(e.target, add_special_tokens=False)["input_ids"]
-        rows.append([*head, *tail, tokenizer.eos_token_id])
-        starts.append(len(head))
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        labels[i, start : len(row)] = ids[i, start : len(row)]
-    return ids, labels
+        end = tokenizer.eos_token_id
+        ids.append(torch.tensor([*head, *tail, end]))
+        labels.append(torch.tensor([*[-100] * len(head), *tail, end]))
+    return pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(labels, True, -100)
