@@ -12,36 +12,20 @@ from sdft_dist.errors import UserError
 
 # Fields of the models' published configurations. Only Qwen3's are made as they are; the others' sizes serve the plan,
 # and models of random weights are Qwen3s of those sizes.
-SHAPES: dict[str, dict[str, Any]] = {
-    "lab": {
-        "vocab_size": 102, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": {
-        "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
-    },
-    "qwen3-4b": {
-        "vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
-    },
-    "qwen3-8b": {
-        "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-    },
-    "qwen2.5-7b": {
-        "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False,
-    },
-    "llama-3.1-8b": {
-        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-    },
-    "olmo-3-7b": {
-        "vocab_size": 100_278, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+_SIZES = {
+    "lab": (102, 128, 384, 4, 4, 2, 32, True),
+    "qwen3-0.6b": (151_936, 1024, 3072, 28, 16, 8, 128, True),
+    "qwen3-4b": (151_936, 2560, 9728, 36, 32, 8, 128, True),
+    "qwen3-8b": (151_936, 4096, 12_288, 36, 32, 8, 128, False),
+    "qwen2.5-7b": (152_064, 3584, 18_944, 28, 28, 4, 128, False),
+    "llama-3.1-8b": (128_256, 4096, 14_336, 32, 32, 8, 128, False),
+    "olmo-3-7b": (100_278, 4096, 11_008, 32, 32, 32, 128, False),
+}
+SHAPES: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, sizes, strict=True)) for name, sizes in _SIZES.items()}
 BLOCK = 1 << 23  # numbers, of random weights
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
