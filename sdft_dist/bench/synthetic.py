@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_dist.errors import UserError
+from sdft_dist.files import write_jsonl
 
 # Fields of the models' published configurations. Only Qwen3's are made as they are; the others' sizes serve the plan,
 # and models of random weights are Qwen3s of those sizes.
@@ -104,12 +104,9 @@ def write_rows(path: Path, shape: str, lengths: Sequence[tuple[int, int]], count
     def words(n: int) -> str:
         return " ".join(f"w{rng.randrange(SHAPES[shape]['vocab_size'] - len(SPECIAL))}" for _ in range(max(1, n)))
 
-    with path.open("w") as out:
-        for prompt, demonstration in lengths:
-            for _ in range(count):
-                # <|user|> … <|end|> <|assistant|> around the prompt; <|end|> after what SFT imitates.
-                row = {"prompt": words(prompt - 3), "demonstration": words(demonstration - 1)}
-                out.write(json.dumps(row) + "\n")
+    # <|user|> … <|end|> <|assistant|> around the prompt; <|end|> after what SFT imitates.
+    rows = ({"prompt": words(p - 3), "demonstration": words(d - 1)} for p, d in lengths for _ in range(count))
+    write_jsonl(path, rows)
     return path
 
 
