@@ -27,11 +27,7 @@ _SIZES = {
 }
 SHAPES: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, sizes, strict=True)) for name, sizes in _SIZES.items()}
 BLOCK = 1 << 23  # numbers, of random weights
-SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+NO_WORDS = 5  # ids of the lab's tokenizer: what is unknown, and control tokens
 
 
 def parse_lengths(text: str) -> tuple[int, int, int]:
@@ -44,24 +40,14 @@ def parse_lengths(text: str) -> tuple[int, int, int]:
 
 
 def write_model(folder: Path, shape: str, dtype: str, max_length: int) -> Path:
-    """A Hugging Face folder of a random Qwen3 of `shape`, with a tokenizer of one token a word."""
+    """A Hugging Face folder of a random Qwen3 of `shape`, with the lab's tokenizer for words of no meaning."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from sdft_dist.lab.tokenizer import build_tokenizer
 
     settings = SHAPES[shape]
-    words = [*SPECIAL, *(f"w{i}" for i in range(settings["vocab_size"] - len(SPECIAL)))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="w0",
-        pad_token=SPECIAL[0],
-        eos_token=SPECIAL[1],
-        additional_special_tokens=list(SPECIAL[2:]),
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = build_tokenizer([f"w{i}" for i in range(settings["vocab_size"] - NO_WORDS)], max_length)
     config = Qwen3Config(
         max_position_embeddings=max_length,
         eos_token_id=tokenizer.eos_token_id,
@@ -102,7 +88,7 @@ def write_rows(path: Path, shape: str, lengths: Sequence[tuple[int, int]], count
     rng = random.Random(0)
 
     def words(n: int) -> str:
-        return " ".join(f"w{rng.randrange(SHAPES[shape]['vocab_size'] - len(SPECIAL))}" for _ in range(max(1, n)))
+        return " ".join(f"w{rng.randrange(SHAPES[shape]['vocab_size'] - NO_WORDS)}" for _ in range(max(1, n)))
 
     # <|user|> … <|end|> <|assistant|> around the prompt; <|end|> after what SFT imitates.
     rows = ({"prompt": words(p - 3), "demonstration": words(d - 1)} for p, d in lengths for _ in range(count))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,11 +18,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word. The control tokens are added tokens, not words of the model's vocabulary, so
-    that their text inside a prompt can be read as text."""
-    words = {word: i for i, word in enumerate([UNKNOWN, *vocabulary()])}
-    core = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+def build_tokenizer(words: Sequence[str] = (), max_length: int = 64) -> PreTrainedTokenizerFast:
+    """One token for each of `words`, or of the lab's world. The control tokens are added tokens, not words of the
+    model's vocabulary, so that their text inside a prompt can be read as text."""
+    ids = {word: i for i, word in enumerate([UNKNOWN, *(words or vocabulary())])}
+    core = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -28,7 +30,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=END,
         additional_special_tokens=[USER, ASSISTANT],
-        model_max_length=64,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
