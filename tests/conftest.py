@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A small random model's folder, only to be read."""
+    from helpers import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray cluster, the same as `sdft train` starts."""
     from sdft_dist.recipe import parse_config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import tiny_model, write_jsonl
+from helpers import write_jsonl
 
 from sdft_dist.cli import main
 from sdft_dist.errors import UserError
@@ -46,11 +46,6 @@ def test_overrides_may_come_before_and_after_options():
     ):
         with pytest.raises(SystemExit, match="2"):
             _parse(wrong)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import config_of, tiny_model, write_jsonl
+from helpers import config_of, write_jsonl
 
 from sdft_dist.config import EvalConfig
 from sdft_dist.errors import ConfigError, DataError
@@ -74,11 +74,6 @@ def test_pass_at_k_is_the_share_of_all_ways_to_draw(n, c):
 def test_pass_at_k_is_the_mean_over_rows():
     judged = [Judged("", "", False, "", 2, passed) for passed in (0, 1, 2)]
     assert pass_at(judged) == {1: pytest.approx(0.5), 2: pytest.approx(2 / 3)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def loaded(model, rows, tmp_path, name="new", **fields):

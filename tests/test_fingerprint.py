@@ -6,17 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_of, tiny_model
+from helpers import config_of
 from safetensors.torch import load_file, save_file
 
 from sdft_dist.errors import ConfigError
 from sdft_dist.fingerprint import fingerprint, refuse_changes
 from sdft_dist.types import Problem
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def of(folder, **sections):

@@ -42,11 +42,6 @@ def config_for(model, **sections):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def tokenizer(model):
     return load_tokenizer(config_for(model))
 

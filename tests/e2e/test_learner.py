@@ -17,11 +17,6 @@ from sdft_dist.planning import memory as plan_memory
 from sdft_dist.types import Piece, Sample, SampleKey, TeacherTargets, TrainItem
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize(
     ("stage", "num_ranks", "dtype"),
     [(2, 2, "float32"), (3, 2, "float32"), (0, 1, "float32"), (1, 1, "bfloat16"), (3, 2, "bfloat16")],

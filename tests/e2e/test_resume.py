@@ -11,11 +11,6 @@ from transformers import AutoModelForCausalLM
 from learner.checkpoint import Shards
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def config(model, stage, num_ranks, dtype="float32"):
     return config_for(
         model,
