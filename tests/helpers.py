@@ -56,12 +56,13 @@ def tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, **settings: ob
     return folder
 
 
-def config_of(**sections: Any) -> Config:
-    """The defaults with `sections` merged over them; nothing that it names need exist."""
-    tree: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "d"}}
-    for name, value in sections.items():
-        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
-    return parse_config(tree)
+MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}}  # of which nothing need exist
+
+
+def config_of(defaults: dict[str, Any] = MINIMAL, /, **sections: Any) -> Config:
+    """The defaults with `sections` merged over them."""
+    merged = {n: {**defaults.get(n, {}), **own} if isinstance(own, dict) else own for n, own in sections.items()}
+    return parse_config({**defaults, **merged})
 
 
 class Allocations(TorchDispatchMode):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import config_of
 from rich.console import Console
 
 from sdft_dist.bench import synthetic as synthetic_module
@@ -21,7 +22,7 @@ from sdft_dist.errors import UserError
 from sdft_dist.planning.dimensions import read_dimensions
 from sdft_dist.planning.memory import memory_gib
 from sdft_dist.planning.plan import Lengths
-from sdft_dist.recipe import load_config, parse_config
+from sdft_dist.recipe import load_config
 from sdft_dist.trace import Trace
 from sdft_dist.types import Problem, Span
 
@@ -79,7 +80,7 @@ def test_a_regression_is_over_ten_percent():
 
 def test_an_account_sets_a_role_beside_its_device_and_the_plan(tmp_path):
     model = write_model(tmp_path / "model", "lab", "float32", 64)
-    config = parse_config({"model": {"path": str(model)}, "data": {"train": "x"}, "run_dir": "x"})
+    config = config_of(model={"path": str(model)})
     problem = Problem(
         prompt_ids=np.zeros(10, np.int32), teacher_prompt_ids=np.zeros(25, np.int32), demonstration_ids=np.zeros(5)
     )
@@ -100,7 +101,7 @@ def test_an_account_sets_a_role_beside_its_device_and_the_plan(tmp_path):
 
 def test_an_account_knows_the_data_sheets_of_gpus(tmp_path):
     model = write_model(tmp_path / "model", "lab", "bfloat16", 64)
-    config = parse_config({"model": {"path": str(model)}, "data": {"train": "x"}, "run_dir": "x"})
+    config = config_of(model={"path": str(model)})
     machine = Machine(device="NVIDIA H200", product_flops=7e14, bandwidth=4e12, peak_gib={"teacher": 1.0})
     lengths = Lengths(prompt=10, demonstration=15, completion=8)
     found = accounts(config, lengths, machine, {"teacher": 1e-6}, decode_batch=4)
@@ -232,14 +233,12 @@ def test_samples_are_counted_as_each_method_takes_them(tmp_path):
 )
 def test_devices_are_counted_as_they_are_shared_and_spanned(sections, sdft, sft):
     cluster = {"device": "cuda", **sections.pop("cluster", {})}
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "cluster": cluster, **sections}
-    assert devices(parse_config(tree)) == sdft
-    assert devices(parse_config(tree | {"method": "sft"})) == sft
+    assert devices(config_of(cluster=cluster, **sections)) == sdft
+    assert devices(config_of(cluster=cluster, **sections, method="sft")) == sft
 
 
 def test_contestants_that_do_not_fit_beside_each_other_are_refused(monkeypatch):
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "cluster": {"device": "cuda", "colocate": "all"}}
-    both = [parse_config(tree), parse_config(tree | {"method": "sft"})]
+    both = [config_of(cluster={"device": "cuda", "colocate": "all"}, method=method) for method in ("sdft", "sft")]
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 2}}])
     _refuse_too_few_gpus(both)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 1}}])
@@ -248,7 +247,7 @@ def test_contestants_that_do_not_fit_beside_each_other_are_refused(monkeypatch):
 
 
 def test_what_an_actor_does_with_its_time_is_its_work_its_weights_and_the_rest():
-    config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "cluster": {"generators": 2}})
+    config = config_of(cluster={"generators": 2})
     busy = {
         "generator/decode": 1.2, "generator/await weights": 0.2, "generator/load weights": 0.2, "teacher/score": 0.3,
         "teacher/load weights": 0.1, "learner/train": 0.5, "learner/fetch": 0.1, "learner/gather weights": 0.1,

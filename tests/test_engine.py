@@ -3,10 +3,10 @@
 from itertools import pairwise
 
 import pytest
+from helpers import config_of
 
 from actors.engine import _renewed
 from actors.llm import _graph_sizes, options_for
-from sdft_dist.recipe import parse_config
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,8 @@ def test_graphs_are_made_up_to_the_largest_decode_batch(most, sizes):
     assert all(size <= max(2 * last, last + 32) for last, size in pairwise(found))
 
 
-def config(**fields):
-    return parse_config({"model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x", **fields})
-
-
 def options(runner, device="cuda", **fields):
-    return options_for(config(**fields), runner, device)
+    return options_for(config_of(**fields), runner, device)
 
 
 def test_only_generators_that_draft_nothing_say_which_graphs_they_want():
@@ -55,7 +51,7 @@ def test_teachers_may_take_less_memory_than_generators():
     ],
 )
 def test_only_weights_that_the_next_push_brings_may_be_forgotten_in_sleep(fields, generator, teacher):
-    assert (_renewed(config(**fields), "generate"), _renewed(config(**fields), "pooling")) == (generator, teacher)
+    assert (_renewed(config_of(**fields), "generate"), _renewed(config_of(**fields), "pooling")) == (generator, teacher)
 
 
 def test_generators_sample_from_float32_logits_as_learners_do():

@@ -3,10 +3,10 @@
 import socket
 
 import pytest
+from helpers import config_of
 
 from sdft_dist.errors import Fault, NotServing, UserError
 from sdft_dist.fleet import Fleet
-from sdft_dist.recipe import parse_config
 from sdft_dist.session import _reach
 
 
@@ -48,9 +48,7 @@ class Part:
 
 def fleet(log, *, sleep=False, method="sdft", losses=0):
     shared = {"colocate": "all", "sleep": True} if sleep else {}
-    config = parse_config(
-        {"model": {"path": "m"}, "data": {"train": "d"}, "method": method, "cluster": {"max_restarts": 2, **shared}}
-    )
+    config = config_of(method=method, cluster={"max_restarts": 2, **shared})
     return Fleet(
         generators=Part("generators", log, losses), teachers=Part("teachers", log), learner=Part("learner", log),
         rollouts=Part("rollouts", log), config=config, start=0, on_event=log.append,

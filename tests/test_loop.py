@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from helpers import config_of
 
 from sdft_dist.errors import Diverged, UserError
 from sdft_dist.loop import batch_keys, cut_share, fresh, train, uncut
 from sdft_dist.problems import ProblemSet
-from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import RunLog, read_metrics
 from sdft_dist.types import Problem, SampleKey, Span, TrainItem
 
@@ -43,8 +43,7 @@ class Fakes:
 
 
 def config(**overrides):
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "steps": 2, "rollout": {"prompts_per_step": 2}}
-    return parse_config(tree | overrides)
+    return config_of(**({"steps": 2, "rollout": {"prompts_per_step": 2}} | overrides))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import tiny_model, write_jsonl
+from helpers import config_of, tiny_model, write_jsonl
 
 from sdft_dist.data import Row, load_rows
 from sdft_dist.errors import DataError, UserError
@@ -24,7 +24,6 @@ from sdft_dist.prompts import (
     teacher_messages,
     vocab_size,
 )
-from sdft_dist.recipe import parse_config
 
 TEMPLATE = "{prompt} example {demonstration} now you"
 
@@ -36,9 +35,7 @@ def config_for(model, **sections):
         "prompt": {"template": TEMPLATE},
         "rollout": {"max_completion_tokens": 16},
     }
-    for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | values
-    return parse_config(tree)
+    return config_of(tree, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -243,16 +240,16 @@ def test_folders_without_tokenizer_or_template(model, tmp_path):
     ("method", "room"), [("sdft", 64 - 16 - 6), ("sft", 64 - 3 - 1)]
 )  # without completion and template, or turn and end
 def test_a_demonstration_is_not_cut_to_nothing(model, tokenizer, method, room):
-    tree = config_for(model, data={"too_long": "truncate_demonstration"}).model_dump() | {"method": method}
-    fits = encode_problems(parse_config(tree), tokenizer, [row("a0 " * (room - 1), LONG)])
+    config = config_for(model, data={"too_long": "truncate_demonstration"}, method=method)
+    fits = encode_problems(config, tokenizer, [row("a0 " * (room - 1), LONG)])
     assert len(fits.truncated) == 1
     with pytest.raises(DataError, match="1 rows are too long"):
-        encode_problems(parse_config(tree), tokenizer, [row("a0 " * room, LONG)])
+        encode_problems(config, tokenizer, [row("a0 " * room, LONG)])
 
 
 def test_a_shortened_demonstration_does_not_end_the_turn(model, tokenizer):
-    tree = config_for(model, data={"too_long": "truncate_demonstration", "max_demonstration_tokens": 5}).model_dump()
-    (problem,) = encode_problems(parse_config(tree | {"method": "sft"}), tokenizer, [row(demonstration=LONG)]).problems
+    config = config_for(model, data={"too_long": "truncate_demonstration", "max_demonstration_tokens": 5}, method="sft")
+    (problem,) = encode_problems(config, tokenizer, [row(demonstration=LONG)]).problems
     assert tokenizer.decode(problem.demonstration_ids) == "thus a0 a0 a0 a0"
 
 

@@ -6,18 +6,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers import config_of
 from test_commits import FakeSaver
 
 from sdft_dist.errors import ConfigError, Fault, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.fingerprint import fingerprint
-from sdft_dist.recipe import parse_config
 from sdft_dist.rundir import RunDir, Start
 
 
 def config_in(folder, **sections):
-    tree = {"run_dir": str(folder), "model": {"path": "m"}, "data": {"train": "d"}, "steps": 40}
-    return parse_config({**tree, **sections})
+    return config_of(run_dir=str(folder), **({"steps": 40} | sections))
 
 
 def claim(config, resume=None, *, allow_changes=False):

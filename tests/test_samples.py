@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import config_of
 from ray.exceptions import ObjectLostError
 
 from sdft_dist import samples
 from sdft_dist.data import Row
 from sdft_dist.inputs import Inputs
 from sdft_dist.problems import ProblemSet
-from sdft_dist.recipe import parse_config
 from sdft_dist.types import Piece, Problem, Sample, SampleKey, TrainItem, VersionSpan
 
 
@@ -91,8 +91,7 @@ def test_nothing_is_written_where_nothing_was_sampled_or_it_is_gone(inputs, tmp_
 
 
 def test_they_are_due_at_the_first_step_and_where_it_is_evaluated_or_else_saved():
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "checkpoint": {"every": 4}}
-    saved = parse_config(tree)
-    evaluated = parse_config({**tree, "eval": {"every": 3, "sets": {"new": "f"}}})
+    saved = config_of(checkpoint={"every": 4})
+    evaluated = config_of(checkpoint={"every": 4}, eval={"every": 3, "sets": {"new": "f"}})
     assert [step for step in range(1, 10) if samples.is_due(saved, step)] == [1, 4, 8]
     assert [step for step in range(1, 10) if samples.is_due(evaluated, step)] == [1, 3, 6, 9]

@@ -1,8 +1,8 @@
 import pytest
+from helpers import config_of
 
 from sdft_dist.config import EvalConfig
 from sdft_dist.errors import ConfigError
-from sdft_dist.recipe import parse_config
 from sdft_dist.selection import best, exhausted, exported
 
 
@@ -57,13 +57,13 @@ def test_what_is_exported_is_the_best_or_the_last():
 def test_selection_needs_a_metric_that_is_measured(fields, message):
     tree = {"every": 2, "sets": {"new": "n", "old": "o"}, "metric": "new", "patience": 1} | fields
     with pytest.raises(ConfigError, match=message):
-        parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "eval": tree})
+        config_of(eval=tree)
 
 
 def test_the_best_is_saved_only_with_its_teacher():
     tree = {"every": 3, "sets": {"new": "n"}, "metric": "new", "keep_best": True}
     with pytest.raises(ConfigError, match=r"eval.keep_best: .* teacher.sync_every=2"):
-        parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "teacher": {"sync_every": 2}, "eval": tree})
+        config_of(teacher={"sync_every": 2}, eval=tree)
 
 
 def test_evaluations_from_before_a_set_was_added_are_no_candidates():

@@ -13,7 +13,6 @@ from learner.worker import LearnerRank, objective
 from sdft_dist.batching import one_after_another
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
-from sdft_dist.recipe import parse_config
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -88,9 +87,7 @@ def test_dropout_is_off(tmp_path):
 @pytest.mark.parametrize("moved", [False, True])
 def test_the_head_of_a_frozen_teacher_is_where_the_student_is(tmp_path, moved):
     """The device "meta" stands for a GPU, and `moved` for a run that goes on: its teacher is read from the folder."""
-    config = parse_config(
-        {"model": {"path": str(tiny_model(tmp_path, tied=False))}, "data": {"train": "d"}, "teacher": {"kind": "base"}}
-    )
+    config = config_of(model={"path": str(tiny_model(tmp_path, tied=False))}, teacher={"kind": "base"})
     rank = LearnerRank(config, 0, 1, "cpu", 102, [])
     rank.device = torch.device("meta")
     rank.student = Student(load_causal_lm(config.model).to("meta"), 102, objective(config, LogitTransform()))

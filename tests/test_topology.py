@@ -1,14 +1,10 @@
 import pytest
+from helpers import config_of
 
 from sdft_dist import placement
 from sdft_dist.errors import ConfigError
 from sdft_dist.placement import Places
-from sdft_dist.recipe import parse_config
 from sdft_dist.topology import CPU_SHARE, Need, bundles, lacking, needs, placed_on, push_transport, spot_of
-
-
-def config(**sections):
-    return parse_config({"model": {"path": "m"}, "data": {"train": "d"}} | sections)
 
 
 def node(gpus, alive=True, **offers):
@@ -17,26 +13,28 @@ def node(gpus, alive=True, **offers):
 
 def test_every_role_of_the_method_is_asked_for():
     sizes = {"learner": {"ranks": 4}, "cluster": {"generators": 3, "teachers": 2, "generator_tensor_parallel": 2}}
-    assert needs(config(**sizes), "cuda") == [
+    assert needs(config_of(**sizes), "cuda") == [
         Need(("learner",), 4, 1), Need(("generator",), 3, 2), Need(("teacher",), 2, 1)
     ]  # fmt: skip
-    assert needs(config(method="sft", **sizes), "cuda") == [Need(("learner",), 4, 1)]
+    assert needs(config_of(method="sft", **sizes), "cuda") == [Need(("learner",), 4, 1)]
     evaluated = {"eval": {"every": 5, "sets": {"new": "file"}}}
-    assert [n.roles for n in needs(config(method="sft", **sizes, **evaluated), "cuda")] == [
+    assert [n.roles for n in needs(config_of(method="sft", **sizes, **evaluated), "cuda")] == [
         ("learner",),
         ("generator",),
     ]
     for method in ("sdft", "sft"):
-        assert needs(config(method=method, **sizes), "cuda", ["generator"]) == [Need(("generator",), 3, 2)], "serving"
+        assert needs(config_of(method=method, **sizes), "cuda", ["generator"]) == [Need(("generator",), 3, 2)], (
+            "serving"
+        )
 
 
 def test_roles_that_share_gpus_share_bundles():
-    together = config(cluster={"generators": 2, "teachers": 2, "colocate": "teachers"}, learner={"ranks": 3})
+    together = config_of(cluster={"generators": 2, "teachers": 2, "colocate": "teachers"}, learner={"ranks": 3})
     wanted = needs(together, "cuda")
     assert wanted == [Need(("learner",), 3, 1), Need(("generator", "teacher"), 2, 1)]
     assert [b["GPU"] for b in bundles(wanted)] == [1] * 5
     assert (spot_of(wanted, "generator", 1), spot_of(wanted, "teacher", 1)) == ((4, 0.5), (4, 0.5))
-    wanted = needs(config(cluster={"colocate": "all"}), "cuda")
+    wanted = needs(config_of(cluster={"colocate": "all"}), "cuda")
     assert wanted == [Need(("learner", "generator", "teacher"), 1, 1)]
     assert {spot_of(wanted, role, 0).gpus for role in wanted[0].roles} == {0.3333}
     assert bundles(wanted) == [{"GPU": 1, "CPU": 0.03}]
@@ -51,7 +49,7 @@ def test_where_each_role_is_is_told():
 def test_every_actor_fits_into_its_bundle():
     for colocate in ("none", "teachers", "all"):
         for device in ("cpu", "cuda"):
-            wanted = needs(config(cluster={"colocate": colocate}), device)
+            wanted = needs(config_of(cluster={"colocate": colocate}), device)
             left = [dict(b) for b in bundles(wanted)]
             for role in ("learner", "generator", "teacher"):
                 spot = spot_of(wanted, role, 0)
@@ -77,11 +75,11 @@ def test_every_actor_fits_into_its_bundle():
 )
 def test_what_cannot_share_is_refused(sections, words):
     with pytest.raises(ConfigError, match=words):
-        config(**sections)
+        config_of(**sections)
 
 
 def test_what_is_missing_is_told_in_numbers():
-    wanted = needs(config(learner={"ranks": 4}, cluster={"generators": 3}), "cuda")
+    wanted = needs(config_of(learner={"ranks": 4}, cluster={"generators": 3}), "cuda")
     assert lacking(wanted, [node(8)]) is None
     assert lacking(wanted, [node(4), node(4)]) is None
     assert lacking(wanted, [node(4), node(2), node(0), node(8, alive=False)]) == (
@@ -99,11 +97,11 @@ def test_an_actor_must_find_all_its_gpus_on_one_node():
 
 
 def test_cpu_runs_ask_for_no_gpu():
-    assert lacking(needs(config(), "cpu"), [node(0)]) is None
+    assert lacking(needs(config_of(), "cpu"), [node(0)]) is None
 
 
 def test_a_pinned_role_goes_only_where_its_resource_is():
-    wanted = needs(config(learner={"ranks": 2}, cluster={"pin_roles": True}), "cuda")
+    wanted = needs(config_of(learner={"ranks": 2}, cluster={"pin_roles": True}), "cuda")
     groups = [node(2, sdft_learner=1), node(1, sdft_generator=1), node(1, sdft_teacher=1)]
     assert lacking(wanted, groups) is None
     assert lacking(wanted, groups[:2]) == "no node offers sdft_teacher, which cluster.pin_roles asks for teachers"
@@ -142,14 +140,11 @@ def test_a_way_that_there_is_not_is_refused(device, fields, says):
 
 
 def travelling(*, ranks=1, **cluster):
-    actors = {"generators": ranks, "teachers": ranks}
-    return parse_config(
-        {"model": {"path": "m"}, "data": {"train": "d"}, "learner": {"ranks": ranks}, "cluster": {**actors, **cluster}}
-    )
+    return config_of(learner={"ranks": ranks}, cluster={"generators": ranks, "teachers": ranks, **cluster})
 
 
 def test_a_learners_memory_grows_in_place_where_no_engine_maps_it(monkeypatch):
-    settings = config(learner={"ranks": 2}, cluster={"device": "cuda"})
+    settings = config_of(learner={"ranks": 2}, cluster={"device": "cuda"})
 
     def variables(role, transport):
         options = Places(needs(settings, "cuda"), None, 0, "cuda", transport).options(role, 0, 1)

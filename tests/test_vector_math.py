@@ -1,10 +1,9 @@
 """Vector functions are settled before anything is computed from a model's weights."""
 
 import pytest
-from helpers import tiny_model
+from helpers import config_of, tiny_model
 
 from sdft_dist import vector_math
-from sdft_dist.recipe import parse_config
 
 
 def test_settling_takes_every_function_through_both_types(monkeypatch):
@@ -28,7 +27,7 @@ def test_a_learner_settles_before_it_loads(monkeypatch, tmp_path):
         raise OSError("enough")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    config = parse_config({"model": {"path": str(tiny_model(tmp_path))}, "data": {"train": "x"}, "run_dir": "x"})
+    config = config_of(model={"path": str(tiny_model(tmp_path))})
     with pytest.raises(ValueError, match="enough"):
         model.load_causal_lm(config.model)
     assert order == ["settle", "load"]

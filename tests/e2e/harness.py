@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from helpers import Allocations
+from helpers import Allocations, config_of
 
 from actors.pool import Pool
 from actors.rollout import Generator
@@ -30,7 +30,6 @@ from sdft_dist.config import Config
 from sdft_dist.export import checkpoint_model
 from sdft_dist.placement import environment
 from sdft_dist.problems import ProblemSet
-from sdft_dist.recipe import parse_config
 from sdft_dist.remote import Events
 from sdft_dist.types import Problem, SampleKey, Span, TrainItem, WeightManifest
 from sdft_dist.wire import pack
@@ -216,9 +215,7 @@ def config_for(folder: Path, /, **sections: Any) -> Config:
         "learner": {"tokens_per_microbatch": 128},
         "cluster": {"timeout_s": 120, "device": "cpu"},
     }
-    for name, value in sections.items():
-        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
-    return parse_config(tree)
+    return config_of(tree, **sections)
 
 
 def random_problems(count: int, vocab: int = 90, seed: int = 0) -> ProblemSet:

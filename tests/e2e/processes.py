@@ -12,11 +12,11 @@ import uuid
 from pathlib import Path
 
 import pytest
-from helpers import write_jsonl
+from helpers import config_of, write_jsonl
 
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
-from sdft_dist.recipe import dump_config, parse_config
+from sdft_dist.recipe import dump_config
 
 MARK = "SDFT_TEST_MARK"
 # For whatever must happen at last. What takes 20 s here has taken 200 s where others used the machine: only a hang
@@ -38,9 +38,7 @@ def lab_config(folder, **sections):
         "learner": {"tokens_per_microbatch": 256},
         "cluster": {"timeout_s": PATIENCE_S},
     }
-    for name, value in sections.items():
-        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
-    return parse_config(tree)
+    return config_of(tree, **sections)
 
 
 def marked(value):
