@@ -56,6 +56,16 @@ def tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, **settings: ob
     return folder
 
 
+def by_formula(name: str, p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
+    """Divergence [T] of distributions p (student) and q (teacher), [T, C], as the paper writes it."""
+    if name == "forward_kl":
+        return (q * (q / p).log()).sum(-1)
+    if name == "reverse_kl":
+        return (p * (p / q).log()).sum(-1)
+    m = (1 - beta) * p + beta * q
+    return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+
+
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}}  # of which nothing need exist
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_relative
+from helpers import assert_relative, by_formula
 
 from learner import fused, liger
 from learner.fused import LogitTransform, Objective, Targets, weighted_loss
@@ -42,16 +42,6 @@ def log_probs(states, head, objective):
     return (z / objective.temperature).log_softmax(-1)
 
 
-def by_formula(name, p, q):
-    """Divergence [T] of distributions p (student) and q (teacher), [T, C], as the paper writes it."""
-    if name == "forward_kl":
-        return (q * (q / p).log()).sum(-1)
-    if name == "reverse_kl":
-        return (p * (p / q).log()).sum(-1)
-    m = (1 - BETA) * p + BETA * q
-    return BETA * (q * (q / m).log()).sum(-1) + (1 - BETA) * (p * (p / m).log()).sum(-1)
-
-
 def categories(probs, ids, tail):
     """Probabilities of the chosen ids, and of the rest or renormalised."""
     chosen = probs.gather(-1, ids)
@@ -79,10 +69,10 @@ def reference(x, objective, name, ids):
     logq = log_probs(x["teacher_states"].double(), x["teacher_head"].double(), objective)
     own = logp.gather(-1, x["labels"][:, None])[:, 0]
     if objective.kind == "full":
-        per_token = by_formula(name, logp.exp(), logq.exp())
+        per_token = by_formula(name, logp.exp(), logq.exp(), BETA)
     elif objective.kind == "chosen":
         p, q = (categories(d.exp(), ids, objective.tail) for d in (logp, logq))
-        per_token = by_formula(name, p, q)
+        per_token = by_formula(name, p, q, BETA)
     elif objective.kind == "dft":
         per_token = -own * own.detach().exp()
     else:

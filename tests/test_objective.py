@@ -4,20 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import assert_relative
+from helpers import assert_relative, by_formula
 
 from learner.objective import FLOOR, divergence
 
 NAMES = ("forward_kl", "reverse_kl", "jsd")
-
-
-def by_formula(name, p, q, beta):
-    if name == "forward_kl":
-        return (q * (q / p).log()).sum(-1)
-    if name == "reverse_kl":
-        return (p * (p / q).log()).sum(-1)
-    m = (1 - beta) * p + beta * q
-    return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
