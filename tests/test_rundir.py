@@ -58,9 +58,13 @@ def test_resume_auto_begins_at_the_newest_and_forgets_later_metrics(finished):
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_a_folder_that_cannot_be_made_is_told(tmp_path, resume):
     (tmp_path / "file").touch()
-    for name, why in (("n" * 300, "File name too long"), ("file/below", "Not a directory")):
-        with pytest.raises(UserError, match=rf"^run_dir: {tmp_path / name}: cannot be made or written to: {why}$"):
-            claim(config_in(tmp_path / name), resume)
+    for place, why in (
+        (tmp_path / ("n" * 300), "File name too long"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        (Path("/proc/run"), "No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=rf"^run_dir: {place}: cannot be made or written to: {why}$"):
+            claim(config_in(place), resume)
 
 
 def test_resume_auto_in_an_unused_folder_begins_at_the_beginning(tmp_path):
@@ -189,13 +193,6 @@ def test_a_fork_of_a_relative_path_is_for_ranks_that_work_elsewhere(finished, tm
     run, start = claim(config_in(tmp_path / "fork"), "run")
     assert start.checkpoint == RunDir(tmp_path / "run").commits.path(20)
     run.release()
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    for place in (tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(UserError, match=f"run_dir: {place}: cannot be made or written to: N"):
-            claim(config_in(place))
 
 
 @pytest.mark.fault("settings changed on resume", "edited fields", "refused by name")
