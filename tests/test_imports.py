@@ -22,7 +22,7 @@ PURE = {
 }
 PURE |= {"memory", "vector_math", "last_words"}  # of a process
 PURE |= {"adapters", "transport", "problems", "inputs", "recipe"}
-MAY_IMPORT_ACTORS_AND_LEARNER = {"cluster", "fleet"}
+MAY_IMPORT_ACTORS = {"cluster", "fleet"}
 HEAVY = {"vllm", "deepspeed"}
 
 
@@ -59,13 +59,11 @@ def test_pure_modules_import_only_pure_modules():
             assert top != "sdft_dist" or rest in PURE, f"{name} imports {imported}"
 
 
-def test_only_cluster_and_fleet_import_both_sides():
+def test_only_cluster_and_fleet_import_actors():
     for path in modules("sdft_dist"):
         tops = {name.split(".")[0] for name in imports(path)}
-        if {"actors", "learner"} <= tops:
-            assert path.stem in MAY_IMPORT_ACTORS_AND_LEARNER, path
         if "actors" in tops:
-            assert path.stem in MAY_IMPORT_ACTORS_AND_LEARNER, path
+            assert path.stem in MAY_IMPORT_ACTORS, path
 
 
 def test_no_heavy_import_at_module_level_of_the_product():
