@@ -302,11 +302,6 @@ def test_a_scorer_may_be_a_module_in_the_current_folder(recipe, tmp_path, monkey
     assert "used holds files that are not a run's" in capsys.readouterr().err, "what is looked at after the scorer"
 
 
-def test_a_recipe_that_is_not_there(capsys):
-    assert main(["train", "nowhere.yaml"]) == 2
-    assert "nowhere.yaml: no such file" in capsys.readouterr().err
-
-
 def test_export_of_no_run(tmp_path, capsys):
     assert main(["ckpt", "export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "is not a run directory" in capsys.readouterr().err

@@ -209,13 +209,6 @@ def test_a_silent_rank_is_no_full_disk(store, monkeypatch):
         save(store, 10)
 
 
-def test_going_back_forgets_what_came_after(store):
-    for step in (10, 20, 30):
-        save(store, step)
-    store.drop_after(10)
-    assert store.steps() == [10]
-
-
 @pytest.mark.parametrize("go_on", [lambda store: store.drop_after(10), lambda store: save(store, 30)])
 def test_a_folder_that_a_kill_left_without_its_marker_goes_when_the_run_goes_on(store, go_on):
     save(store, 10)
