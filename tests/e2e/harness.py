@@ -298,6 +298,31 @@ def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] =
     return generators, teachers
 
 
+def greedy(lm: Any, prompt: np.ndarray, count: int) -> list[int]:
+    """What the model says, by Hugging Face."""
+    ids = torch.tensor([prompt.tolist()])
+    out = lm.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=98, pad_token_id=97)
+    return out[0, len(prompt) :].tolist()
+
+
+def assert_states(lm: Any, teachers: Pool, problems: ProblemSet) -> None:
+    """The teacher's states of all demonstrations are the model's, to 1e-5."""
+    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in problems]
+    starts = [len(p.teacher_prompt_ids) for p in problems]
+    read = ray.get(teachers.actors[0].read.remote(sequences, starts))
+    for tokens, start, states in zip(sequences, starts, read, strict=True):
+        with torch.no_grad():
+            expected = lm.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
+        assert states.shape == expected.shape
+        assert np.abs(states - expected.numpy()).max() < 1e-5
+
+
+def shapes_of(group: LearnerGroup) -> dict[str, tuple[int, ...]]:
+    """Of all weights, by name."""
+    buckets = ray.get(group.ranks[0].manifest.remote(0, True)).buckets
+    return {name: shape for b in buckets for name, shape in zip(b.names, b.shapes, strict=True)}
+
+
 def save(group: LearnerGroup, folder: Path) -> None:
     """Write a checkpoint's shards and wait for them."""
     folder.mkdir(parents=True, exist_ok=True)

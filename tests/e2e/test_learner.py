@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from harness import config_for, demonstration_items, save
+from harness import config_for, demonstration_items, save, shapes_of
 from helpers import assert_relative, tiny_model
 from safetensors.torch import load_file
 
@@ -33,11 +33,7 @@ def test_the_average_is_a_float64_reference_after_50_steps(ranks, problems, mode
         optim={"learning_rate": 1e-3},
     )
     group = ranks.group(config, problems)
-    shapes = {
-        name: s
-        for bucket in ray.get(group.ranks[0].manifest.remote(0, True)).buckets
-        for name, s in zip(bucket.names, bucket.shapes, strict=True)
-    }
+    shapes = shapes_of(group)
 
     def read(kind):
         save(group, tmp_path)
@@ -182,11 +178,7 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(ranks, problems, model, tmp_pa
     for num_ranks, stage in ((1, 0), (2, 3)):
         config = config_for(model, method="sft", learner={"zero_stage": stage, "ranks": num_ranks})
         group = ranks.group(config, problems)
-        shapes = {
-            name: s
-            for bucket in ray.get(group.ranks[0].manifest.remote(0, True)).buckets
-            for name, s in zip(bucket.names, bucket.shapes, strict=True)
-        }
+        shapes = shapes_of(group)
         group.update(0, 1, demonstration_items(problems))
         folder = tmp_path / str(num_ranks)
         save(group, folder)

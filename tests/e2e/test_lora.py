@@ -1,10 +1,8 @@
 """Adapters: trained, averaged, saved and pushed alone; engines add them to the weights that they hold."""
 
-import numpy as np
 import pytest
-import ray
 import torch
-from harness import config_for, demonstration_items, exported, save
+from harness import assert_states, config_for, demonstration_items, exported, greedy, save
 from peft import PeftModel
 from processes import lab_config
 from safetensors.torch import load_file
@@ -26,25 +24,6 @@ def lora_config(model, stage=2, ranks=1, **sections):
         learner={"zero_stage": stage, "ranks": ranks},
         **({"teacher": {"kind": "ema", "ema_rate": 0.3}} | sections),
     )
-
-
-def served_states(served, problems):
-    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in problems]
-    starts = [len(p.teacher_prompt_ids) for p in problems]
-    return sequences, starts, ray.get(served.teachers.actors[0].read.remote(sequences, starts))
-
-
-def assert_states(lm, sequences, starts, read):
-    for tokens, start, states in zip(sequences, starts, read, strict=True):
-        with torch.no_grad():
-            expected = lm.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
-        assert np.abs(states - expected.numpy()).max() < 1e-5
-
-
-def greedy(lm, prompt, count):
-    ids = torch.tensor([prompt.tolist()])
-    out = lm.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=98, pad_token_id=97)
-    return out[0, len(prompt) :].tolist()
 
 
 def train_and_push(group, served, problems):
@@ -76,7 +55,7 @@ def test_engines_equal_hugging_face_on_the_merged_weights(served, ranks, problem
     assert [s.tolist() for s in served.generators.complete(prompts, 12)] == expected
     query = student.model.layers[0].self_attn.q_proj.weight
     assert (query - average.model.layers[0].self_attn.q_proj.weight).abs().max() > 1e-4
-    assert_states(average, *served_states(served, problems))
+    assert_states(average, served.teachers, problems)
     assert adapters < 0.5 * whole
 
 
@@ -85,7 +64,7 @@ def test_a_base_teacher_is_what_the_adapters_are_added_to(served, ranks, problem
     group = ranks.group(config, problems)
     train_and_push(group, served, problems)
     group.stop()
-    assert_states(AutoModelForCausalLM.from_pretrained(served.model).eval(), *served_states(served, problems))
+    assert_states(AutoModelForCausalLM.from_pretrained(served.model).eval(), served.teachers, problems)
 
 
 def test_adapters_without_the_weights_that_they_belong_to_are_refused(served, ranks, problems):

@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 import ray
 import torch
-from harness import config_for, demonstration_items, exported
+from harness import assert_states, config_for, demonstration_items, exported, greedy
 
 from sdft_dist.wire import weight_sums
-
-
-def greedy(lm, prompt, count):
-    ids = torch.tensor([prompt.tolist()])
-    out = lm.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=98, pad_token_id=97)
-    return out[0, len(prompt) :].tolist()
-
 
 NOT_SERVED = "noticed; the engine serves nothing before a whole push"
 
@@ -43,14 +36,7 @@ def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, probl
     prompts = [p.prompt_ids for p in problems]
     sampled = generators.complete(prompts, 12)
     assert [s.tolist() for s in sampled] == [greedy(student, p, 12) for p in prompts]
-    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in problems]
-    starts = [len(p.teacher_prompt_ids) for p in problems]
-    read = ray.get(teachers.actors[0].read.remote(sequences, starts))
-    for tokens, start, states in zip(sequences, starts, read, strict=True):
-        with torch.no_grad():
-            expected = ema.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
-        assert states.shape == expected.shape
-        assert np.abs(states - expected.numpy()).max() < 1e-5
+    assert_states(ema, teachers, problems)
     actors = (generators.actors[0], teachers.actors[0])
     sums = ray.get([actor.__ray_call__.remote(lambda actor: actor.engine.weight_sums()) for actor in actors])
     assert sums == [weight_sums(student.parameters()), weight_sums(ema.model.parameters())]

@@ -3,7 +3,7 @@
 import pytest
 import ray
 import torch
-from harness import config_for, demonstration_items, save
+from harness import config_for, demonstration_items, save, shapes_of
 from helpers import assert_relative, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -80,11 +80,7 @@ def test_another_stage_and_number_of_ranks_goes_on_from_the_same_state(
 ):
     middle, losses, _ = saved(*before)
     group = ranks.group(config(model, *after), problems, resume=middle)
-    shapes = {
-        name: s
-        for bucket in ray.get(group.ranks[0].manifest.remote(0, True)).buckets
-        for name, s in zip(bucket.names, bucket.shapes, strict=True)
-    }
+    shapes = shapes_of(group)
     save(group, tmp_path)
     one, other = Shards(middle), Shards(tmp_path)
     for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):

@@ -4,16 +4,13 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
-import torch
 from chaos import wait_until
-from harness import config_for, demonstration_items, engine_pools, exported
+from harness import assert_states, config_for, demonstration_items, engine_pools, exported, greedy
 from helpers import tiny_model
 from processes import lab_config
 from ray.exceptions import RayActorError
-from test_push import greedy
 
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
@@ -46,13 +43,7 @@ def test_they_equal_hugging_face_after_pushes(spanning, ranks, problems, rank, t
     group.stop()
     prompts = [p.prompt_ids for p in problems]
     assert [s.tolist() for s in generators.complete(prompts, 12)] == [greedy(student, p, 12) for p in prompts]
-    sequences = [np.concatenate([p.teacher_prompt_ids, p.demonstration_ids]) for p in problems]
-    starts = [len(p.teacher_prompt_ids) for p in problems]
-    read = ray.get(teachers.actors[0].read.remote(sequences, starts))
-    for tokens, start, states in zip(sequences, starts, read, strict=True):
-        with torch.no_grad():
-            expected = average.model(torch.tensor([tokens.tolist()])).last_hidden_state[0, start - 1 : -1]
-        assert np.abs(states - expected.numpy()).max() < 1e-5
+    assert_states(average, teachers, problems)
 
 
 @pytest.mark.slow
