@@ -54,14 +54,7 @@ def unused_folder() -> Path:
     return next(p for p in itertools.chain([Path("runs/demo")], numbered) if not p.exists())
 
 
-def demo(
-    out: Path | None,
-    *,
-    num_seeds: int = 1,
-    steps: int | None = None,
-    rebuild_base: bool = False,
-    overrides: Sequence[str] = (),
-) -> list[Outcome]:
+def demo(out: Path | None, *, num_seeds: int, steps: int | None, rebuild_base: bool, overrides: Sequence[str]) -> None:
     """Run all, with `overrides` over the lab's recipe, and print the table; writes `curves.png`, `report/` and the
     runs into `out`, which must be unused."""
     console, out = Console(), out or unused_folder()
@@ -105,7 +98,6 @@ def demo(
         soft_wrap=True,
         highlight=False,
     )
-    return outcomes
 
 
 def _sharing() -> list[str]:
