@@ -68,14 +68,7 @@ class Engine:
     A generator samples of the first `vocab_size` ids, where that is given: what a model's head has beyond its
     tokenizer is padding. Raises UserError for settings that vLLM refuses."""
 
-    def __init__(
-        self,
-        config: Config,
-        runner: Runner,
-        device: str,
-        stop_ids: Sequence[int],
-        vocab_size: int | None = None,
-    ):
+    def __init__(self, config: Config, runner: Runner, device: str, stop_ids: Sequence[int], vocab_size: int | None):
         self._llm = make_llm(config, runner, device, vocab_size)
         self._core = self._llm.llm_engine.engine_core.engine_core
         self.device = device

@@ -29,7 +29,7 @@ class Teacher:
         self.config, self.problems = config, problems
         self._refused: UserError | None = None
         try:
-            self.engine = Engine(config, "pooling", device, stop_ids=())
+            self.engine = Engine(config, "pooling", device, stop_ids=(), vocab_size=None)
         except UserError as e:  # for `ready`: of what a constructor raises Ray passes on the text alone
             self._refused = e
         self.vocab_size = vocab_size
