@@ -19,11 +19,10 @@ from sdft_dist.types import ShardFile
 class FakeSaver:
     """Two ranks that write a few bytes each."""
 
-    def __init__(self, size=1000):
-        self.size, self.folder, self.done = size, None, True
+    done = True
 
     def state_bytes(self):
-        return self.size
+        return 1000
 
     def start_saving(self, folder):
         self.folder = folder
@@ -33,15 +32,15 @@ class FakeSaver:
             return None
         files = []
         for rank in range(2):
-            content = os.urandom(self.size // 2)
+            content = os.urandom(500)
             (self.folder / f"rank-{rank:03d}.safetensors").write_bytes(content)
             digest = hashlib.sha256(content).hexdigest()
             files.append(ShardFile(name=f"rank-{rank:03d}.safetensors", bytes=len(content), sha256=digest))
         return files
 
 
-def save(store, step, saver=None):
-    saver = saver or FakeSaver()
+def save(store, step):
+    saver = FakeSaver()
     store.start(saver, step)
     return store.finish(saver, wait=True)
 

@@ -71,7 +71,7 @@ def test_the_shipped_base_is_of_the_default_settings():
     assert sum(p.stat().st_size for p in shipped_base().iterdir()) < 4 << 20
 
 
-def accuracy(folder, skills, count=60):
+def accuracy(folder, skills):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +85,7 @@ def accuracy(folder, skills, count=60):
 
     result = {}
     for skill in skills:
-        rows = world.rows(skill, "a", count, seed=-7)
+        rows = world.rows(skill, "a", 60, seed=-7)
         shown = [world.TEACHER_TEMPLATE.format(prompt=r.prompt, demonstration=r.demonstration) for r in rows]
         answers = [r.answer for r in rows]
         result[skill] = (right([r.prompt for r in rows], answers), right(shown, answers))

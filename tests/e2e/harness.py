@@ -218,12 +218,12 @@ def config_for(folder: Path, /, **sections: Any) -> Config:
     return config_of(tree, **sections)
 
 
-def random_problems(count: int, vocab: int = 90, seed: int = 0) -> ProblemSet:
+def random_problems(count: int) -> ProblemSet:
     """Problems of random token ids and unequal lengths."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(low: int, high: int) -> np.ndarray:
-        return rng.integers(1, vocab, rng.integers(low, high)).astype(np.int32)
+        return rng.integers(1, 90, rng.integers(low, high)).astype(np.int32)
 
     return ProblemSet(
         Problem(prompt_ids=draw(3, 12), teacher_prompt_ids=draw(12, 30), demonstration_ids=draw(2, 10))
@@ -285,12 +285,12 @@ def rollouts(config: Config, problems: ProblemSet, generators: Pool, teachers: P
     return path.take(keys)
 
 
-def engine_pools(config: Config, problems: ProblemSet, stop_ids: Sequence[int] = (98,)) -> tuple[Pool, Pool]:
+def engine_pools(config: Config, problems: ProblemSet) -> tuple[Pool, Pool]:
     """One generator and one teacher, ready."""
     table = ray.put(problems)
     make = lambda cls, *args: ray.remote(cls).options(**cpu_options(1)).remote(config, "cpu", *args)  # noqa: E731
     timeout_s, cluster = config.cluster.timeout_s, config.cluster
-    generator, teacher = make(ReusableGenerator, list(stop_ids), table), make(ReusableTeacher, 102, table)
+    generator, teacher = make(ReusableGenerator, [98], table), make(ReusableTeacher, 102, table)
     generators = Pool("generators", [generator], timeout_s, EVENTS, workers=cluster.generator_tensor_parallel)
     teachers = Pool("teachers", [teacher], timeout_s, EVENTS, workers=cluster.teacher_tensor_parallel)
     generators.wait_ready()
