@@ -46,21 +46,18 @@ class Commits:
         """Begin to save the state after `step` optimizer steps. Raises Fault where there is no space."""
         self.finish(saver, wait=True)
         with _disk(step):
-            self._start(saver, step)
-
-    def _start(self, saver: Saver, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._clear()
-        needed, free = int(HEADROOM * saver.state_bytes()), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise Fault(
-                f"checkpoint of step {step}: needs {needed >> 20} MiB in {self.folder}, {free >> 20} MiB are free; "
-                "earlier checkpoints are intact"
-            )
-        beside = self.folder / f"writing-{step:06d}"
-        beside.mkdir(exist_ok=True)  # what is being read of an older one stays on NFS, and does not count
-        saver.start_saving(beside)
-        self._pending = step, beside
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear()
+            needed, free = int(HEADROOM * saver.state_bytes()), shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise Fault(
+                    f"checkpoint of step {step}: needs {needed >> 20} MiB in {self.folder}, {free >> 20} MiB are free; "
+                    "earlier checkpoints are intact"
+                )
+            beside = self.folder / f"writing-{step:06d}"
+            beside.mkdir(exist_ok=True)  # what is being read of an older one stays on NFS, and does not count
+            saver.start_saving(beside)
+            self._pending = step, beside
 
     def finish(self, saver: Saver, *, wait: bool) -> Path | None:
         """Commit what `start` began, if it is written or `wait` says to wait for it; returns its folder.
