@@ -268,7 +268,7 @@ def _rows(run: Run, new: str | None) -> str:
         pairs = zip(before, last[name], strict=True)
         for old, row in sorted(pairs, key=lambda pair: pair[0].right == pair[1].right)[:ROWS]:
             texts = (row.prompt, row.answer, old.completion, row.completion)
-            marks = ("", "", _mark(old.right), _mark(row.right))
+            marks = ("", "", *("right" if one.right else "wrong" for one in (old, row)))
             tds = "".join(
                 f"<td class='text {mark}'>{escape(text)}</td>" for text, mark in zip(texts, marks, strict=True)
             )
@@ -336,10 +336,6 @@ def _percent(record: Mapping[str, Any], name: str) -> str:
 
 def _mean(record: Mapping[str, Any], names: Sequence[str]) -> float:
     return statistics.mean(record[name] for name in names)
-
-
-def _mark(right: bool) -> str:
-    return "right" if right else "wrong"
 
 
 def _curves(
