@@ -22,11 +22,8 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # a number that YA
 Override = str | Mapping[str, Any]
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Files = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]  # of a recipe; in YAML one name will do
+# Of a recipe; in YAML one name will do.
+Files = Annotated[list[str], BeforeValidator(lambda own: [own] if isinstance(own, str) else own), Field(min_length=1)]
 
 
 def load_config(path: str | Path | Sequence[str], overrides: Iterable[Override] = ()) -> Config:
