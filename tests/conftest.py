@@ -37,8 +37,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray cluster, the same as `sdft train` starts."""
-    from sdft_dist.recipe import parse_config
+    from helpers import config_of
+
     from sdft_dist.session import ray_session
 
-    with ray_session(parse_config({"model": {"path": "m"}, "data": {"train": "d"}})):
+    with ray_session(config_of()):
         yield

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import config_of
 
 from sdft_dist.data import load_rows
 from sdft_dist.prompts import encode_problems, load_tokenizer, teacher_messages
-from sdft_dist.recipe import parse_config
 
 TOKENIZERS, DATA = os.environ.get("SDFT_REAL_TOKENIZERS"), os.environ.get("SDFT_REAL_DATA")
 FOLDERS = sorted(path.parent for path in Path(TOKENIZERS or "/nonexistent").glob("*/tokenizer_config.json"))
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.skipif(not (FOLDERS and DATA), reason="SDFT_REAL_TOKENI
 def test_both_views_are_what_transformers_makes_of_them(folder, rows, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     (model / "config.json").write_text("{}")
-    sections = {"model": {"path": str(model), "max_length": 16_384}, "data": {"train": "unused"}}
-    config = parse_config(sections | {"learner": {"tokens_per_microbatch": 16_384}})
+    config = config_of(model={"path": str(model), "max_length": 16_384}, learner={"tokens_per_microbatch": 16_384})
     tokenizer = load_tokenizer(config)
     encoded = encode_problems(config, tokenizer, load_rows(f"{DATA}/{rows}.jsonl"))
     assert len(encoded.kept) >= 70

@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from helpers import write_jsonl
+from helpers import config_of, write_jsonl
 
 from sdft_dist.errors import UserError
 from sdft_dist.harness.harness import harness, save
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
-from sdft_dist.recipe import parse_config
 
 CHOICE = """
 task: lab_choice
@@ -58,13 +57,10 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return parse_config(
-        {
-            "run_dir": str(tmp_path_factory.mktemp("harness") / "run"),
-            "model": {"path": str(shipped_base()), "max_length": 64},
-            "rollout": {"max_completion_tokens": 16},
-            "data": {"train": "unused"},
-        }
+    return config_of(
+        run_dir=str(tmp_path_factory.mktemp("harness") / "run"),
+        model={"path": str(shipped_base()), "max_length": 64},
+        rollout={"max_completion_tokens": 16},
     )
 
 

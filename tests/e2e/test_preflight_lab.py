@@ -3,27 +3,24 @@
 import json
 from dataclasses import asdict
 
-from helpers import write_jsonl
+from helpers import config_of, write_jsonl
 
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.preflight import preflight, show
-from sdft_dist.recipe import parse_config
 
 
 def test_the_lab_is_found_fit_for_sdft(ray_cluster, tmp_path):
     rows = [row._asdict() for row in world.rows("t35", "a", 32, seed=0)]
     rows.append({"prompt": "rev " + "a0 " * 60, "demonstration": "thus a0 end", "answer": "a0"})
-    config = parse_config(
-        {
-            "model": {"path": str(shipped_base()), "max_length": 64},
-            "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", rows)), "too_long": "drop"},
-            "prompt": {"template": world.TEACHER_TEMPLATE},
-            "rollout": {"max_completion_tokens": 16, "temperature": 0.9},
-            "learner": {"tokens_per_microbatch": 256},
-            "eval": {"scorer": "sdft_dist.lab.world:score"},
-            "cluster": {"timeout_s": 120},
-        }
+    config = config_of(
+        model={"path": str(shipped_base()), "max_length": 64},
+        data={"train": str(write_jsonl(tmp_path / "train.jsonl", rows)), "too_long": "drop"},
+        prompt={"template": world.TEACHER_TEMPLATE},
+        rollout={"max_completion_tokens": 16, "temperature": 0.9},
+        learner={"tokens_per_microbatch": 256},
+        eval={"scorer": "sdft_dist.lab.world:score"},
+        cluster={"timeout_s": 120},
     )
     found = preflight(config, num_rows=32)
     assert found.rows == 33

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import tiny_model, write_jsonl
+from helpers import config_of, tiny_model, write_jsonl
 from processes import PATIENCE_S, lab_config, nothing_left, start
 
 from sdft_dist.errors import UserError
@@ -14,7 +14,6 @@ from sdft_dist.evaluate import Judged
 from sdft_dist.export import export
 from sdft_dist.files import read_jsonl
 from sdft_dist.lab import world
-from sdft_dist.recipe import parse_config
 from sdft_dist.runlog import read_metrics
 from sdft_dist.train import run
 
@@ -110,18 +109,16 @@ def real_model(tmp_path_factory):
     ],
 )
 def test_real_rows_with_two_learner_ranks(ray_cluster, real_model, tmp_path, name, stage, staleness):
-    config = parse_config(
-        {
-            "run_dir": str(tmp_path / "run"),
-            "steps": 20,
-            "model": {"path": str(real_model), "max_length": 3072},
-            "data": {"train": f"{REAL}/{name}.jsonl"},
-            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 16, "max_staleness": staleness},
-            "teacher": {"kind": "base"},
-            "optim": {"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 0},
-            "learner": {"ranks": 2, "zero_stage": stage, "tokens_per_microbatch": 3072},
-            "cluster": {"timeout_s": 200},
-        }
+    config = config_of(
+        run_dir=str(tmp_path / "run"),
+        steps=20,
+        model={"path": str(real_model), "max_length": 3072},
+        data={"train": f"{REAL}/{name}.jsonl"},
+        rollout={"prompts_per_step": 4, "max_completion_tokens": 16, "max_staleness": staleness},
+        teacher={"kind": "base"},
+        optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 0},
+        learner={"ranks": 2, "zero_stage": stage, "tokens_per_microbatch": 3072},
+        cluster={"timeout_s": 200},
     )
     run(config)
     found = losses(tmp_path / "run")
