@@ -25,7 +25,7 @@ from sdft_dist.fleet import Fleet
 from sdft_dist.inputs import read_inputs
 from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
-from sdft_dist.recipe import parse_config
+from sdft_dist.recipe import parse
 from sdft_dist.session import ray_session
 
 
@@ -103,7 +103,7 @@ def preflight(config: Config, num_rows: int = 64) -> Preflight:
     """Run all checks on the first `num_rows` rows. Raises UserError as a run would."""
     tree = config.model_dump()
     tree["rollout"] |= {"top_p": 1.0, "top_k": 0}  # or generator and learner would differ by what these cut off
-    config = parse_config({**tree, "method": "sdft"})
+    config = parse(Config, {**tree, "method": "sdft"})
     check_device(config)
     inputs = read_inputs(config)
     kept = inputs.kept[:num_rows]

@@ -90,11 +90,6 @@ def _repeated(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
             yield from _repeated(value, prefix)
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
-    """A Config from nested dictionaries. Raises ConfigError with one line per mistake."""
-    return parse(Config, tree)
-
-
 def parse(section: type[S], tree: dict[str, Any]) -> S:
     """What `tree` holds, checked. Raises ConfigError with one line per mistake."""
     try:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdft_dist.config import Config
-from sdft_dist.recipe import parse_config
+from sdft_dist.recipe import parse
 
 
 def assert_relative(got: torch.Tensor, exact: torch.Tensor, rel: float = 1e-5) -> None:
@@ -72,7 +72,7 @@ MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}}  # of which nothing n
 def config_of(defaults: dict[str, Any] = MINIMAL, /, **sections: Any) -> Config:
     """The defaults with `sections` merged over them."""
     merged = {n: {**defaults.get(n, {}), **own} if isinstance(own, dict) else own for n, own in sections.items()}
-    return parse_config({**defaults, **merged})
+    return parse(Config, {**defaults, **merged})
 
 
 class Allocations(TorchDispatchMode):

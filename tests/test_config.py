@@ -2,8 +2,9 @@
 
 import pytest
 
+from sdft_dist.config import Config
 from sdft_dist.errors import ConfigError
-from sdft_dist.recipe import dump_config, load_config, parse_config
+from sdft_dist.recipe import dump_config, load_config, parse
 
 MINIMAL = "model: {path: m}\ndata: {train: d.jsonl}\n"
 STUDENTS_TOP_5 = ["loss.support=topk", "loss.topk_from=student", "loss.top_k=5"]
@@ -88,7 +89,7 @@ def test_mistakes(recipe, override, message):
 
 def test_missing_fields_and_files(tmp_path):
     with pytest.raises(ConfigError, match="model: is required and missing"):
-        parse_config({"data": {"train": "x"}})
+        parse(Config, {"data": {"train": "x"}})
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is a folder, expected a YAML file"):
@@ -101,7 +102,7 @@ def test_missing_fields_and_files(tmp_path):
 @pytest.mark.parametrize("sections", [{}, {"model": {"path": "m"}}, {"data": {"train": "d"}}])
 def test_a_layer_alone_is_told_once_what_it_goes_over(sections):
     with pytest.raises(ConfigError) as e:
-        parse_config(sections | {"learner": {"ranks": 4}})
+        parse(Config, sections | {"learner": {"ranks": 4}})
     lines = str(e.value).splitlines()
     assert len(lines) == 2 - len(sections)
     assert str(e.value).count("go over a preset: sdft train deploy/recipes/paper.yaml SIZE.yaml") == 1
@@ -133,8 +134,6 @@ def test_nothing_changes_it_after_parsing(recipe):
 
 
 def test_every_field_is_described():
-    from sdft_dist.config import Config
-
     def fields(model):
         for name, field in model.model_fields.items():
             if hasattr(field.annotation, "model_fields"):

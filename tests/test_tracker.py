@@ -16,9 +16,10 @@ wandb = pytest.importorskip("wandb")
 PROGRAM = """
 import sys
 from pathlib import Path
-from sdft_dist.recipe import parse_config
+from sdft_dist.config import Config
+from sdft_dist.recipe import parse
 from sdft_dist.tracker import tracked
-config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, "wandb": "project"})
+config = parse(Config, {"model": {"path": "m"}, "data": {"train": "d"}, "wandb": "project"})
 with tracked(config, Path(sys.argv[1]), print):
     print("on", flush=True)
     sys.stdin.read()

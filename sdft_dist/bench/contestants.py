@@ -17,7 +17,7 @@ from sdft_dist.inputs import Inputs, read_inputs
 from sdft_dist.loop import train
 from sdft_dist.prepare import check_device
 from sdft_dist.problems import ProblemSet
-from sdft_dist.recipe import parse_config
+from sdft_dist.recipe import parse
 from sdft_dist.runlog import RunLog
 from sdft_dist.session import resolve_device
 from sdft_dist.topology import needs, num_gpus, sizes
@@ -71,7 +71,7 @@ def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
     fields = {**config.model_dump(), "method": method, "run_dir": str(out / method)}
     if method != "sdft":
         fields["teacher"]["kind"] = "base"
-    return Ours(name=method, config=parse_config(fields), inputs=inputs, folder=out / method)
+    return Ours(name=method, config=parse(Config, fields), inputs=inputs, folder=out / method)
 
 
 def devices(config: Config) -> int:

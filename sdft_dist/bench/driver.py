@@ -26,7 +26,7 @@ from sdft_dist.config import Config
 from sdft_dist.loop import train
 from sdft_dist.pieces import split, train_items
 from sdft_dist.problems import ProblemSet
-from sdft_dist.recipe import parse_config
+from sdft_dist.recipe import parse
 from sdft_dist.remote import Events
 from sdft_dist.runlog import RunLog
 from sdft_dist.session import ray_session
@@ -106,13 +106,13 @@ def main() -> None:
     parser.add_argument("--memory-steps", type=int, default=2000)
     args = parser.parse_args()
     tree = {"model": {"path": "none"}, "data": {"train": "none"}, "loss": {"support": "sampled"}}
-    with ray_session(parse_config(tree)):
+    with ray_session(parse(Config, tree)):
         print(f"{'samples':>8} {'wall ms':>9} {'process ms':>11} {'own thread ms':>14}   medians of {args.steps} steps")
         for n in args.samples:
-            config = parse_config({**tree, "rollout": {"prompts_per_step": n}})
+            config = parse(Config, {**tree, "rollout": {"prompts_per_step": n}})
             wall, process, thread = (1e3 * statistics.median(t) for t in measure(config, args.steps)[0])
             print(f"{n:8} {wall:9.1f} {process:11.1f} {thread:14.1f}", flush=True)
-        _, memory = measure(parse_config({**tree, "rollout": {"prompts_per_step": 32}}), args.memory_steps)
+        _, memory = measure(parse(Config, {**tree, "rollout": {"prompts_per_step": 32}}), args.memory_steps)
         tenth = args.memory_steps // 10
         print(f"driver's memory: {memory[tenth] / 2**20:.1f} MiB after {tenth} steps, "
               f"{memory[-1] / 2**20:.1f} MiB after {args.memory_steps}")  # fmt: skip

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import ray
-from helpers import write_jsonl
+from helpers import config_of, write_jsonl
 
 from sdft_dist.cluster import serving
 from sdft_dist.errors import ConfigError, Fault, UserError
 from sdft_dist.evaluate_model import evaluate_model
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
-from sdft_dist.recipe import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def settings(tmp_path_factory):
 
 
 def test_the_labs_base_knows_its_skills_and_not_the_new_word(settings, tmp_path, ray_cluster):
-    found, judged = evaluate_model(parse_config(settings), tmp_path / "out")
+    found, judged = evaluate_model(config_of(settings), tmp_path / "out")
     assert (found["old"], found["new"], found["old_rows"], found["old_pass@2"]) == (1.0, 0.0, 12, 1.0)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
@@ -41,19 +40,19 @@ def test_the_labs_base_knows_its_skills_and_not_the_new_word(settings, tmp_path,
         (n, row.completion) for n in judged for row in judged[n]
     ]
     with pytest.raises(UserError, match=r"--out: .* is already in use"):
-        evaluate_model(parse_config(settings), tmp_path / "out")
+        evaluate_model(config_of(settings), tmp_path / "out")
     assert not (tmp_path / "unused").exists()
 
 
 def test_there_must_be_something_to_evaluate_on(settings):
     nothing = {**settings, "eval": {"every": 0}}
     with pytest.raises(ConfigError, match=r"eval\.sets: has no held-out file"):
-        evaluate_model(parse_config(nothing))
+        evaluate_model(config_of(nothing))
 
 
 @pytest.mark.fault("generator lost in sdft eval or sdft harness", "SIGKILL", "ends by name, exit 4")
 def test_a_lost_generator_ends_it_by_name(settings, ray_cluster):
-    config = parse_config({**settings, "model": {**settings["model"], "lora": {}}})
+    config = config_of({**settings, "model": {**settings["model"], "lora": {}}})
     with pytest.raises(Fault, match="lost a generator"):
         complete_with_a_dead_one(config)
 

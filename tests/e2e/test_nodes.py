@@ -37,8 +37,8 @@ def nodes(monkeypatch):
 
 def test_a_run_without_an_address_leaves_a_cluster_of_this_machine_alone(nodes):
     program = (
-        "import ray; from sdft_dist.session import ray_session; from sdft_dist.recipe import parse_config\n"
-        "with ray_session(parse_config({'model': {'path': 'm'}, 'data': {'train': 'd'}})):\n"
+        "import ray; from sdft_dist.session import ray_session; from helpers import config_of\n"
+        "with ray_session(config_of()):\n"
         "    print(ray.get_runtime_context().gcs_address, len(ray.nodes()))"
     )
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
