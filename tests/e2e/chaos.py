@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from processes import PATIENCE_S, lab_config, marked, start
+from processes import PATIENCE_S, ended, lab_config, marked, start
 
 from sdft_dist.runlog import read_metrics
 
@@ -133,8 +133,7 @@ def under_fire(config, folder, kills, seed):
             continue
         found.append((role, recovery(run, process, rng.choice(victims))))
         print(f"{len(found):3} {role}: next step after {found[-1][1]:.1f} s", file=sys.stderr, flush=True)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    ended(process, within_s=600)
     return found
 
 
@@ -168,8 +167,7 @@ def main():
         steps = 5 * args.kills + 10
         quiet = lab(folder / "quiet", steps, args.ranks)
         process, _ = start(quiet, folder / "quiet")
-        output, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, output
+        ended(process, within_s=900)
         config = lab(folder / "fire", steps, args.ranks)
         found = under_fire(config, folder / "fire", args.kills, args.seed)
         log = (Path(config.run_dir) / "run.log").read_text()

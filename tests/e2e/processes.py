@@ -71,6 +71,13 @@ def start(config, folder, *options, mark=None):
     return process, mark
 
 
+def ended(process, code=0, within_s=PATIENCE_S):
+    """What a process has said that ends by itself, with this exit code."""
+    output, _ = process.communicate(timeout=within_s)
+    assert process.returncode == code, output
+    return output
+
+
 def nothing_left(mark):
     """True as soon as no process carries the mark; fails after a minute."""
     deadline = time.monotonic() + 60

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers import write_jsonl
-from processes import PATIENCE_S, lab_config, nothing_left, start
+from processes import ended, lab_config, nothing_left, start
 
 from sdft_dist.lab import world
 from sdft_dist.runlog import read_metrics
@@ -18,8 +18,7 @@ def test_an_evaluation_puts_a_lost_generator_right(tmp_path):
     evaluation = {"every": 2, "sets": {"new": held}, "scorer": "killing_scorer:score"}
     config = lab_config(tmp_path, method="sft", steps=3, eval=evaluation)
     process, mark = start(config, tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     run = Path(config.run_dir)
     assert [m["step"] for m in read_metrics(run, "train")] == [1, 2, 3]
     assert [m["step"] for m in read_metrics(run, "eval")] == [0, 2, 3]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE_S, lab_config, nothing_left, start
+from processes import ended, lab_config, nothing_left, start
 
 from sdft_dist.errors import Fault, UserError
 from sdft_dist.runlog import read_metrics
@@ -44,8 +44,7 @@ def test_actors_that_rays_memory_monitor_ends_are_lost_by_name(tmp_path, monkeyp
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "200")
     process, mark = start(lab_config(tmp_path, method="sft", cluster={"device": "cpu", "max_restarts": 0}), tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 4, output
+    output = ended(process, 4)
     assert "killed due to the node running low on memory" in output
     assert "Traceback" not in output
     assert nothing_left(mark)

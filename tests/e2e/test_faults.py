@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for, wait_until
-from processes import PATIENCE_S, lab_config, nothing_left, start
+from processes import PATIENCE_S, ended, lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
 
@@ -30,8 +30,7 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
     for fault, role, step, how in zip(faults, ROLES, (2, 4, 7), signals, strict=True):
         wait_for(lambda step=step: steps_done(run) >= step, process, f"step {step}")
         record_property(fault, recovery(run, process, pids_of(role, mark)[0], how))
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     finished_alike(config, undisturbed)
     log = (run / "run.log").read_text()
     for expected in (
@@ -66,8 +65,7 @@ def test_hanging_engines_and_a_hanging_rank_are_ended(tmp_path, record_property)
     record_property("generator hangs", recovery(run, process, pids_of("generator", mark)[0], signal.SIGSTOP))
     wait_for(lambda: steps_done(run) >= 5, process, "step 5")
     record_property("learner rank hangs", recovery(run, process, pids_of("learner rank", mark)[0], signal.SIGSTOP))
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     assert [m["step"] for m in read_metrics(run, "train")] == list(range(1, 9))
     log = (run / "run.log").read_text()
     assert "generators 0: nothing came for 45 s" in log
@@ -83,14 +81,12 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     process, mark = start(config, tmp_path / "run")
     wait_for(lambda: steps_done(run) >= 3, process, "step 3")
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3, output
+    output = ended(process, 3)
     assert "is saved; go on with --resume auto" in output
     assert nothing_left(mark)
 
     process, mark = start(config, tmp_path / "run")
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 2
+    output = ended(process, 2)
     assert "go on from step" in output
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
@@ -101,8 +97,7 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     wait_until(lambda: not any(pids_of(role, mark) for role in ROLES), "the end of all actors")
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     finished_alike(config, undisturbed)
     assert nothing_left(mark)
 
@@ -116,16 +111,14 @@ def test_told_to_stop_before_its_training_and_before_its_export_a_run_does_them_
     process, mark = start(config, tmp_path / "run")
     wait_for((run / "run.log").exists, process, "its beginning")  # then Ray starts, which takes the signal for itself
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3, output
+    output = ended(process, 3)
     assert "; go on with --resume auto" in output
     assert nothing_left(mark)
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
     wait_for(lambda: steps_done(run) >= STEPS, process, f"step {STEPS}")
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3, output
+    output = ended(process, 3)
     assert f"asked to stop: step {STEPS} is saved; go on with --resume auto" in output
     assert [m["step"] for m in read_metrics(run, "eval")] == [0], "it was asked to stop in its last evaluation"
     assert nothing_left(mark)
@@ -133,15 +126,13 @@ def test_told_to_stop_before_its_training_and_before_its_export_a_run_does_them_
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
     wait_for(lambda: len(read_metrics(run, "eval")) == 2, process, "the last evaluation")
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3, output
+    output = ended(process, 3)
     assert "all steps are saved, the model is not exported; go on with --resume auto" in output
     assert not (run / "model").exists()
     assert nothing_left(mark)
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     assert (run / "model" / "config.json").is_file()
     assert sorted(path.name for path in (run / "attempts").iterdir()) == ["001", "002"]
     finished_alike(config, undisturbed)
@@ -165,8 +156,7 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path, record
         wait_for(lambda step=step: steps_done(run) >= step, process, f"step {step}")
         seconds = recovery(run, process, sorted(pids_of("generator", mark))[which])
         record_property("one of two generators killed, rollouts ahead", seconds)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     records = read_metrics(run, "train")
     assert [m["step"] for m in records] == list(range(1, STEPS + 1))
     assert {(m["samples"], m["dropped"]) for m in records} == {(8, 0)}
@@ -187,8 +177,7 @@ def test_a_rank_that_hangs_does_not_hold_up_a_preempted_run(tmp_path):
     wait_for(lambda: steps_done(Path(config.run_dir)) >= 3, process, "step 3")
     os.kill(pids_of("learner rank", mark)[0], signal.SIGSTOP)
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)  # cluster.timeout_s is longer
-    assert process.returncode == 3, output
+    output = ended(process, 3)  # cluster.timeout_s is longer
     assert "asked to stop, and lost" in output
     assert "step 2 is saved; go on with --resume auto" in output
     assert nothing_left(mark)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for
-from processes import MARK, PATIENCE_S, start
+from processes import MARK, PATIENCE_S, ended, start
 from ray.cluster_utils import Cluster
 
 from sdft_dist.stop import LOOK_S
@@ -83,8 +83,7 @@ def test_actors_of_a_lost_node_are_placed_on_others(undisturbed, nodes, tmp_path
     nodes.worker_nodes.remove(node)  # the raylet's end is all that the cluster hears
     threading.Timer(3.0, process.send_signal, [signal.SIGCONT]).start()
     record_property("node lost", recovery(Path(config.run_dir), process, raylet))
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     finished_alike(config, undisturbed)
 
 
@@ -117,8 +116,7 @@ def test_roles_on_nodes_of_their_own_equal_one_node_and_wait_for_a_node_that_com
     time.sleep(5)
     before = steps_done(Path(config.run_dir))
     apart.add_node(**NODE, resources={"sdft_teacher": 1})
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     assert before < STEPS, "it did not go on without"
     finished_alike(config, undisturbed)
 
@@ -133,10 +131,8 @@ def test_a_draining_node_ends_the_run_with_its_state_saved(undisturbed, nodes, t
     subprocess.run([*drain, "--deadline-remaining-seconds", "300"], check=True, capture_output=True, timeout=PATIENCE_S)
     time.sleep(LOOK_S)  # so that it looks as soon as it goes on
     process.send_signal(signal.SIGCONT)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3, output
+    output = ended(process, 3)
     assert "is saved; go on with --resume auto" in output
     process, _ = start(config, tmp_path / "run", "--resume", "auto", mark=nodes.mark)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     finished_alike(config, undisturbed)

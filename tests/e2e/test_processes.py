@@ -4,7 +4,7 @@ import os
 import signal
 
 from chaos import steps_done, wait_for
-from processes import PATIENCE_S, lab_config, marked, nothing_left, start
+from processes import ended, lab_config, marked, nothing_left, start
 
 
 def evaluated(folder, *, steps, scorer="sdft_dist.lab.world:score"):
@@ -14,8 +14,7 @@ def evaluated(folder, *, steps, scorer="sdft_dist.lab.world:score"):
 
 def test_an_exception(tmp_path):
     process, mark = start(evaluated(tmp_path, steps=2, scorer="failing_scorer:score"), tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 1
+    output = ended(process, 1)
     assert "the user's scorer failed" in output
     assert nothing_left(mark)
 
@@ -25,7 +24,6 @@ def test_ctrl_c(tmp_path):
     wait_for(lambda: steps_done(tmp_path / "run") >= 3, process, "step 3")
     assert len(marked(mark)) > 4, "Ray, a generator, a teacher and a learner must be running"
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the whole foreground group
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130, output
+    output = ended(process, 130)
     assert "sdft: interrupted" in output
     assert nothing_left(mark)

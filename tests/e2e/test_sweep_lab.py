@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 from chaos import steps_done, wait_for, wait_until
-from processes import MARK, PATIENCE_S, nothing_left
+from processes import MARK, ended, nothing_left
 from ray import tune
 from rich.console import Console
 
@@ -104,8 +104,7 @@ def test_told_to_stop_a_sweep_s_trials_save_and_the_same_command_goes_on(tmp_pat
     process, mark = swept(tmp_path)
     wait_for(lambda: steps_done(trial.run) >= 2, process, "step 2")
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3, output
+    output = ended(process, 3)
     assert "stopping: trials save, up to" in output
     assert "0 of 1 trials are done; the same command goes on" in output
     log = (trial.run / "run.log").read_text()
@@ -114,8 +113,7 @@ def test_told_to_stop_a_sweep_s_trials_save_and_the_same_command_goes_on(tmp_pat
     assert nothing_left(mark)
 
     process, mark = swept(tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    ended(process)
     assert trial.state == "finished"
     assert f"begins at step {step} of 100" in (trial.run / "run.log").read_text()
     assert [record["step"] for record in read_metrics(trial.run, "train")] == list(range(1, 101))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import config_of, tiny_model, write_jsonl
-from processes import PATIENCE_S, lab_config, nothing_left, start
+from processes import ended, lab_config, nothing_left, start
 
 from sdft_dist.errors import UserError
 from sdft_dist.evaluate import Judged
@@ -38,8 +38,7 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     rundir = run(config)
     shared = config.cluster.model_copy(update={"push_transport": "ipc"})
     process, mark = start(config.model_copy(update={"run_dir": str(tmp_path / "other"), "cluster": shared}), tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
+    output = ended(process)
     assert "Trained model:" in output
     first, second = (losses(tmp_path / name) for name in ("run", "other"))
     assert first == second
