@@ -28,6 +28,7 @@ from learner.zero import add_gradients_directly, deepspeed_config, step_and_norm
 from sdft_dist.cluster import stream
 from sdft_dist.config import Config
 from sdft_dist.export import checkpoint_model
+from sdft_dist.loop import demonstrations
 from sdft_dist.placement import environment
 from sdft_dist.problems import ProblemSet
 from sdft_dist.remote import Events
@@ -233,15 +234,7 @@ def random_problems(count: int) -> ProblemSet:
 
 def demonstration_items(problems: ProblemSet, step: int = 0) -> list[TrainItem]:
     """Every demonstration once."""
-    return [
-        TrainItem(
-            key=SampleKey(step, i, 0),
-            num_prompt_tokens=len(p.prompt_ids),
-            num_completion_tokens=len(p.demonstration_ids),
-            teacher_version=-1,
-        )
-        for i, p in enumerate(problems)
-    ]
+    return demonstrations(problems, [SampleKey(step, i, 0) for i in range(len(problems))])
 
 
 class Ranks:
