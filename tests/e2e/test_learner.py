@@ -13,8 +13,9 @@ from learner.model import Student, load_causal_lm
 from learner.worker import LearnerRank, objective
 from sdft_dist.batching import pack
 from sdft_dist.logits import LogitTransform
+from sdft_dist.pieces import bound, sample_refs, split, train_items
 from sdft_dist.planning import memory as plan_memory
-from sdft_dist.types import Piece, Sample, SampleKey, TeacherTargets, TrainItem
+from sdft_dist.types import Sample, SampleKey, TeacherTargets, VersionSpan
 
 
 @pytest.mark.parametrize(
@@ -60,24 +61,18 @@ def scored_items(problems):
         ids = rng.integers(1, 90, rng.integers(2, 10)).astype(np.int32)
         logprobs = rng.uniform(-5, -0.1, len(ids)).astype(np.float32)
         key, tail = SampleKey(0, i, 0), np.log1p(-np.exp(logprobs))
-        samples.append(Sample(key=key, completion_ids=ids, logprobs=logprobs, finish_reason="stop", policy_versions=()))
+        versions = (VersionSpan(0, 0, len(ids)),)
+        samples.append(
+            Sample(key=key, completion_ids=ids, logprobs=logprobs, finish_reason="stop", policy_versions=versions)
+        )
         targets.append(
             TeacherTargets(
                 key=key, teacher_version=0, dtype="float32", ids=ids[:, None], logprobs=logprobs[:, None], tail=tail
             )
         )
-    of_samples, of_targets = ray.put(samples), ray.put(targets)
-    return [
-        TrainItem(
-            key=s.key,
-            num_prompt_tokens=len(problems[i].prompt_ids),
-            num_completion_tokens=len(s.completion_ids),
-            teacher_version=0,
-            sample=Piece(of_samples, i),
-            targets=Piece(of_targets, i),
-        )
-        for i, s in enumerate(samples)
-    ]
+    refs = bound(sample_refs(samples, problems), [ray.put(samples)])
+    places, lists = split(targets, 1)
+    return bound(train_items(refs, places, 0), list(map(ray.put, lists)))
 
 
 def gradients(ranks, problems, model, num_ranks, stage, budget, normalisation="sequences", **learner):
