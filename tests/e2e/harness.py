@@ -249,14 +249,22 @@ class Ranks:
         self.actors = [ray.remote(ReusableRank).options(**cpu_options(n)).remote() for n in threads]
 
     def group(
-        self, config: Config, problems: ProblemSet, vocab_size: int = 102, resume: Path | None = None
+        self,
+        config: Config,
+        problems: ProblemSet,
+        *,
+        pools: Sequence[Pool] = (),
+        vocab_size: int = 102,
+        resume: Path | None = None,
     ) -> LearnerGroup:
-        """A started group of `config.learner.ranks` ranks, 1 or 2."""
+        """A started group of `config.learner.ranks` ranks, 1 or 2, which `pools` have joined for pushes."""
         n = config.learner.ranks
         table, actors = ray.put(problems), self.actors[:1] if n == 1 else self.actors[1:]
         ray.get([a.reset.remote(config, r, n, "cpu", vocab_size, table) for r, a in enumerate(actors)])
         group = LearnerGroup(config, actors, EVENTS, ignore)
         group.start(resume)
+        for pool in pools:
+            group.open_push(pool)
         return group
 
     def stop(self) -> None:

@@ -53,9 +53,7 @@ def test_roles_differ_by_rounding_alone(hosts, ranks, problems, tmp_path, tied, 
         teacher={"kind": "ema", "ema_rate": 0.3},
     )
     ray.get([pool.actors[0].load.remote(config, ray.put(problems)) for pool in hosts])
-    group = ranks.group(config, problems)
-    for pool in hosts:
-        group.open_push(pool)
+    group = ranks.group(config, problems, pools=hosts)
     for step in range(3):
         for pool in hosts:
             group.push(pool, step, step)

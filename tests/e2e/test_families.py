@@ -65,9 +65,8 @@ def test_one_step(hosts, ranks, problems, tmp_path, family):
         learner={"zero_stage": 2, "ranks": 2},
     )
     ray.get([pool.actors[0].load.remote(config, ray.put(problems)) for pool in hosts])
-    group = ranks.group(config, problems)
+    group = ranks.group(config, problems, pools=hosts)
     for pool in hosts:
-        group.open_push(pool)
         group.push(pool, 0, 0)
     items = rollouts(config, problems, generators, teachers, 0)
     student = exported(tmp_path / "before", group, config)

@@ -43,8 +43,7 @@ def test_a_push_of_the_same_weights_changes_no_token_and_is_on_record(served, ra
     generators = request.getfixturevalue("ahead") if begins_ahead else served.generators
     config = config_for(served.model, method="sft", rollout={"temperature": 1.0, "max_completion_tokens": 12})
     served.configure(config)
-    group = ranks.group(config, problems)
-    group.open_push(generators)
+    group = ranks.group(config, problems, pools=[generators])
     group.push(generators, 1, 1)
     (actor,) = generators.actors
     keys = [SampleKey(0, i, copy) for i in range(len(problems)) for copy in range(4)]
@@ -71,8 +70,7 @@ def test_a_push_of_the_same_weights_changes_no_token_and_is_on_record(served, ra
 def test_a_step_begun_before_the_push_is_the_old_weights(served, ahead, ranks, problems):
     """Up to where its first span ends, a completion is that of the old weights to the last bit; then it is not."""
     config = config_for(served.model, method="sft", rollout={"temperature": 1.0, "max_completion_tokens": 12})
-    group = ranks.group(config, problems)
-    group.open_push(ahead)
+    group = ranks.group(config, problems, pools=[ahead])
     group.push(ahead, 0, 0, wait=True)
     (actor,) = ahead.actors
     ray.get(actor.configure.remote(config))
@@ -103,9 +101,7 @@ def test_targets_of_two_teacher_versions_in_one_step(served, ranks, problems):
 
     def loss_of_the_second_step(select):
         """The first step is always the same; the second is on `select(items of version 0, of version 1)`."""
-        group = ranks.group(config, problems)
-        for pool in (served.generators, served.teachers):
-            group.open_push(pool)
+        group = ranks.group(config, problems, pools=(served.generators, served.teachers))
         for version in range(2):
             group.push(served.generators, version, version)
             group.push(served.teachers, version, 0)

@@ -68,8 +68,7 @@ def test_a_base_teacher_is_what_the_adapters_are_added_to(served, ranks, problem
 
 
 def test_adapters_without_the_weights_that_they_belong_to_are_refused(served, ranks, problems):
-    group = ranks.group(lora_config(served.model), problems)
-    group.open_push(served.generators)
+    group = ranks.group(lora_config(served.model), problems, pools=[served.generators])
     group._whole.add("generators")
     with pytest.raises(Exception, match="never the weight itself"):
         group.push(served.generators, 0, 0, wait=True)

@@ -21,9 +21,7 @@ def test_engines_equal_hugging_face_on_the_exported_weights(served, ranks, probl
         learner={"zero_stage": stage, "ranks": num_ranks},
         teacher={"kind": "ema", "ema_rate": 0.3},
     )
-    group = ranks.group(config, problems)
-    for pool in (generators, teachers):
-        group.open_push(pool)
+    group = ranks.group(config, problems, pools=(generators, teachers))
     for step in range(2):
         group.update(step, 2, demonstration_items(problems))
     group.push(generators, 2, 2)
@@ -48,8 +46,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, problems
     generators = served.generators
     config = config_for(served.model, method="sft", rollout={"temperature": 0.7, "max_completion_tokens": 12})
     served.configure(config)
-    group = ranks.group(config, problems)
-    group.open_push(generators)
+    group = ranks.group(config, problems, pools=[generators])
     group.push(generators, 5, 5)
     student = exported(tmp_path, group, config)
     group.stop()
@@ -70,8 +67,7 @@ def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
     with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
         generators.complete([problems[0].prompt_ids], 4)
     generators.replace_lost()
-    group = ranks.group(config_for(served.model, method="sft"), problems)
-    group.open_push(generators)
+    group = ranks.group(config_for(served.model, method="sft"), problems, pools=[generators])
     group.push(generators, 1, 1)
     group.stop()
     assert len(generators.complete([problems[0].prompt_ids], 4)) == 1
@@ -103,8 +99,7 @@ def transport(request, served):
 )
 def test_a_damaged_push_is_noticed_and_the_next_whole_one_serves(served, ranks, problems, transport, how, says):
     generators, prompts = served.generators, [p.prompt_ids for p in problems]
-    group = ranks.group(config_for(served.model, method="sft"), problems)
-    group.open_push(generators)
+    group = ranks.group(config_for(served.model, method="sft"), problems, pools=[generators])
     group.push(generators, 1, 1, wait=True)
     before = generators.complete(prompts, 8)
     plan = ray.get(group.ranks[0].damaged_plan.remote(how))

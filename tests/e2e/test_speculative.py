@@ -34,8 +34,7 @@ def sampled(ray_cluster, ranks, tmp_path_factory):
     )
     actor = ray.remote(Generator).options(**cpu_options(1)).remote(config, "cpu", [], ray.put(problems))
     pool = Pool("generators", [actor], config.cluster.timeout_s, EVENTS)
-    group = ranks.group(config, problems, vocab_size=VOCAB)
-    group.open_push(pool)
+    group = ranks.group(config, problems, vocab_size=VOCAB, pools=[pool])
     group.push(pool, 0, 0, wait=True)
     group.stop()
     samples = ray.get(actor.rollout.remote([SampleKey(0, 0, copy) for copy in range(COPIES)], 0.0))[1]

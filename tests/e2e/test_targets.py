@@ -50,9 +50,7 @@ def test_full_support_after_0_1_and_10_updates_of_the_average(served, ranks, pro
     generators, teachers = served.generators, served.teachers
     c = config(served.model, learner={"zero_stage": 3, "ranks": 2})
     served.configure(c)
-    group = ranks.group(c, problems)
-    for pool in (generators, teachers):
-        group.open_push(pool)
+    group = ranks.group(c, problems, pools=(generators, teachers))
     done = 0
     for until in (0, 1, 10):
         while done < until - 1:
@@ -109,9 +107,7 @@ def test_chosen_ids_are_scored_remotely(served, ranks, problems, tmp_path):
     for name, (loss, per_token) in CASES.items():
         c = config(served.model, loss=loss)
         served.configure(c)
-        group = ranks.group(c, problems)
-        for pool in (generators, teachers):
-            group.open_push(pool)
+        group = ranks.group(c, problems, pools=(generators, teachers))
         for version in range(2):
             group.push(generators, version, version)
             group.push(teachers, version, version)
@@ -129,9 +125,8 @@ def test_what_is_sampled_from_the_teachers_prompt_is_trained_under_the_students(
     generators, teachers = served.generators, served.teachers
     c = config(served.model, rollout={"temperature": 0.8, "max_completion_tokens": 12, "from_teacher": True})
     served.configure(c)
-    group = ranks.group(c, problems)
+    group = ranks.group(c, problems, pools=(generators, teachers))
     for pool in (generators, teachers):
-        group.open_push(pool)
         group.push(pool, 0, 0)
     items, samples = sampled(c, problems, served, 0)
     student, teacher = exported(tmp_path / "s", group, c), exported(tmp_path / "t", group, c, "ema")

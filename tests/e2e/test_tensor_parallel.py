@@ -31,9 +31,7 @@ def spanning(ray_cluster, problems, tmp_path_factory):
 def test_they_equal_hugging_face_after_pushes(spanning, ranks, problems, rank, tmp_path):
     model, generators, teachers = spanning
     config = config_for(model, method="sft", model={"lora": {"rank": rank}}, teacher={"kind": "ema", "ema_rate": 0.3})
-    group = ranks.group(config, problems)
-    for pool in (generators, teachers):
-        group.open_push(pool)
+    group = ranks.group(config, problems, pools=(generators, teachers))
     for step in range(3):
         for pool in (generators, teachers):
             group.push(pool, step, step, wait=True)
@@ -78,8 +76,7 @@ def children(pid):
 def test_an_engine_that_loses_a_half_ends(spanning, ranks, problems):
     """It would raise errors of vLLM's for ever, and no actor would be known to be lost."""
     model, _, teachers = spanning
-    group = ranks.group(config_for(model, method="sft"), problems)
-    group.open_push(teachers)
+    group = ranks.group(config_for(model, method="sft"), problems, pools=[teachers])
     group.push(teachers, 0, 0, wait=True)
     group.stop()
     workers = [pid for pid in children(ray.get(teachers.actors[0].pid.remote())) if b"Worker" in command(pid)]
