@@ -21,7 +21,7 @@ from sdft_dist.errors import UserError
 from sdft_dist.files import refuse_used
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
-from sdft_dist.lab.teaching import RECIPE, write_teaching_set
+from sdft_dist.lab.teaching import RECIPE, SETS, write_teaching_set
 from sdft_dist.memory import PeakMemory
 from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.report.report import report
@@ -116,12 +116,11 @@ def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None,
         "seed": seed,
         "model.path": str(base),
         "data.train": str(data / "train.jsonl"),
-        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)},
+        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in SETS},
         **({"steps": steps} if steps else {}),
     }
     config = load_config(RECIPE, [fields, *more])
-    own = {"new", *world.OLD_SKILLS}
-    if not config.eval.every or not own.issubset(config.eval.sets):
+    if not config.eval.every or not set(SETS).issubset(config.eval.sets):
         raise UserError(
             f"eval: the demo compares accuracies on its own sets, got eval.every={config.eval.every} and eval.sets "
             f"{', '.join(config.eval.sets) or 'without any'}: give an eval.every above 0, and leave eval.sets out"
@@ -168,8 +167,7 @@ def _table(outcomes: list[Outcome], num_seeds: int) -> Table:
 
 
 def _accuracies(outcomes: list[Outcome], points: list[dict[str, float]]) -> list[str]:
-    names = ("new", *world.OLD_SKILLS)
-    means = [statistics.mean(p[name] for p in points) for name in names]
+    means = [statistics.mean(p[name] for p in points) for name in SETS]
     old = statistics.mean(o.old(p) for o, p in zip(outcomes, points, strict=True))
     return [f"{100 * value:.1f}" for value in (*means, old)]
 

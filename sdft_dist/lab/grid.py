@@ -20,7 +20,7 @@ from rich.console import Console
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.demo import DOMAIN, WORD
-from sdft_dist.lab.teaching import RECIPE, write_teaching_set
+from sdft_dist.lab.teaching import RECIPE, SETS, write_teaching_set
 from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
@@ -99,7 +99,7 @@ def _fields(out: Path, case: dict[str, Any], run_dir: Path, seed: int, steps: in
         "model.path": str(shipped_base()),
         "data.train": str(data / "train.jsonl"),
         "eval.every": steps,
-        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)},
+        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in SETS},
     }
 
 

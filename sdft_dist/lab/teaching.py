@@ -9,6 +9,7 @@ from sdft_dist.files import refuse_used, write_jsonl
 from sdft_dist.lab import world
 from sdft_dist.recipe import dump_config, load_config
 
+SETS = ("new", *world.OLD_SKILLS)  # held out
 RECIPE = Path(__file__).parent / "recipe.yaml"
 SWEEP = Path(__file__).parent / "sweep.yaml"
 PLANS = {"final": Path(__file__).parent / "sequence.yaml", "sweep": Path(__file__).parent / "sequence-sweep.yaml"}
@@ -44,7 +45,7 @@ def _plan(folder: Path, plan: str) -> str:
 def write_sweep(folder: Path, base: Path) -> Path:
     """Write SWEEP for the model `base`, and all files that it names, into `folder`; returns the sweep's path."""
     write_teaching_set(folder / "data", *next(iter(zip(world.TAUGHT, world.DOMAINS, strict=True))), seed=0)
-    sets = {name: str(folder / "data" / f"eval-{name}.jsonl") for name in ("new", *world.OLD_SKILLS)}
+    sets = {name: str(folder / "data" / f"eval-{name}.jsonl") for name in SETS}
     fields = {"model.path": str(base), "data.train": str(folder / "data" / "train.jsonl"), "eval.sets": sets}
     recipe = load_config(RECIPE, [fields, {"steps": 100, "eval.every": 25, "checkpoint.every": 25}])
     (folder / "recipe.yaml").write_text(dump_config(recipe))
