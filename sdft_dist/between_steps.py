@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from ray.exceptions import RayError
@@ -19,7 +21,7 @@ from sdft_dist.samples import NUMBER, is_due, write_samples
 from sdft_dist.selection import best, exhausted
 from sdft_dist.types import TrainItem
 
-CASES = 256  # that are judged before the next look at whether the run was asked to stop
+LOOK_S = 1.0  # of judging, after which it is looked at whether the run was asked to stop
 
 
 class BetweenSteps:
@@ -117,18 +119,26 @@ class BetweenSteps:
         scorer, samples = prepared.scorer, self._config.eval.samples
         _, limit = self._config.evaluation_limit
 
+        def verdicts(cases: Sequence[Case]) -> Generator[bool]:
+            if isinstance(scorer, Judge):
+                return scorer.each(cases)
+            return (scorer([case])[0] for case in cases)
+
         def score(cases: Sequence[Case]) -> list[bool]:
-            right: list[bool] = []
-            while len(right) < len(cases):
-                if self.must_stop():
-                    raise Preempted
-                self.finish_saving(fleet, wait=False)
-                try:
-                    right += scorer(cases[len(right) : len(right) + CASES])
-                except (UserError, Fault):
-                    raise
-                except Exception as error:  # also what would look like a lost actor's, such as a TimeoutError
-                    raise ScorerFailed(f"eval.scorer: {self._config.eval.scorer}: {brief(error)}") from error
+            right, look = list[bool](), 0.0
+            with closing(verdicts(cases)) as found:
+                while len(right) < len(cases):
+                    if time.monotonic() > look:
+                        if self.must_stop():
+                            raise Preempted
+                        self.finish_saving(fleet, wait=False)
+                        look = time.monotonic() + LOOK_S
+                    try:
+                        right.append(next(found))
+                    except (UserError, Fault):
+                        raise
+                    except Exception as error:  # also what would look like a lost actor's, such as a TimeoutError
+                        raise ScorerFailed(f"eval.scorer: {self._config.eval.scorer}: {brief(error)}") from error
             return right
 
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -56,15 +56,22 @@ class Judge:
         self.calls = self.prompt_tokens = self.completion_tokens = self.unclear = 0
 
     def __call__(self, cases: Sequence[Case]) -> list[bool]:
-        """Whether each case is right. Raises Fault where the endpoint fails for good, or gives no text for one of
-        them, or where the cache cannot be written to."""
+        """Whether each case is right; raises as `each` does."""
+        return list(self.each(cases))
+
+    def each(self, cases: Sequence[Case]) -> Generator[bool]:
+        """Whether each case is right, as far as that is known in order; closed before its end it asks about no further
+        ones. Raises Fault where the endpoint fails for good, or gives no text for one of them, or where the cache
+        cannot be written to."""
         from openai import OpenAIError
 
+        threads = ThreadPoolExecutor(self._config.parallel)
         try:
-            with ThreadPoolExecutor(self._config.parallel) as threads:
-                return list(threads.map(self._judge, cases))
+            yield from threads.map(self._judge, cases)
         except OpenAIError as error:
             raise Fault(f"eval.judge.url: {self._config.url}: {error}") from error
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # who stops has no time for replies that are under way
 
     def cost(self) -> dict[str, int]:
         """What all cases so far have cost."""

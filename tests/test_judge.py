@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def test_verdicts_and_what_they_cost(endpoint):
     assert key == "Bearer s3cret"
     assert asked["model"] == "strict"
     assert "temperature" not in asked, "models that reason refuse any but their own"
+
+
+def test_who_stops_early_is_not_kept_by_what_is_left(endpoint):
+    verdicts = judge(endpoint, parallel=2).each(CASES[:2] * 50)
+    assert next(verdicts) is True
+    verdicts.close()
+    asked = len(endpoint.requests)
+    time.sleep(0.2)
+    assert len(endpoint.requests) <= asked + 2 < 100
 
 
 def test_a_temperature_is_sent_where_it_is_given(endpoint):
