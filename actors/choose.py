@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sdft_dist.logits import LogitTransform, log_softmax_, log_tail
+from sdft_dist.logits import LogitTransform, log_softmax_, log_tail, product
 
 CHUNK_BYTES = 128 << 20  # of one fp32 [chunk, V] buffer
 
@@ -33,7 +33,7 @@ def choose(
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(states), size):
         rows = states[start : start + size].to(head_VD.device, head_VD.dtype)
-        logp = log_softmax_(transform((rows @ head_VD.T).float()), temperature)
+        logp = log_softmax_(transform(product(rows, head_VD)), temperature)
         if isinstance(ids, int):
             chosen = logp.topk(min(ids, logp.shape[-1]), -1).indices
         else:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from learner.objective import FLOOR, Divergence, ValueAndGrad, forward_kl
-from sdft_dist.logits import LogitTransform, log_softmax_, log_tail
+from sdft_dist.logits import LogitTransform, in_tensor_cores, log_softmax_, log_tail, product
 
 # Of one fp32 [chunk, V] buffer. With every chunk the whole gradient of the head is read and written, which on a GPU
 # takes as long as a product of some hundred tokens.
@@ -205,22 +205,15 @@ def _hide_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 def _transformed(states: torch.Tensor, head: torch.Tensor, objective: Objective) -> torch.Tensor:
     """fp32 logits [chunk, V] as the model gives them."""
-    if _in_tensor_cores(states):
-        return objective.transform(torch.mm(states, head.T, out_dtype=torch.float32))
-    return objective.transform((states @ head.T).float())
+    return objective.transform(product(states, head))
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b in fp32; `b` is fp32 and is rounded to the type of `a` where tensor cores multiply."""
-    if _in_tensor_cores(a):
+    if in_tensor_cores(a):
         torch.addmm(total, a, b.to(a.dtype), out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b)
-
-
-def _in_tensor_cores(operand: torch.Tensor) -> bool:
-    """Whether CUDA multiplies operands of this type with sums in fp32; an fp32 product takes ten times as long."""
-    return operand.is_cuda and operand.dtype != torch.float32
 
 
 def _teacher_logits(targets: Targets, span: slice, objective: Objective, vocab_size: int) -> torch.Tensor:

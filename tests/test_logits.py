@@ -4,7 +4,9 @@ import pytest
 import torch
 import transformers
 
-from sdft_dist.logits import log_softmax_, log_tail, logit_transform
+from actors import choose
+from learner import fused
+from sdft_dist.logits import log_softmax_, log_tail, logit_transform, product
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -35,6 +37,22 @@ def test_transformed_head_outputs_are_the_models_logits(family, settings, change
         got = logit_transform(lm.config)(raw.clone())
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert ((raw - expected).abs().max() > 1e-2) == changes
+
+
+def test_teacher_and_learner_form_logits_alike():
+    """Else chosen ids would have a divergence between equal weights: in bf16 on GPUs that of the teacher's rounding."""
+    assert choose.product is fused.product
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_logits_are_not_rounded_on_a_gpu():
+    torch.manual_seed(0)
+    states, head = (torch.randn(n, 256, device="cuda").bfloat16() for n in (40, 500))
+    expected = states.double() @ head.double().T
+    assert expected.abs().max() > 32
+    assert (product(states, head) - expected).abs().max() < 1e-3
+    assert ((states @ head.T) - expected).abs().max() > 1e-2
 
 
 def test_the_slope_is_the_derivative():
