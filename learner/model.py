@@ -24,6 +24,7 @@ from sdft_dist.vector_math import settle
 
 ONE_ROW = ("flash_attention_2", varlen.NAME)  # implementations that are given where sequences start and end
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}  # transformers' names of layers that carry a state on
+GRAPHS = 128  # that layers may be compiled to in all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +175,10 @@ def tune(lm: Any, config: LearnerConfig) -> None:
             how["context_fn"] = partial(create_selective_checkpoint_contexts, _products())
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if config.compile:
-        # Layer by layer: all share one compiled graph, and lengths differ with every micro-batch.
+        # Layer by layer: all share their graphs, and lengths differ with every micro-batch. There is a graph for each
+        # mix of: with gradients or a mask, or not; one row or more; on CUDA also four ranges of tokens, and rows of
+        # 8 n slots or others. After torch's eight, layers would run uncompiled with nothing but a warning.
+        torch._dynamo.config.recompile_limit = GRAPHS
         for layer in lm.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.compile(dynamic=True)

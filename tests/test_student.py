@@ -8,9 +8,10 @@ from helpers import config_of, tiny_model
 
 from learner.fused import Objective
 from learner.microbatch import TrainSequence, build
-from learner.model import Student, check_head, check_packing, load_causal_lm
+from learner.model import Student, check_head, check_packing, load_causal_lm, tune
 from learner.worker import LearnerRank, objective
 from sdft_dist.batching import one_after_another
+from sdft_dist.config import LearnerConfig
 from sdft_dist.errors import UserError
 from sdft_dist.logits import LogitTransform, logit_transform
 
@@ -82,6 +83,27 @@ def test_dropout_is_off(tmp_path):
     )  # fmt: skip
     assert student.lm.training
     assert torch.equal(student(batch).label_logprobs, student(batch).label_logprobs)
+
+
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
+def test_layers_are_compiled_for_every_layout(monkeypatch):
+    """Each with gradients, and without as for log-probs: ten graphs, where torch's own limit is eight."""
+    compile_, counted = torch.nn.Module.compile, torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, backend="eager", **how))
+    lm = made("Qwen3", **SIZES, head_dim=16).train()
+    tune(lm, LearnerConfig(compile=True))
+    student, ids = Student(lm, 96, Objective(kind="cross_entropy")), np.arange(8)
+    before = counted["unique_graphs"]
+    for layout in ([], [[0]], [[0, 1]], [[0], [1]], [[0, 1], [2]]):
+        given = [TrainSequence(prompt_ids=ids, completion_ids=ids[i:]) for i in range(sum(map(len, layout)))]
+        batch = build(
+            given, [1.0] * len(given), 0, teacher_heads=None, layout=lambda _, found=layout: found,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        student(batch).total.backward()
+        with torch.no_grad():
+            student(batch)
+    assert counted["unique_graphs"] > before + 8
 
 
 @pytest.mark.parametrize("moved", [False, True])
