@@ -69,9 +69,8 @@ def test_what_was_sampled_stands_beside_what_the_teacher_was_shown(tmp_path):
         line = {"prompt": "asked", "demonstration": "shown", "completion": completion}
         run.samples(step).write_text(json.dumps(line) + "\n")
     page = report([run.path], tmp_path / "out").read_text()
-    rows = re.findall(
-        r"<tr><td>(\d)</td><td class=text>asked</td><td class=text>shown</td><td class=text>(.*?)</td>", page
-    )
+    text = "<td class='text '><div>{}</div></td>"
+    rows = re.findall(r"<tr><td>(\d)</td>" + "".join(map(text.format, ("asked", "shown", "(.*?)"))), page)
     assert rows == [("1", "first"), ("3", "&lt;last&gt;")]
 
 
@@ -157,6 +156,16 @@ def test_a_completion_may_hold_any_end_of_a_line(tmp_path):
     run = a_run(tmp_path / "one")
     RunDir(run).note_evaluation(3, {"new": [Judged("one\u2028two\x85three", "yes", True)]})
     assert "one\u2028two\x85three" in report([run], tmp_path / "out").read_text()
+
+
+def test_completions_of_white_space_are_told_of_and_one_evaluation_stands_there_once(tmp_path):
+    run = a_run(tmp_path / "one")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))  # without the last evaluation
+    RunDir(run).note_evaluation(0, {"new": [Judged("\n\n", "yes", False)]})
+    page = report([run], tmp_path / "out").read_text()
+    assert page.count("(white space only: &#x27;\\n\\n&#x27;)") == 2
+    assert page.count("0.0% (0 – 20)") == 1
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):

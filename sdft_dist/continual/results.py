@@ -133,7 +133,7 @@ def _pictures(out: Path, tasks: Sequence[str], prior: Sequence[str], sequences: 
     }
     for name, what, ylabel in (
         ("curves", panels, "accuracy, %"),
-        ("normalised", scaled, "accuracy, % of the way from start to best"),
+        ("normalised", scaled, "accuracy, % of\nthe way from\nstart to best"),
     ):
         charts.save(charts.sequences(what, ends, list(tasks), ylabel), out / f"{name}.png")
 

@@ -12,10 +12,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's, which colour-blind readers tell apart; black is for what all others are compared with.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
+PERCENT = (-3, 103)  # ends of an axis of percentages
 
 
 class Curve(NamedTuple):
@@ -42,9 +44,10 @@ def curves(title: str, runs: Mapping[str, Curve], xlabel: str, ylabel: str, *, p
         if curve.low is not None and curve.high is not None:
             axis.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.3)
     if percent:
-        axis.set_ylim(-3, 103)
+        axis.set_ylim(*PERCENT)
     if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(runs), 3), frameon=False)
     return figure
@@ -78,6 +81,8 @@ def sequences(
         for start, end, task in zip([0, *ends[method]], ends[method], tasks, strict=False):
             axis.annotate(f"taught: {task}", ((start + end) / 2, 1.03), xycoords=("data", "axes fraction"), ha="center")
         axis.set(ylabel=ylabel, xlim=(0, ends[method][-1]))
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, PERCENT[0]), max(high, PERCENT[1]))
         axis.set_title(method, loc="left", pad=16, fontweight="bold")
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("optimizer steps")
@@ -88,13 +93,14 @@ def sequences(
 
 def pareto(points: Mapping[str, Point], new: str) -> Any:
     """What was learned against what was kept: an arrow for each run, from its start to its end."""
-    figure, axis = plt.subplots(figsize=(4.6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
     for (name, point), colour in zip(points.items(), itertools.cycle(COLOURS), strict=False):
         axis.annotate("", point.end, point.start, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
         axis.scatter(*point.end, color=colour, label=name, zorder=3)
-    axis.set(xlabel="other sets, mean accuracy, %", ylabel=f"{new}, accuracy, %", xlim=(-3, 104), ylim=(-3, 104))
+    axis.set(title="from start to end", xlabel="other sets, mean accuracy, %", ylabel=f"{new}, accuracy, %")
+    axis.set(xlim=PERCENT, ylim=PERCENT)
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(points), 3), frameon=False)
     return figure
 
 
@@ -110,9 +116,9 @@ def front(
         axis.plot(*zip(*own, strict=True), linestyle="", label=f"{name}, {len(own)} trials", **style)
         axis.plot(*zip(*sorted(best[name]), strict=True), color=colour, linestyle=":", zorder=1)
     axis.set(xlabel="other sets, mean accuracy, %", ylabel="what was taught, accuracy, %")
-    axis.set(xlim=(-3, 104), ylim=(-3, 104))
+    axis.set(xlim=PERCENT, ylim=PERCENT)
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(points), 3), frameon=False)
     return figure
 
 

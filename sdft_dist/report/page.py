@@ -21,8 +21,9 @@ p { max-width: 75ch; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem; max-width: 24rem; }
-.right { color: #116329; } .wrong { color: #a40e26; }
+td.text { min-width: 10rem; max-width: 24rem; }
+td.text div { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto; }
+.right { color: #116329; background: #eefaf0; } .wrong { color: #a40e26; background: #fdf0f1; }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 summary { cursor: pointer; }
 """
@@ -45,13 +46,20 @@ def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), texts: Sequence[int] = ()
 ) -> str:
     """Cells of text under `head`; `numbers` are the columns that are flush right, `texts` those of long texts."""
-    kinds = {**dict.fromkeys(numbers, " class=n"), **dict.fromkeys(texts, " class=text")}
+    kinds = dict.fromkeys(numbers, " class=n")
 
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(f"<{tag}{kinds.get(i, '')}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells))
+    def cell(i: int, text: str) -> str:
+        return text_cell(text) if i in texts else f"<td{kinds.get(i, '')}>{escape(text)}</td>"
 
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{line('th', head)}</tr>{body}</table></div>"
+    first = "".join(f"<th{kinds.get(i, '')}>{escape(name)}</th>" for i, name in enumerate(head))
+    body = "".join(f"<tr>{''.join(cell(i, text) for i, text in enumerate(row))}</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{first}</tr>{body}</table></div>"
+
+
+def text_cell(text: str, mark: str = "") -> str:
+    """A cell of a long text, which may be marked as "right" or "wrong". One that nobody could see is told of."""
+    shown = text if text.strip() or not text else f"(white space only: {text!r:.80})"
+    return f"<td class='text {mark}'><div>{escape(shown)}</div></td>"
 
 
 def picture(figure: Any, name: str, alt: str, out: Path) -> str:

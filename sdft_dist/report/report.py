@@ -19,7 +19,7 @@ from sdft_dist.evaluate import Judged
 from sdft_dist.files import read_jsonl, refuse_used
 from sdft_dist.recipe import dump_config, flat, load_config
 from sdft_dist.report.charts import Curve, Point, curves, matrix, pareto, shares
-from sdft_dist.report.page import page, picture, side_by_side, table
+from sdft_dist.report.page import page, picture, side_by_side, table, text_cell
 from sdft_dist.rundir import RunDir
 from sdft_dist.selection import exported
 
@@ -134,7 +134,7 @@ def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
     head = ["run", "step", *names, *(["others, mean"] if shared else [])]
     rows = []
     for run in judged:
-        for record in (run.evals[0], run.evals[-1]):
+        for record in {e["step"]: e for e in (run.evals[0], run.evals[-1])}.values():
             cells = [_percent(record, name) for name in names]
             mean = [f"{100 * _mean(record, shared):.1f}%"] if shared else []
             rows.append([run.name, str(record["step"]), *cells, *mean])
@@ -223,10 +223,20 @@ def _training(runs: Sequence[Run], out: Path) -> list[str]:
     if not trained:
         return []
     pictures = []
-    for title, field in (("loss", "loss"), ("gradient norm", "grad_norm"), ("completion", "completion_tokens_mean")):
+    for title, field, unit in (
+        ("loss", "loss", "nats"),
+        ("gradient norm", "grad_norm", ""),
+        ("completion length", "completion_tokens_mean", "tokens, mean"),
+    ):
         found = {run.name: Curve([m["step"] for m in run.train], [m[field] for m in run.train]) for run in trained}
-        pictures.append(_curves(title, found, "tokens, mean" if title == "completion" else "", out))
-    return ["<h2>Training</h2>", side_by_side(pictures)]
+        pictures.append(_curves(title, found, unit, out))
+    note = ""
+    if len({run.config.method for run in trained}) > 1:
+        note = (
+            "<p class=soft>Losses of different methods are different measures: SDFT's is a divergence from its "
+            "teacher, SFT's and DFT's are cross-entropies on demonstrations.</p>"
+        )
+    return ["<h2>Training</h2>", note, side_by_side(pictures)]
 
 
 def _positions(runs: Sequence[Run], out: Path) -> list[str]:
@@ -269,9 +279,7 @@ def _rows(run: Run, new: str | None) -> str:
         for old, row in sorted(pairs, key=lambda pair: pair[0].right == pair[1].right)[:ROWS]:
             texts = (row.prompt, row.answer, old.completion, row.completion)
             marks = ("", "", *("right" if one.right else "wrong" for one in (old, row)))
-            tds = "".join(
-                f"<td class='text {mark}'>{escape(text)}</td>" for text, mark in zip(texts, marks, strict=True)
-            )
+            tds = "".join(text_cell(text, mark) for text, mark in zip(texts, marks, strict=True))
             cells.append(f"<tr><td>{escape(name)}</td>{tds}</tr>")
     if not cells:
         return ""
