@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from sdft_dist.config import Config
-from sdft_dist.errors import ActorLost, Diverged, Fault, NotServing, Preempted, ScorerFailed, UserError, brief
+from sdft_dist.errors import ActorLost, Diverged, NotServing, Preempted, brief
 from sdft_dist.evaluate import accuracy, evaluate, summary
 from sdft_dist.fleet import Fleet
 from sdft_dist.judge import Case, Judge
@@ -133,12 +133,7 @@ class BetweenSteps:
                             raise Preempted
                         self.finish_saving(fleet, wait=False)
                         look = time.monotonic() + LOOK_S
-                    try:
-                        right.append(next(found))
-                    except (UserError, Fault):
-                        raise
-                    except Exception as error:  # also what would look like a lost actor's, such as a TimeoutError
-                        raise ScorerFailed(f"eval.scorer: {self._config.eval.scorer}: {brief(error)}") from error
+                    right.append(next(found))
             return right
 
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)

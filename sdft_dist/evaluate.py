@@ -14,7 +14,7 @@ import numpy as np
 
 from sdft_dist.config import Config, EvalConfig
 from sdft_dist.data import Row, few, load_rows
-from sdft_dist.errors import ConfigError, DataError
+from sdft_dist.errors import ConfigError, DataError, ScorerFailed, brief
 from sdft_dist.judge import Case, Judge
 from sdft_dist.prompts import encode_prompts
 
@@ -62,15 +62,22 @@ def exact_match(completion: str, answer: str) -> bool:
 
 
 def load_scorer(config: EvalConfig) -> Scorer:
-    """What `eval.scorer` names, for many cases at once. Raises ConfigError."""
+    """What `eval.scorer` names, for many cases at once; it raises ScorerFailed where the function fails on one. Raises
+    ConfigError."""
     if config.scorer == "judge":
         return Judge(config.judge)
     function, wants_prompt, _ = _named(config.scorer)
 
-    def score(cases: Sequence[Case]) -> list[bool]:
-        return [bool(function(c.completion, c.answer, *([c.prompt] if wants_prompt else []))) for c in cases]
+    def is_right(case: Case) -> bool:
+        try:
+            return bool(function(case.completion, case.answer, *([case.prompt] if wants_prompt else [])))
+        except Exception as error:  # also what would look like a disk's or a lost actor's, such as a TimeoutError
+            about = f"on the completion {case.completion!r:.80} and the answer {case.answer!r:.80}"
+            raise ScorerFailed(
+                f"eval.scorer: {config.scorer}: {type(error).__name__}: {brief(error)}; {about}"
+            ) from error
 
-    return score
+    return lambda cases: list(map(is_right, cases))
 
 
 def _named(scorer: str) -> tuple[Callable[..., bool], bool, Callable[[str], Any]]:

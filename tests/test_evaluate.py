@@ -9,7 +9,7 @@ import pytest
 from helpers import config_of, write_jsonl
 
 from sdft_dist.config import EvalConfig
-from sdft_dist.errors import ConfigError, DataError
+from sdft_dist.errors import ConfigError, DataError, ScorerFailed
 from sdft_dist.evaluate import EvalSet, Judged, evaluate, load_eval_sets, load_scorer, pass_at, summary
 from sdft_dist.judge import Case
 from sdft_dist.prompts import load_tokenizer
@@ -143,6 +143,14 @@ def scorer_of(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be as old as the next module of that name
     monkeypatch.syspath_prepend(tmp_path)
     return make
+
+
+@pytest.mark.parametrize("error", ["KeyError('x')", "FileNotFoundError('f')", "TimeoutError('of its endpoint')"])
+def test_a_function_that_fails_is_told_with_the_row(scorer_of, error):
+    score = scorer_of("completion, answer", f"(_ for _ in ()).throw({error})")
+    told = f"^eval.scorer: own:mine: {error.partition('(')[0]}: .*; on the completion 'c' and the answer 'a'$"
+    with pytest.raises(ScorerFailed, match=told):
+        score([Case("q", "c", "a")])
 
 
 @pytest.mark.parametrize("third", ["prompt", "question", "prompt=None", "question, /", "prompt, limit=3"])
