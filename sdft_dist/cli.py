@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         args.command(args)
+        sys.stdout.flush()
     except UserError as e:
         return _fail(getattr(e, "cause", e), 2)
     except Preempted as e:
@@ -50,9 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(e, 4)
     except Diverged as e:
         return _fail(e, 5)
-    except KeyboardInterrupt:
-        print("sdft: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print("\n".join(["sdft: interrupted", *getattr(e, "__notes__", ())]), file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise  # it was another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # of a reader that has seen enough, as `head`
+        return 1
     return 0
 
 

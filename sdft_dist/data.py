@@ -7,8 +7,10 @@ layouts are recognised by their columns; see LAYOUTS.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from sdft_dist.config import DataConfig
@@ -25,6 +27,7 @@ LAYOUTS = (
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_REPORTED = 20
+LINE = re.compile(r"(.+?):(\d+): (.*)", re.S)  # file, line and what is wrong there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +81,24 @@ def load_rows(
 
 
 def few(problems: Sequence[str]) -> list[str]:
-    """As many of them as are for reading, and how many more there are."""
-    more = len(problems) - MAX_REPORTED
-    return [*problems[:MAX_REPORTED], *([f"… and {more} more"] if more > 0 else [])]
+    """As many of them as are for reading, and how many more there are. What is the same in three or more lines in a row
+    is said once."""
+    folded: list[tuple[str, int]] = []  # text, and how many it tells of
+    for _, numbered in groupby(enumerate(problems), key=lambda one: _run_of_lines(*one)):
+        same = [problem for _, problem in numbered]
+        ends = [LINE.fullmatch(same[i]) for i in (0, -1)]
+        if len(same) > 2 and ends[0] and ends[1]:
+            folded.append((f"{ends[0][1]}:{ends[0][2]} to {ends[1][2]}: {ends[0][3]}", len(same)))
+        else:
+            folded += [(problem, 1) for problem in same]
+    more = sum(number for _, number in folded[MAX_REPORTED:])
+    return [*(text for text, _ in folded[:MAX_REPORTED]), *([f"… and {more} more"] if more else [])]
+
+
+def _run_of_lines(i: int, problem: str) -> tuple[Any, ...]:
+    """The same for problem `i` and the one before it where that is the same with the line before."""
+    found = LINE.fullmatch(problem)
+    return (found[1], found[3], int(found[2]) - i) if found else (i,)
 
 
 def load_training_rows(data: DataConfig, method: str) -> list[Row]:

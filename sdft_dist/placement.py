@@ -70,7 +70,10 @@ def placed(
     if given is not None and given.bundle_specs[1:] == bundles(wanted):  # the first holds the trial's own process
         yield Places(wanted, given, 1, device, transport)
         return
-    missing = lacking(wanted, ray.nodes())
+    nodes = ray.nodes()
+    if not any(node["Alive"] for node in nodes):
+        raise Fault("the Ray cluster is gone: no node of it is alive; start it again")
+    missing = lacking(wanted, nodes)
     if missing and not (wait_for_nodes or config.cluster.autoscaling):
         raise UserError(f"cluster: {missing}; cluster.autoscaling=true waits for nodes to join")
     # GPUs close together, learner ranks next to each other; without GPUs, spread over the nodes' cores.

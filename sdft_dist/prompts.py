@@ -44,7 +44,8 @@ def load_tokenizer(config: Config) -> Any:
     except Exception as e:  # tokenizers raises no other kind for a damaged file
         why = str(e)
         if not Path(path).is_dir():  # of the hub's, which go on for paragraphs, the first line
-            why = why.partition("\n")[0].rstrip(".") + "; where the hub cannot be reached, give a local folder"
+            place = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+            why = f"there is no such folder{place}, and as a hub id: " + why.partition("\n")[0].rstrip(".")
         raise UserError(f"model.path: {path}: no tokenizer could be loaded: {why}") from e
     if not len(tokenizer):
         raise UserError(f"model.path: {path}: the folder has no tokenizer")

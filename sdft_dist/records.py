@@ -37,7 +37,8 @@ def records_of(source: str, split: str, subset: str | None, setting: str) -> Ite
         if split != "train":
             raise DataError(f"data.split: got {split!r}, but {source} is a file, which has no splits: leave it out")
     elif not path.is_dir() and (kind in FILES or not _may_be_hub_id(source)):
-        raise DataError(f"{setting}: {source}: no such file ({KNOWN})")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"{setting}: {source}: no such file{place} ({KNOWN})")
     if path.is_file() and kind == ".jsonl":
         yield from _json_lines(path)
     elif path.is_file() and kind == ".json":

@@ -60,7 +60,7 @@ class Events:
             try:
                 self._handle(ready)
             except Exception as error:
-                error.add_note(f"{what}: no answer yet from {silent()}" if waiting else what)
+                error.add_note(f"asked for: {what}" + (f": no answer yet from {silent()}" if waiting else ""))
                 raise
         return list(ray.get(list(refs)))
 

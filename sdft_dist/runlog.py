@@ -111,10 +111,8 @@ class RunLog:
         self._on_step({"step": step, **record})
         self.samples(step, items, record.get("skipped", 0) > 0)
         rate = record["samples_per_s"]
-        shown = (
-            f"loss {metrics['loss']:.4f} KL {metrics['divergence_per_token']:.4f} "
-            f"len {record['completion_tokens_mean']:.0f} {rate:.0f}/s"
-        )
+        taught = f"KL {metrics['divergence_per_token']:.4f} " if "staleness_mean" in record else ""  # by a teacher
+        shown = f"loss {metrics['loss']:.4f} {taught}len {record['completion_tokens_mean']:.0f} {rate:.0f}/s"
         self._progress.update(self._task, completed=step, total=num_steps, shown=shown)
         self.warn(step, self._watch.step(record))
 

@@ -146,7 +146,7 @@ def lacking(wanted: Sequence[Need], nodes: Sequence[Mapping[str, Any]]) -> str |
     total = sum(offer.get("GPU", 0) for offer in offers)
     for need in sorted(wanted, key=lambda need: -need.gpus):
         mine = [offer for offer in offers if need.resource is None or need.resource in offer]
-        if not mine:
+        if not mine and need.resource:
             return f"no node offers {need.resource}, which cluster.pin_roles asks for {PLURAL[need.roles[0]]}"
         for _ in range(need.number):
             home = next((offer for offer in mine if offer.get("GPU", 0) >= need.gpus), None)

@@ -76,7 +76,7 @@ class Watch:
         return self._fresh(
             {
                 f"cut {name}": f"{100 * share:.0f}% of the completions on {name} are cut, and judged as they are: "
-                "raise eval.max_completion_tokens"
+                "raise eval.max_completion_tokens, unless the model has yet to learn where to end"
                 for name, share in shares.items()
                 if share > MOST_CUT
             }

@@ -302,6 +302,14 @@ def test_a_scorer_may_be_a_module_in_the_current_folder(recipe, tmp_path, monkey
     assert "used holds files that are not a run's" in capsys.readouterr().err, "what is looked at after the scorer"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(recipe):
+    command = [sys.executable, "-m", "sdft_dist.cli", "train", str(recipe), "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 1
+
+
 def test_export_of_no_run(tmp_path, capsys):
     assert main(["ckpt", "export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "is not a run directory" in capsys.readouterr().err

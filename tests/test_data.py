@@ -120,6 +120,23 @@ def test_all_bad_rows_are_reported_with_line_and_field(tmp_path):
     assert message.startswith("11 bad rows")
 
 
+def test_what_is_wrong_with_rows_one_after_another_is_said_once(tmp_path):
+    rows = (
+        [{"question": "q"}] * 30 + [{"prompt": "q", "demonstration": "d"}] + [{"prompt": 7, "demonstration": "d"}] * 2
+    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "q"}])
+    with pytest.raises(DataError) as e:
+        load_rows(str(path))
+    first, *lines = str(e.value).splitlines()
+    assert first == "33 bad rows"
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{path}:1 to 30", f"{path}:32", f"{path}:33", f"{path}:34",
+    ]  # fmt: skip
+    mixed = [{"prompt": "q"}, {"prompt": 7, "demonstration": "d"}] * 21
+    with pytest.raises(DataError, match=r"… and 22 more$"):
+        load_rows(str(write_jsonl(path, mixed)))
+
+
 def test_json_array_errors_name_the_line(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('[\n{"prompt": "q", "demonstration": "d"},\n{"prompt": "q"},\n{"prompt": }\n]')

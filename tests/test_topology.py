@@ -100,6 +100,10 @@ def test_cpu_runs_ask_for_no_gpu():
     assert lacking(needs(config_of(), "cpu"), [node(0)]) is None
 
 
+def test_a_cluster_without_nodes_lacks_no_resource_that_nobody_asked_for():
+    assert lacking(needs(config_of(), "cpu"), []).endswith("the cluster has 0 on 0 nodes")
+
+
 def test_a_pinned_role_goes_only_where_its_resource_is():
     wanted = needs(config_of(learner={"ranks": 2}, cluster={"pin_roles": True}), "cuda")
     groups = [node(2, sdft_learner=1), node(1, sdft_generator=1), node(1, sdft_teacher=1)]
