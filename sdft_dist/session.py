@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sdft_dist.config import Config
-from sdft_dist.errors import UserError
+from sdft_dist.errors import UserError, brief
 
 REACH_S = 20.0  # for a head to answer
+LOOK_S = 2.0  # between two looks whether it still does
+RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 @contextmanager
@@ -32,11 +37,42 @@ def ray_session(config: Config) -> Iterator[None]:
     else:
         _reach(config.cluster.address)
     # Without "local", Ray would join a cluster that somebody has started on this machine.
-    ray.init(address=config.cluster.address or "local", **options)
+    try:
+        ray.init(address=config.cluster.address or "local", **options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as e:
+        # With a given address Ray takes no token by itself, and says of a wrong or missing one that it cannot connect.
+        raise UserError(
+            f"cluster.address: {config.cluster.address}: {brief(e)}; is `ray start` done here? Where the cluster wants "
+            "a token, as it does if there was one at its start, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it"
+        ) from e
+    ended = threading.Event()
+    threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address, ended), daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         ray.shutdown()
+
+
+def _watch_head(address: str, ended: threading.Event) -> None:
+    """End this process, as a machine's failure does, where the head at HOST:PORT has not answered for nearly as long as
+    Ray waits for it. Then Ray would end it with exit code 1, whatever it does: calls that wait for the head wait for
+    ever."""
+    host, _, port = address.rpartition(":")
+    patience_s = float(os.environ.get(RAYS_PATIENCE, "60")) - 3 * LOOK_S
+    heard = time.monotonic()
+    while not ended.wait(LOOK_S):
+        with suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
+            heard = time.monotonic()
+        if time.monotonic() - heard > patience_s:
+            print(
+                f"sdft: error: Ray's head at {address} has not answered for {patience_s:.0f} s: start the cluster "
+                "again; a run goes on from its newest checkpoint with --resume auto",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(4)
 
 
 def _reach(address: str) -> None:

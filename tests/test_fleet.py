@@ -7,7 +7,7 @@ from helpers import config_of
 
 from sdft_dist.errors import Fault, NotServing, UserError
 from sdft_dist.fleet import Fleet
-from sdft_dist.session import _reach
+from sdft_dist.session import _reach, ray_session
 
 
 class Part:
@@ -99,6 +99,17 @@ def test_what_an_engine_was_doing_that_is_lost_while_others_are_replaced_is_take
     one.mend()
     lost = [f"lost generators {i}: killed" for i in range(2)]
     assert log[:-1] == [lost[0], "abandon", lost[1], "abandon", "open generators", "push -1"]
+
+
+def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch):
+    def init(**options):
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    told = r"cluster.address: auto: Failed to connect; .* set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it$"
+    with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"address": "auto"})):
+        pass
 
 
 def test_a_head_that_does_not_answer_is_named():

@@ -25,5 +25,5 @@ def test_ctrl_c(tmp_path):
     assert len(marked(mark)) > 4, "Ray, a generator, a teacher and a learner must be running"
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the whole foreground group
     output = ended(process, 130)
-    assert "sdft: interrupted" in output
+    assert f"sdft: interrupted\n{tmp_path / 'run'}: no step is saved" in output
     assert nothing_left(mark)
