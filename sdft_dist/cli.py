@@ -71,7 +71,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     strange = [w for w in getattr(args, "overrides", []) if not commands.is_override(w)]
     strange += [w for w in more if w.startswith("-") or not (commands.is_override(w) and takes_fields)]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}{_as_field(strange) if takes_fields else ''}")
+        hint = _as_field(strange) if takes_fields else ""
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(strange)}{hint}")
     if more:
         args.overrides = [*args.overrides, *more]
     return args
@@ -106,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(subparsers: Subparsers, name: str, what: str) -> argparse.ArgumentParser:
-    return subparsers.add_parser(name, help=what, description=what)
+    parser = subparsers.add_parser(name, help=what, description=what)
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def _with_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:

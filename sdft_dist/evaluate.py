@@ -85,6 +85,8 @@ def _named(scorer: str) -> tuple[Callable[..., bool], bool, Callable[[str], Any]
     function NAME_answer, which raises ValueError for one that it cannot compare with. Raises ConfigError."""
     module, _, name = scorer.partition(":")
     try:
+        if not name:
+            raise ValueError("it has no colon")
         found = importlib.import_module(module)
         function = getattr(found, name)
         signature = inspect.signature(function)

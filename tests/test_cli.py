@@ -195,7 +195,9 @@ def test_a_wrong_word_is_refused_with_what_is_expected(tmp_path, monkeypatch, ca
     Path("file").write_text("kept")
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith(f"usage: sdft {words[0]}")
     assert Path("file").read_text() == "kept"
 
 

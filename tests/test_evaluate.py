@@ -117,7 +117,8 @@ def test_held_out_rows_that_cannot_be_judged_are_refused(model, tmp_path):
 def test_a_scorer_without_its_module_is_named_with_it(scorer, hint):
     with pytest.raises(ConfigError) as e:
         load_scorer(EvalConfig(scorer=scorer))
-    assert str(e.value).startswith(f"eval.scorer: {scorer!r} is not a function as module:function: No module named")
+    why = "No module named" if ":" in scorer else "it has no colon"
+    assert str(e.value).startswith(f"eval.scorer: {scorer!r} is not a function as module:function: {why}")
     assert str(e.value).endswith(hint)
     load_scorer(EvalConfig(scorer=hint.split()[-1].rstrip("?")))
 

@@ -121,6 +121,11 @@ def test_the_table_is_explained_and_says_what_to_try_where_nothing_fits():
         assert ("Nothing fits. Try learner.offload=optimizer, " in shown) == nothing
         assert " NO " in shown
         assert (" yes " in shown) != nothing
+        assert ("On 16 GPUs most of their time is waiting: raise rollout.prompts_per_step" in shown) != nothing
+    ahead = config_of(rollout={"max_staleness": 4, "prompts_per_step": 512})
+    console = Console(file=io.StringIO(), width=80)
+    show([plan(ahead, QWEN4B, SHORT, GPUS["h200"], 8)], console)
+    assert "waiting:" not in console.file.getvalue()
 
 
 def test_memory_is_told_by_what_holds_it():

@@ -51,6 +51,7 @@ GPUS = {
 }
 LEARNER_MFU = 0.45  # of peak_flops
 INFERENCE_EFFICIENCY = 0.6  # of product_flops and bandwidth
+WAITS = 2.0  # times the cost of work alone, above which the table says that GPUs wait
 ROLES = ("generator", "teacher", "learner")
 USABLE = 0.92  # share of a GPU's memory that one may count on
 
@@ -264,10 +265,16 @@ def show(plans: list[Plan], console: Console) -> None:
         f"GiB on one GPU of {best.gpus}: {held} (gradients with activations, then with the optimizer's step)",
         highlight=False,
     )
-    sizes = ", ".join(f"{p.host_gib:.0f}" for p in plans)
+    if best.ratio_with_waiting > WAITS * best.seconds.ratio:
+        console.print(
+            f"On {best.gpus} GPUs most of their time is waiting: raise rollout.prompts_per_step, and "
+            "rollout.max_staleness where it is 0.",
+            highlight=False,
+        )
+    sizes = ", ".join(f"{p.host_gib:.0f} on {p.gpus}" for p in plans)
     console.print(
-        f"Host memory of each learner rank, with a checkpoint being written: {sizes} GiB. A checkpoint on disk: "
-        f"{first.checkpoint_gib:.0f} GiB; to be saved within checkpoint.grace_s it must take "
+        f"Host memory of each learner rank, GiB by GPUs, with a checkpoint being written: {sizes}. A checkpoint on "
+        f"disk: {first.checkpoint_gib:.0f} GiB; to be saved within checkpoint.grace_s it must take "
         f"{first.checkpoint_gib_per_s:.1f} GiB/s",
         highlight=False,
     )

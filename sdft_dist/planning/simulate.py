@@ -159,8 +159,8 @@ def simulate(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, *,
 
 def show(plans: list[Plan], outcomes: list[Outcome], console: Console) -> None:
     """One line for each number of GPUs."""
-    table = Table(title=f"Simulated; completions' lengths spread by {100 * SPREAD:.0f}%")
-    for column in ("GPUs", "gen/teach/learn", "batch", "s/step", "SDFT/SFT", "idle, %", "staleness"):
+    table = Table(title=f"Simulated: pushes, who waits for whom, completions' lengths spread by {100 * SPREAD:.0f}%")
+    for column in ("GPUs", "gen/tea/lea", "batch", "s/step", "SDFT/SFT", "idle, %", "staleness"):
         table.add_column(column, justify="right")
     for p, o in zip(plans, outcomes, strict=True):
         idle = "/".join(f"{100 * o.idle_share[role]:.0f}" for role in ROLES)
