@@ -360,8 +360,8 @@ class JudgeConfig(Section):
     retries: int = Field(
         5,
         ge=0,
-        description="Further attempts of a call that failed, or brought no verdict. Then no text at all ends the run, "
-        "and text without a verdict counts as wrong.",
+        description="Further attempts of a call that failed, or brought no verdict. Then no text at all ends the run; "
+        "text without a verdict counts as wrong, as does what the endpoint's filter or context does not take.",
     )
     timeout_s: float = Field(60, gt=0, description="Longest wait for one reply, seconds.")
     cache: str | None = Field(

@@ -25,6 +25,8 @@ from sdft_dist.prompts import fill
 _VERDICT = re.compile(
     r"((?:\bnot[ *_-]+|n['’]t[ *_]+)(?:(?:\w+ly|quite)[ *_]+)?)?(?<![a-z])(incorrect|correct)(?![a-z])", re.IGNORECASE
 )
+# What endpoints answer, as an error's code or a reply's end, to a question that they will never judge.
+REFUSED = {"content_filter", "content_policy_violation", "context_length_exceeded", "string_above_max_length"}
 
 
 class Case(NamedTuple):
@@ -88,13 +90,16 @@ class Judge:
         known = self._known.get(key)
         if known is not None:
             return known
+        reply: str | None = None
         for _ in range(self._config.retries + 1):
             reply = self._ask(question)
+            if reply is None:  # nor would it next time
+                break
             verdict = _verdict(reply)
             if verdict is not None:
                 self._remember(key, reply, verdict)
                 return verdict
-        if not reply.strip():
+        if reply is not None and not reply.strip():
             raise Fault(
                 f"eval.judge.url: {self._config.url}: no text in the last of {self._config.retries + 1} replies about "
                 f"one completion: is it the base of an OpenAI-compatible endpoint (…/v1), and {self._config.model} "
@@ -104,18 +109,26 @@ class Judge:
             self.unclear += 1
         return False
 
-    def _ask(self, question: str) -> str:
+    def _ask(self, question: str) -> str | None:
         """The reply; no text where the endpoint sent none, or what is no completion: an error with status 200, a
-        page."""
+        page. None where it refuses this question, as one that its filter does not let pass."""
+        from openai import BadRequestError
+
         assert self._config.model is not None
         temperature = self._config.temperature
         answer: Any = None
-        with suppress(json.JSONDecodeError):  # which the client lets through
+        try:
             answer = self._client.chat.completions.create(
                 model=self._config.model,
                 messages=[{"role": "user", "content": question}],
                 extra_body=None if temperature is None else {"temperature": temperature},
             )
+        except json.JSONDecodeError:  # which the client lets through
+            pass
+        except BadRequestError as error:
+            if error.code not in REFUSED:
+                raise
+            return None
         with self._lock:
             self.calls += 1
             usage = getattr(answer, "usage", None)
@@ -123,6 +136,8 @@ class Judge:
                 self.prompt_tokens += usage.prompt_tokens or 0
                 self.completion_tokens += usage.completion_tokens or 0
         choices = getattr(answer, "choices", None)
+        if choices and choices[0].finish_reason in REFUSED:
+            return None
         message = choices[0].message if choices else None
         content = getattr(message, "content", None)
         return content if isinstance(content, str) else ""

@@ -48,9 +48,9 @@ def endpoint(monkeypatch):
             )
             self.send(reply(verdict))
 
-        def send(self, body, kind="application/json"):
+        def send(self, body, kind="application/json", status=200):
             raw = (body if isinstance(body, str) else json.dumps(body)).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
@@ -182,6 +182,22 @@ def test_a_reply_without_text_is_asked_for_again_and_at_last_an_error(endpoint, 
     endpoint.bodies += [body, body]
     with pytest.raises(Fault, match=r"^eval\.judge\.url: .*/v1: no text in the last of 2 replies"):
         judge(endpoint, parallel=1, retries=1)(CASES[:1])
+
+
+def refused(code):
+    return ({"error": {"message": "no", "type": "invalid_request_error", "code": code}}, "application/json", 400)
+
+
+def test_a_question_that_the_endpoint_refuses_counts_as_wrong_and_other_bad_requests_end_the_run(endpoint):
+    filtered = reply(None)
+    filtered["choices"][0]["finish_reason"] = "content_filter"
+    endpoint.bodies += [refused("content_filter"), refused("context_length_exceeded"), (filtered,)]
+    scorer = judge(endpoint, parallel=1)
+    assert scorer([*CASES[:1] * 3, CASES[1]]) == [False, False, False, False]
+    assert (scorer.unclear, len(endpoint.requests)) == (3, 4)
+    endpoint.bodies += [refused("unsupported_parameter")]
+    with pytest.raises(Fault, match="Error code: 400 - no"):
+        judge(endpoint)(CASES[:1])
 
 
 def test_a_reply_without_a_verdict_is_not_kept(endpoint, tmp_path):
