@@ -275,7 +275,7 @@ class Engine:
 
 def _renewed(config: Config, runner: Runner) -> bool:
     """Whether an engine gets all its weights anew after every optimizer step, before it serves again."""
-    moves = config.teacher.kind != "base" and config.teacher.sync_every == 1
+    moves = config.teacher.moves and config.teacher.sync_every == 1
     return not config.model.lora.rank and (runner == "generate" or moves)
 
 

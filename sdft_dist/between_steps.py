@@ -100,7 +100,7 @@ class BetweenSteps:
         if lost or self.step % self._config.teacher.sync_every:
             return
         try:
-            self.save_now(fleet, f"{type(error).__name__}")
+            self.save_now(fleet, type(error).__name__)
         except Exception as second:
             self._rundir.say(f"could not save step {self.step}: {brief(second)}")
 

@@ -153,6 +153,11 @@ class TeacherConfig(Section):
         "--resume PATH the other run's average goes on, unless this names another anchor than that run had.",
     )
 
+    @property
+    def moves(self) -> bool:
+        """False for a frozen base, which is pushed once, at the start."""
+        return self.kind != "base"
+
 
 class LossConfig(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(

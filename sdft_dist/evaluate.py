@@ -19,7 +19,10 @@ from sdft_dist.judge import Case, Judge
 from sdft_dist.prompts import encode_prompts
 
 Scorer = Callable[[Sequence[Case]], list[bool]]
-OURS = ("sdft_dist.evaluate:exact_match", *(f"sdft_dist.scorers:{name}" for name in ("letter", "text", "tool_calls")))
+SCORERS = (
+    "sdft_dist.evaluate:exact_match",
+    *(f"sdft_dist.scorers:{name}" for name in ("letter", "text", "tool_calls")),
+)
 Z = 1.959964  # of the normal distribution, for 95%
 # Fields of an evaluation's record that are not the accuracy on a set.
 TAKEN = re.compile(r"kind|step|attempt|seconds|num_steps|judge_.*|.*_(interval|pass@.*|cut_share)")
@@ -91,7 +94,7 @@ def _named(scorer: str) -> tuple[Callable[..., bool], bool, Callable[[str], Any]
         function = getattr(found, name)
         signature = inspect.signature(function)
     except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as e:
-        ours = [own for own in OURS if own.partition(":")[2] == scorer.rpartition(":")[2]]
+        ours = [own for own in SCORERS if own.partition(":")[2] == scorer.rpartition(":")[2]]
         hint = f"; did you mean {ours[0]}?" if ours else ""
         raise ConfigError(f"eval.scorer: {scorer!r} is not a function as module:function: {e}{hint}") from e
     wants_prompt = _wants_prompt(signature)

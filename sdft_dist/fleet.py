@@ -34,11 +34,6 @@ class Fleet:
     served: int = -1  # the version that was last pushed to the generators
     mends: int = 0  # since the last optimizer step
 
-    @property
-    def teacher_moves(self) -> bool:
-        """False for a frozen base, which is pushed once, at the start."""
-        return self.config.teacher.kind != "base"
-
     def to_generators(self, version: int) -> None:
         """Push the student; to generators that only evaluate, when they are asked. The first push is waited for, so
         that a broken one fails before any work is lost."""
@@ -64,7 +59,7 @@ class Fleet:
         """Push what teaches; a frozen base keeps its first version for good."""
         if self.teachers.lost:
             return  # mended, and pushed to, when they are needed
-        if self.teachers.actors and (self.teacher_moves or version == self.start):
+        if self.teachers.actors and (self.config.teacher.moves or version == self.start):
             self._push_to_teachers(version, wait=version == self.start)
 
     def versions(self) -> dict[str, int]:
@@ -112,7 +107,8 @@ class Fleet:
         if pool is self.generators:
             self._push_to_generators(wait=True)
         else:
-            self._push_to_teachers(self.version if self.teacher_moves else self.rollouts.teacher_version, wait=True)
+            version = self.version if self.config.teacher.moves else self.rollouts.teacher_version
+            self._push_to_teachers(version, wait=True)
         self.on_event(f"{pool.role} serve version {self.version} again, after {time.monotonic() - started:.1f} s")
 
     def _push_to_generators(self, *, wait: bool) -> None:

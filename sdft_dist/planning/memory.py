@@ -51,7 +51,7 @@ def learner_parts(config: Config, m: Dimensions, ranks: int) -> dict[str, float]
     backward = backward_bytes(m, learner, frozen_head=rank > 0)
     # What learner/push.py holds back at most, and the message that is being made.
     push = 0 if push_transport(config, "cuda") == "gloo" else (1 << 30) + (config.cluster.push_bucket_mib << 20)
-    moving = not rank and config.teacher.kind != "base"
+    moving = not rank and config.teacher.moves
     heads = config.rollout.max_staleness + 2 if moving else 1  # of teachers, kept where the learner applies them
     versions = heads if config.method == "sdft" and config.loss.support == "full" else 0
     parts = {
