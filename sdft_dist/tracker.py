@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdft_dist.config import Config
-from sdft_dist.errors import Fault, UserError, brief
+from sdft_dist.errors import Fault, Preempted, UserError, brief
 from sdft_dist.fingerprint import flat
 
 Tracker = Callable[[str, int, dict[str, float]], None]  # kind of a record, step, its numbers by name
@@ -66,11 +66,14 @@ def tracked(config: Config, folder: Path, say: Callable[[str], None]) -> Iterato
             failed = True
             say(f"wandb: {brief(error)}: gets nothing any more; metrics.jsonl has everything")
 
-    done = False
+    code = 1
     try:
         yield track
-        done = True
+        code = 0
+    except Preempted:
+        run.mark_preempting()  # so that it does not count as failed there
+        raise
     finally:
         with suppress(Exception):  # as above
-            run.finish(exit_code=0 if done else 1)
+            run.finish(exit_code=code)
             wandb.teardown()  # ends its process

@@ -4,11 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from helpers import config_of
 
-from sdft_dist.errors import Fault, UserError
+from sdft_dist.errors import Fault, Preempted, UserError
 from sdft_dist.runlog import RunLog
 from sdft_dist.tracker import tracked
 
@@ -63,6 +64,20 @@ def test_what_fails_on_the_way_is_told_once_and_ends_nothing(tmp_path, monkeypat
         track("train", 1, {"loss": 0.5})
         track("train", 2, {"loss": 0.5})
     assert said == ["wandb: 'gone': gets nothing any more; metrics.jsonl has everything"]
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [(None, [0]), (Preempted("asked to stop"), ["preempted", 1]), (Fault("a disk"), [1])]
+)
+def test_how_a_run_has_ended_is_told(tmp_path, monkeypatch, end, told):
+    found = []
+    with suppress(Preempted, Fault), tracked(config_of(wandb="project"), tmp_path, print):
+        kind, finish = type(wandb.run), wandb.run.finish
+        monkeypatch.setattr(kind, "mark_preempting", lambda self: found.append("preempted"))
+        monkeypatch.setattr(kind, "finish", lambda self, exit_code: (found.append(exit_code), finish(exit_code)))
+        if end is not None:
+            raise end
+    assert found == told
 
 
 @pytest.mark.parametrize(
