@@ -265,7 +265,8 @@ def test_one_task_alone_has_means_over_seeds_and_nothing_to_forget(plan, tmp_pat
         ends = [{"a": 0.0, "old": 1.0}, {"a": share, "old": 0.9}]
         seeds[seed] = [finished(tmp_path / f"sdft{seed}", ends, config)]
     text = markdown(write_results(tmp_path, ["a"], ["old"], {"sdft": seeds}))
-    assert "| sdft | 90.0 (80.0 – 100.0) |  |  |  | 100.0 (100.0 – 100.0) | 90.0 (90.0 – 90.0) |" in text
+    assert "| method | average | prior, start | prior, end |\n" in text
+    assert "| sdft | 90.0 (80.0 – 100.0) | 100.0 (100.0 – 100.0) | 90.0 (90.0 – 90.0) |" in text
 
 
 def made_up(rows, *right):

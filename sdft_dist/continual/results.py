@@ -80,7 +80,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         for i, right in enumerate(own["right"]):
             cells = [_cell(found["rows"], right, names) for names in columns.values()]
             lines.append(f"| {method} | {tasks[i - 1] if i else 'start'} | {' | '.join(cells)} |")
-    heads = list(next(iter(found["methods"].values()))["measures"][0])
+    measured = [m for own in found["methods"].values() for m in own["measures"]]
+    heads = [head for head in measured[0] if any(m[head] is not None for m in measured)]
     lines += ["", "Mean over seeds (lowest – highest), %.", "", f"| method | {' | '.join(heads)} |"]
     lines.append("|---|" + "---|" * len(heads))
     for method, own in found["methods"].items():
