@@ -5,9 +5,10 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for, wait_until
-from processes import PATIENCE_S, ended, lab_config, marked, nothing_left, start
+from processes import PATIENCE_S, ended, lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
 
@@ -54,8 +55,8 @@ def test_a_run_whose_cluster_is_gone_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     process, mark = start(lab_config(tmp_path, steps=100_000), tmp_path)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, process, "step 2")
-    (head,) = [pid for pid, command in marked(mark) if "gcs_server" in command]
-    os.kill(head, signal.SIGKILL)
+    (head,) = [child for child in psutil.Process(process.pid).children() if child.name() == "gcs_server"]
+    head.kill()
     output = ended(process, 4)
     assert re.search(r"sdft: error: Ray's head at \S+ has not answered for 14 s: start the cluster again", output)
     assert nothing_left(mark)
