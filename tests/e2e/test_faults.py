@@ -53,7 +53,7 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
 @pytest.mark.fault("Ray's head lost", "SIGKILL of its GCS", "exit code 4, told how to go on; no process left")
 def test_a_run_whose_cluster_is_gone_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-    process, mark = start(lab_config(tmp_path, steps=100_000), tmp_path)
+    process, mark = start(lab_config(tmp_path, steps=5_000), tmp_path)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, process, "step 2")
     (head,) = [child for child in psutil.Process(process.pid).children() if child.name() == "gcs_server"]
     head.kill()
