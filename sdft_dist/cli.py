@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import os
+import select
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -55,12 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(["sdft: interrupted", *getattr(e, "__notes__", ())]), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
+        if not _nobody_reads(sys.stdout.fileno()):
             raise  # it was another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # of a reader that has seen enough, as `head`
         return 1
     return 0
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the other end of a pipe that is written to has been closed."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

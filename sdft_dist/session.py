@@ -40,6 +40,8 @@ def ray_session(config: Config) -> Iterator[None]:
     try:
         ray.init(address=config.cluster.address or "local", **options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as e:
+        if config.cluster.address is None:
+            raise
         # With a given address Ray takes no token by itself, and says of a wrong or missing one that it cannot connect.
         raise UserError(
             f"cluster.address: {config.cluster.address}: {brief(e)}; is `ray start` done here? Where the cluster wants "
@@ -59,7 +61,7 @@ def _watch_head(address: str, ended: threading.Event) -> None:
     Ray waits for it. Then Ray would end it with exit code 1, whatever it does: calls that wait for the head wait for
     ever."""
     host, _, port = address.rpartition(":")
-    patience_s = float(os.environ.get(RAYS_PATIENCE, "60")) - 3 * LOOK_S
+    patience_s = max(3 * LOOK_S, float(os.environ.get(RAYS_PATIENCE, "60")) - 3 * LOOK_S)
     heard = time.monotonic()
     while not ended.wait(LOOK_S):
         with suppress(OSError):

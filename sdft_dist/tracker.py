@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sdft_dist.config import Config
 from sdft_dist.errors import Fault, Preempted, UserError, brief
+from sdft_dist.files import write_whole
 from sdft_dist.fingerprint import flat
 
 Tracker = Callable[[str, int, dict[str, float]], None]  # kind of a record, step, its numbers by name
@@ -34,9 +35,8 @@ def tracked(config: Config, folder: Path, say: Callable[[str], None]) -> Iterato
 
     entity, _, project = config.wandb.rpartition("/")
     known = folder / "wandb" / "run-id"
-    known.parent.mkdir(exist_ok=True)
     if not known.exists():
-        known.write_text(uuid.uuid4().hex)
+        write_whole(known, uuid.uuid4().hex)
     options = wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True, finish_timeout=FINISH_S)
     try:
         run = wandb.init(
