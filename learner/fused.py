@@ -292,8 +292,8 @@ def _sequence_importance(
         logp = log_softmax_(logits, objective.temperature)
         own = logp.gather(-1, targets.labels_T[span, None]).squeeze(-1)
         ratios[span] = _ratio(own, targets, span, objective)
-    count = int(targets.sequence_T.max()) + 1 if len(ratios) else 0
-    totals = torch.zeros(2, count, device=ratios.device)
+    # With room for as many sequences as tokens: how many they are is known on the device, which would be waited for.
+    totals = torch.zeros(2, len(ratios), device=ratios.device)
     totals[0].index_add_(0, targets.sequence_T, ratios)
     totals[1].index_add_(0, targets.sequence_T, torch.ones_like(ratios))
     return (totals[0] / totals[1])[targets.sequence_T]

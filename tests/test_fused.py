@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_relative, by_formula
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from learner import fused, liger
 from learner.fused import LogitTransform, Objective, Targets, weighted_loss
@@ -273,6 +274,19 @@ def test_trls_sampled_token_loss_has_the_score_function_gradient(inputs):
     got = weighted_loss(ours, x["head"], x["weights"], targets, objective, vocab_size=V)
     got.total.backward()
     assert_relative(ours.grad, states.grad)
+
+
+@pytest.mark.parametrize("importance", ["none", "token", "sequence"])
+@pytest.mark.parametrize("kind", ["full", "chosen", "policy_gradient", "cross_entropy", "dft"])
+def test_no_number_is_asked_of_the_device(inputs, kind, importance):
+    """A GPU would be waited for in every micro-batch; fake tensors have no numbers, and raise an error."""
+    with FakeTensorMode() as fake:
+        x = {name: fake.from_tensor(tensor) for name, tensor in inputs.items()}
+        objective = Objective(kind=kind, importance=importance, token_clip=1.0)
+        targets = targets_for(x, objective, x["labels"][:, None])
+        states, head = x["states"].requires_grad_(), x["head"].requires_grad_()
+        weighted_loss(states, head, x["weights"], targets, objective, vocab_size=V).total.backward()
+        assert states.grad.shape == (T, D)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
