@@ -33,7 +33,9 @@ def weighted_loss(
         temperature=objective.temperature,
         compiled=states_TD.device.type == "cuda",
     )
-    total, start = (states_TD * 0.0).sum(), 0  # zero, and differentiable where there is no token
+    total, start = states_TD.new_zeros(()), 0
+    if not len(states_TD):  # of a rank without a sample, whose gradients are reduced with those of others
+        total = 0.0 * (states_TD.sum() + head_VD.sum())
     for end, teacher_head in targets.heads:
         rows = slice(start, end)
         if start < end:

@@ -234,6 +234,19 @@ def test_no_tokens_give_zero_loss_and_zero_gradients():
         assert head.grad.abs().max() == 0
 
 
+def test_no_tokens_give_zero_gradients_by_ligers_kernel_too():
+    """Ranks reduce the gradients of all weights together, and wait for one that has none."""
+    pytest.importorskip("liger_kernel")
+    states, head = torch.zeros(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    targets = Targets(labels_T=torch.zeros(0, dtype=torch.int64), states_TD=torch.zeros(0, D))
+    objective = Objective(kind="full", liger_beta=0.0)
+    got = liger.weighted_loss(states, head, torch.zeros(0), targets, objective, vocab_size=V)
+    got.total.backward()
+    assert got.total.item() == 0
+    assert head.grad.abs().max() == 0
+    assert states.grad.shape == (0, D)
+
+
 def test_trl_computes_the_same(inputs):
     """TRL's loss functions as an oracle: full, top-k with and without tail, sampled token."""
     oracle = pytest.importorskip("trl.experimental.sdft.loss_utils")
