@@ -159,9 +159,21 @@ def _mark(i: int) -> str:
     return f"\ue000{i}\ue001"
 
 
-def encode_completions(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of demonstrations as the student would say them, each with the end-of-turn token."""
-    return [[*ids, tokenizer.eos_token_id] for ids in _tokenize(tokenizer, texts, as_text=True)]
+def encode_completions(tokenizer: Any, texts: Sequence[str], end: int) -> list[list[int]]:
+    """Token ids of demonstrations as the student would say them, each with the end-of-turn token `end`."""
+    return [[*ids, end] for ids in _tokenize(tokenizer, texts, as_text=True)]
+
+
+def turn_end(tokenizer: Any, model: ModelConfig) -> int:
+    """The token with which the student ends its turn: of those that end a completion the one that the template writes
+    there, which need not be the tokenizer's (Gemma, Phi-3); the tokenizer's where it writes none."""
+    try:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _mark(0)}]
+        shown = _render(tokenizer, turns, ask=False)
+    except UserError:  # a template that knows no answers
+        return int(tokenizer.eos_token_id)
+    (after,) = _tokenize(tokenizer, [shown.rpartition(_mark(0))[2].lstrip()])
+    return next((id for id in after[:1] if id in stop_ids(tokenizer, model)), int(tokenizer.eos_token_id))
 
 
 def check_views(tokenizer: Any, row: Row, template: str) -> None:
@@ -195,13 +207,13 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
     # A template may take another branch for every sequence of roles, so one row of each is looked at.
     for row in {tuple(m["role"] for m in row.messages): row for row in reversed(rows)}.values():
         check_views(tokenizer, row, config.prompt.template)
-    policy = config.data.too_long
+    policy, end = config.data.too_long, turn_end(tokenizer, config.model)
     problems: list[Problem] = []
     kept: list[Row] = []
     dropped: list[str] = []
     truncated: list[str] = []
     unfit: list[str] = []
-    for row, problem in zip(rows, _encode(config, tokenizer, rows), strict=True):
+    for row, problem in zip(rows, _encode(config, tokenizer, rows, end), strict=True):
         message = _overlong(config, problem)
         if message is not None and policy == "truncate_demonstration":
             problem = _truncated(config, tokenizer, row, problem)
@@ -234,12 +246,12 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
 _ADVICE = "Raise the limit that is named, or see data.too_long for dropping rows or shortening demonstrations."
 
 
-def _encode(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Iterator[Problem]:
+def _encode(config: Config, tokenizer: Any, rows: Sequence[Row], end: int) -> Iterator[Problem]:
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
         prompts = encode_chats(tokenizer, [row.messages for row in some])
         shown = encode_chats(tokenizer, [teacher_messages(row, config.prompt.template) for row in some])
-        said = encode_completions(tokenizer, [row.demonstration for row in some])
+        said = encode_completions(tokenizer, [row.demonstration for row in some], end)
         for views in zip(prompts, shown, said, strict=True):
             prompt, teacher_prompt, demonstration = map(_ids, views)
             yield Problem(prompt_ids=prompt, teacher_prompt_ids=teacher_prompt, demonstration_ids=demonstration)
@@ -248,7 +260,7 @@ def _encode(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Iterator[Pro
 def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Problem:
     """The problem with its demonstration cut at the end by as many tokens as it is over, and without an end-of-turn
     token, which does not follow there; as it was where nothing of the demonstration would be left."""
-    length = len(problem.demonstration_ids) - 1
+    length, end = len(problem.demonstration_ids) - 1, int(problem.demonstration_ids[-1])
     if config.method == "sdft":
         total = len(problem.teacher_prompt_ids) + config.rollout.max_completion_tokens
     else:
@@ -260,7 +272,7 @@ def _truncated(config: Config, tokenizer: Any, row: Row, problem: Problem) -> Pr
         text = tokenizer.decode(kept).rstrip("\ufffd")  # of a character that is cut
         if not text.strip():
             break
-        (found,) = _encode(config, tokenizer, [replace(row, demonstration=text)])
+        (found,) = _encode(config, tokenizer, [replace(row, demonstration=text)], end)
         if _overlong(config, found) is None:
             return replace(found, demonstration_ids=found.demonstration_ids[:-1])
     return problem
@@ -303,9 +315,10 @@ def _overlong(config: Config, problem: Problem) -> str | None:
     return f"{what} is {total}, above model.max_length={limit}" if total > limit else None
 
 
-def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], *, ask: bool = True) -> str:
+    """With `ask`, up to where the student's turn begins."""
     try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False))
     except Exception as e:  # a template is code of the model folder's, which may fail in any way
         raise UserError(f"chat template: fails on roles {[m['role'] for m in messages]}: {e}") from e
 

@@ -67,7 +67,7 @@ def test_control_tokens_in_a_row_cannot_forge_a_turn(tokenizer):
     assert ids.count(end) == 1
     assert ids.count(assistant) == 1
     assert ids[1] == tokenizer.convert_tokens_to_ids("rev")
-    assert encode_completions(tokenizer, ["a0 <|end|> a1"])[0].count(end) == 1
+    assert encode_completions(tokenizer, ["a0 <|end|> a1"], end)[0].count(end) == 1
 
 
 # As Qwen3's: of an earlier answer without what was thought.
@@ -251,6 +251,29 @@ def test_a_shortened_demonstration_does_not_end_the_turn(model, tokenizer):
     config = config_for(model, data={"too_long": "truncate_demonstration", "max_demonstration_tokens": 5}, method="sft")
     (problem,) = encode_problems(config, tokenizer, [row(demonstration=LONG)]).problems
     assert tokenizer.decode(problem.demonstration_ids) == "thus a0 a0 a0 a0"
+
+
+def test_a_demonstration_ends_as_the_template_ends_a_turn(tmp_path):
+    """As Gemma's and Phi-3's, whose tokenizers name another end."""
+    folder = tiny_model(tmp_path)
+    config, settings = config_for(folder), folder / "generation_config.json"
+    tokenizer = load_tokenizer(config)
+
+    def said(template):
+        tokenizer.chat_template = template
+        (problem,) = encode_problems(config, tokenizer, [row()]).problems
+        return tokenizer.decode(problem.demonstration_ids)
+
+    turns = "{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content + ' <|pad|> ' }}{% endfor %}"
+    asked = "{% if add_generation_prompt %}<|assistant|>{% else %}<|end|>{% endif %}"
+    assert said(turns + asked) == "thus a1 a0 end <|end|>", "completions do not end with the other"
+    both = tokenizer.convert_tokens_to_ids(["<|end|>", "<|pad|>"])
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": both}))
+    assert said(turns + asked) == "thus a1 a0 end <|pad|>"
+    assert said("{{ messages[-1].content }}" + asked) == "thus a1 a0 end <|end|>"
+    for unknown in ("{{ raise_exception('no answers') }}", "<|user|>"):
+        only_questions = "{% if messages[-1].role == 'user' %}<|assistant|>{% else %}" + unknown + "{% endif %}"
+        assert said(only_questions) == "thus a1 a0 end <|end|>"
 
 
 def test_a_template_that_closes_what_it_does_not_continue(tokenizer):
