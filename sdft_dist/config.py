@@ -177,16 +177,19 @@ class LossConfig(Section):
     tail: bool = Field(
         True,
         description="One more category with the mass outside the chosen ids. False: topk is renormalised (no KL any "
-        "more); sampled is the score-function estimator of reverse_kl.",
+        "more); sampled is the score-function estimator of reverse_kl, which needs the student's own samples: with "
+        "rollout.max_staleness give importance=token.",
     )
     importance: Literal["none", "token", "sequence"] = Field(
         "none",
         description="Importance weights p_learner / p_generator, each at most importance_clip. token: each token by "
-        "its own. sequence: every token by the mean over its completion.",
+        "its own. sequence: every token by the mean over the tokens of its completion that carry loss.",
     )
     importance_clip: float = Field(2.0, gt=0, description="Importance weights are truncated at this value.")
     token_clip: float | None = Field(
-        None, gt=0, description="Positions with a larger loss count this much and give no gradient; default off."
+        None,
+        gt=0,
+        description="Positions with a larger loss count this much and give no gradient, with method=sdft; default off.",
     )
     skip_first_tokens: int = Field(
         0,
@@ -195,8 +198,8 @@ class LossConfig(Section):
     )
     normalisation: Literal["sequences", "tokens"] = Field(
         "sequences",
-        description="sequences: mean over a sequence's tokens, then over the step's sequences. "
-        "tokens: mean over all of the step's tokens.",
+        description="sequences: mean over a sequence's tokens that carry loss, then over the step's sequences that "
+        "have any. tokens: mean over all such tokens of the step.",
     )
     kernel: Literal["auto", "chunked", "liger"] = Field(
         "auto",
@@ -215,7 +218,7 @@ class OptimConfig(Section):
         "cosine", description="Course of the learning rate after the warm-up; linear and cosine end at 0."
     )
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, of all that is trained.")
     betas: tuple[MomentRate, MomentRate] = Field(
         (0.9, 0.999), description="AdamW's moment rates, each at least 0 and below 1."
     )
@@ -586,8 +589,12 @@ class Config(Section):
                     f"and rollout.top_k={rollout.top_k} leave fewer with any probability: use teacher, or "
                     "rollout.top_p=1 and rollout.top_k=0"
                 )
-        if rollout.from_teacher and loss.support == "sampled" and not loss.tail:
-            raise ValueError("loss.tail: the score-function estimator needs the student's own samples (from_teacher)")
+        others = rollout.from_teacher or rollout.top_p < 1 or rollout.top_k
+        if others and loss.support == "sampled" and not loss.tail:
+            raise ValueError(
+                "loss.tail: the score-function estimator needs samples of the student's whole distribution: use true, "
+                "or neither rollout.from_teacher nor rollout.top_p nor rollout.top_k"
+            )
 
     @property
     def skipped_tokens(self) -> int:

@@ -8,6 +8,7 @@ from sdft_dist.recipe import dump_config, load_config, parse
 
 MINIMAL = "model: {path: m}\ndata: {train: d.jsonl}\n"
 STUDENTS_TOP_5 = ["loss.support=topk", "loss.topk_from=student", "loss.top_k=5"]
+SCORE_FUNCTION = ["loss.support=sampled", "loss.tail=false", "loss.divergence=reverse_kl"]
 
 
 @pytest.fixture
@@ -155,6 +156,9 @@ def test_every_field_is_described():
         ([*STUDENTS_TOP_5, "rollout.from_teacher=true"], "use teacher"),
         ([*STUDENTS_TOP_5, "rollout.top_k=4"], "takes loss.top_k=5 ids, but rollout.top_p=1 and rollout.top_k=4 leave"),
         ([*STUDENTS_TOP_5, "rollout.top_p=0.9"], "but rollout.top_p=0.9 and rollout.top_k=0 leave fewer"),
+        ([*SCORE_FUNCTION, "rollout.from_teacher=true"], "needs samples of the student's whole distribution"),
+        ([*SCORE_FUNCTION, "rollout.top_p=0.9"], "needs samples of the student's whole distribution"),
+        ([*SCORE_FUNCTION, "rollout.top_k=5"], "needs samples of the student's whole distribution"),
         (["teacher.kind=live", "teacher.reanchor=false", "teacher.anchor=a"], "live the teacher is the student itself"),
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "0 keeps no fp32 master"),
         (["learner.compile=true", "learner.zero_stage=3"], "ZeRO-3's hooks cannot be compiled"),
