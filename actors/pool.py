@@ -99,6 +99,15 @@ class Pool:
             raise error
         self.lost.setdefault(index, obituary(error))
 
+    def look(self) -> None:
+        """Note who has died unheard, as one may that had nothing to do."""
+        for index, actor in enumerate(self.actors):
+            if index not in self.lost:
+                try:
+                    self._wait([actor.__ray_ready__.remote()], "to be there")
+                except Exception as error:
+                    self.lose(index, error)  # raises what is not its end
+
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""
         if self.actors[index] is actor:

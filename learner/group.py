@@ -19,8 +19,7 @@ from learner.roofline import Roofline
 from learner.tally import Tally
 from sdft_dist.batching import pack
 from sdft_dist.config import Config
-from sdft_dist.errors import UserError
-from sdft_dist.last_words import is_death
+from sdft_dist.errors import NotServing, UserError
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, ShardFile, Span, TrainItem, TransportKind, WeightManifest
 from sdft_dist.wire import bucket_bytes
@@ -35,7 +34,9 @@ class Receivers(Protocol):
     actors: list[Any]
     workers: int
     transport: TransportKind
+    lost: dict[int, str]
 
+    def look(self) -> None: ...
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]: ...
     def receive(self, manifest: WeightManifest) -> list[Any]: ...
     def push_failed(self, index: int, actor: Any, error: Exception) -> None: ...
@@ -124,8 +125,12 @@ class LearnerGroup:
         """
         # A broadcast to one that is gone never ends. Generators that run ahead have a call under way, which tells.
         busy = receivers.role == "generators" and self.config.rollout.max_staleness > 0
-        if receivers.transport == "nccl" and not busy and not self._all_alive(receivers, must=wait):
-            return
+        if receivers.transport == "nccl" and not busy:
+            receivers.look()
+            if receivers.lost:
+                if wait:
+                    raise NotServing(f"{receivers.role} before a push: {receivers.lost}")
+                return
         whole = receivers.role not in self._whole
         if whole not in self._manifests:
             (self._manifests[whole],) = self._wait([self.ranks[0].manifest.remote(version, whole)], "learner manifest")
@@ -142,17 +147,6 @@ class LearnerGroup:
             self._on_span("learner", rank, span)
         if wait:
             self._wait(receiving, what)
-
-    def _all_alive(self, receivers: Receivers, *, must: bool) -> bool:
-        for i, actor in enumerate(receivers.actors):
-            try:
-                self._wait([actor.__ray_ready__.remote()], f"{receivers.role} before a push")
-            except Exception as error:
-                if must or not is_death(error):
-                    raise
-                receivers.push_failed(i, actor, error)
-                return False
-        return True
 
     def _received(self, role: str, index: int, spans: Sequence[Span]) -> None:
         for span in spans:

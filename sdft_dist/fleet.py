@@ -103,6 +103,7 @@ class Fleet:
             self.on_event(f"lost {_reasons(pool)}")
             self.rollouts.abandon_lost()
             pool.replace_lost()
+            pool.look()
         self.learner.open_push(pool)
         if pool is self.generators:
             self._push_to_generators(wait=True)

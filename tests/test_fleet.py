@@ -17,6 +17,7 @@ class Part:
         self.name, self.role, self.log, self.losses = name, name, log, losses
         self.lost, self.actors = {}, [None]
         self.meanwhile = []  # who else is lost while the lost are replaced
+        self.unheard = []  # who has died without having had anything to do
 
     def rest(self, asleep):
         self.log.append(f"{self.name} {'sleep' if asleep else 'wake'}")
@@ -33,6 +34,10 @@ class Part:
 
     def replace_lost(self):
         self.lost = {self.meanwhile.pop(): "killed"} if self.meanwhile else {}
+
+    def look(self):
+        if self.unheard:
+            self.lost[self.unheard.pop()] = "killed"
 
     def abandon_lost(self):
         self.log.append("abandon")
@@ -95,10 +100,10 @@ def test_what_an_engine_was_doing_that_is_lost_while_others_are_replaced_is_take
     log = []
     one = fleet(log)
     one.generators.lost[0] = "killed"
-    one.generators.meanwhile = [1]
+    one.generators.meanwhile, one.generators.unheard = [1], [2]
     one.mend()
-    lost = [f"lost generators {i}: killed" for i in range(2)]
-    assert log[:-1] == [lost[0], "abandon", lost[1], "abandon", "open generators", "push -1"]
+    first, others = "lost generators 0: killed", "lost generators 1: killed; generators 2: killed"
+    assert log[:-1] == [first, "abandon", others, "abandon", "open generators", "push -1"]
 
 
 def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch):

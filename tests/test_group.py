@@ -1,15 +1,15 @@
 """The driver's handle on the ranks, with fakes of them and of the engines."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from helpers import config_of
-from ray.exceptions import RayActorError
 
 from learner import group
 from learner.group import LearnerGroup
 from learner.tally import RankMetrics, Tally
-from sdft_dist.errors import UserError
+from sdft_dist.errors import NotServing, UserError
 from sdft_dist.types import ShardFile, WeightManifest
 
 
@@ -65,13 +65,14 @@ def test_a_checkpoint_may_take_as_long_as_a_slow_disk_needs():
 def test_nothing_is_broadcast_between_gpus_where_a_receiver_is_gone(gone):
     """NCCL would wait for it for ever."""
     empty = WeightManifest(version=0, buckets=())
-    pushed, failed = [], []
+    pushed, lost = [], {}
     rank = actor(manifest=empty)
     rank.push = SimpleNamespace(remote=lambda *args: pushed.append(args) or SimpleNamespace())
     receivers = SimpleNamespace(
-        role="generators", transport="nccl", workers=1, receive=lambda manifest: [None, None],
-        actors=[actor(__ray_ready__=True), actor(__ray_ready__=RayActorError() if gone else True)],
-        push_failed=lambda index, actor, error: failed.append(index),
+        role="generators", transport="nccl", workers=1, receive=lambda manifest: [None], actors=[None], lost=lost,
+        push_failed=lambda *_: None, look=lambda: lost.update({0: "killed"} if gone else {}),
     )  # fmt: skip
     made(rank).push(receivers, 1, 1)
-    assert (len(pushed), failed) == ((0, [1]) if gone else (1, []))
+    assert len(pushed) == (not gone)
+    with pytest.raises(NotServing, match="killed") if gone else nullcontext():
+        made(rank).push(receivers, 1, 1, wait=True)

@@ -16,13 +16,17 @@ class FakeActor:
 
     def __init__(self):
         self.asked = []
-        for name in ("ready", "forget"):
+        for name in ("ready", "forget", "__ray_ready__"):
             setattr(self, name, SimpleNamespace(remote=lambda name=name: self.asked.append(name)))
 
 
 def pool(size=2):
     events = SimpleNamespace(wait_all=lambda refs, **_: refs)
     return Pool("generators", [FakeActor() for _ in range(size)], 1.0, events, lambda index: FakeActor())
+
+
+def raised(error):
+    raise error
 
 
 def test_a_gpu_without_memory_is_a_matter_of_settings():
@@ -66,6 +70,19 @@ def test_a_push_that_an_actor_missed_by_its_death_replaces_it():
     assert one.actors[0] is not gone
     one.push_failed(0, gone, RayActorError())
     assert one.lost == {}, "what befell the old one is no matter of the new one"
+
+
+def test_one_that_died_while_it_had_nothing_to_do_is_found():
+    one = pool(3)
+    dead, there = RayActorError(), [one.actors[i] for i in (0, 2)]
+    one._events.wait_all = lambda refs, **_: refs if dead not in refs else raised(dead)
+    one.actors[1].__ray_ready__ = SimpleNamespace(remote=lambda: dead)
+    one.look()
+    assert one.lost.keys() == {1}
+    one.replace_lost()
+    one.look()
+    assert one.lost == {}
+    assert [actor.asked for actor in there] == [["__ray_ready__"] * 2] * 2
 
 
 def test_an_error_of_the_program_is_no_loss():
