@@ -18,10 +18,12 @@ from sdft_dist.types import Problem, SampleKey
 COPIES, TOKENS, SLOTS, VOCAB, TEMPERATURE = 6000, 8, 1024, 12, 1.5
 
 
-@pytest.fixture(scope="module")
-def sampled(ray_cluster, ranks, tmp_path_factory):
+@pytest.fixture(scope="module", params=["ngram", "suffix"])
+def sampled(ray_cluster, ranks, tmp_path_factory, request):
     """Model folder, prompt, samples of it, and the decoding steps until the first of them was done. With few
     tokens to choose from, many drafts are accepted and many rejected."""
+    if request.param == "suffix":
+        pytest.importorskip("arctic_inference.suffix_decoding", reason="needs the package arctic-inference")
     model = tiny_model(tmp_path_factory.mktemp("model"), vocab_size=VOCAB, eos_token_id=None, pad_token_id=0)
     # Repeats itself, so that there is something to draft from.
     prompt = np.array([1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2], dtype=np.int32)
@@ -29,7 +31,7 @@ def sampled(ray_cluster, ranks, tmp_path_factory):
     config = config_for(
         model,
         method="sft",
-        rollout={"speculative": "ngram", "max_completion_tokens": TOKENS, "temperature": TEMPERATURE},
+        rollout={"speculative": request.param, "max_completion_tokens": TOKENS, "temperature": TEMPERATURE},
         cluster={"max_sequences": SLOTS},
     )
     actor = ray.remote(Generator).options(**cpu_options(1)).remote(config, "cpu", [], ray.put(problems))
