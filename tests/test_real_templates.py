@@ -42,4 +42,4 @@ def test_both_views_are_what_transformers_makes_of_them(folder, rows, tmp_path):
         *text, end = problem.demonstration_ids.tolist()
         assert tokenizer.decode(text) == row.demonstration
         answered = tokenizer.apply_chat_template([*row.messages, {"role": "assistant", "content": "?"}])["input_ids"]
-        assert end in answered[len(problem.prompt_ids) :], "the template ends the turn with another"
+        assert end in answered[-3:], "the template ends the turn with another"
