@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,27 +71,30 @@ def test_a_used_folder_is_refused_before_any_check(tmp_path, monkeypatch):
     [
         ("", 200, None),
         ("raise ValueError('no more')", 200, "ValueError: no more"),
-        ("time.sleep(60)", 20, "not done in 20 s"),
+        ("time.sleep(200)", 20, "not done in 20 s"),
     ],
     ids=["whole", "failed", "cut off"],
 )
 def test_a_check_that_ends_early_keeps_the_figures_that_it_has_written(tmp_path, monkeypatch, then, limit_s, failed):
-    """The process of a check runs this program, in which one stands for all."""
+    """The process of a check runs this program, in which one stands for all. It ends by itself, not by SIGKILL, also
+    where SIGINT is ignored, as it is for what a script starts in its background."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, time\nfrom sdft_dist.bench import gpu_check\n"
+        "import atexit, sys, time\nfrom sdft_dist.bench import gpu_check\n"
+        f"atexit.register(open, {str(tmp_path / 'ended')!r}, 'w')\n"
         f"def two():\n    yield {{'one': 1.0}}\n    yield {{'two': 2.0}}\n    {then}\n"
         "gpu_check.all_checks = lambda args: {'check': two}\ngpu_check.main()\n"
     )
-    popen = subprocess.Popen
+    ignoring = partial(subprocess.Popen, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **how: popen([sys.executable, str(program), *command[3:]], **how)
+        subprocess, "Popen", lambda command, **how: ignoring([sys.executable, str(program), *command[3:]], **how)
     )
     monkeypatch.setattr(gpu_check, "all_checks", lambda args: {"check": None})
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out"), "--limit", str(limit_s)])
     gpu_check.main()
     found = json.loads((tmp_path / "out" / "check.json").read_text())
     assert found == {"one": 1.0, "two": 2.0} | ({"failed": failed} if failed else {})
+    assert (tmp_path / "ended").is_file()
 
 
 def make_gpu(folder, out, within="100", pytest_does="exit 1"):

@@ -57,6 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     checks = all_checks(args)
     if args.only:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else unheard in the background of a script
         found: Figures = {}
         for part in checks[args.only]():
             found |= part
