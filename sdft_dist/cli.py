@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a bench worse than its --baseline, a damaged checkpoint, or a fault of this program; "
+    "Exit codes: 0 done; 1 a bench worse than its --baseline, a damaged checkpoint, a plan of which nothing fits, or a "
+    "fault of this program; "
     "2 configuration or data error; 3 asked to stop and saved; 4 machines, disks or a judge's endpoint failed; "
     "5 diverged; 130 interrupted."
 )

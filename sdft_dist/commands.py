@@ -250,6 +250,8 @@ def plan(args: argparse.Namespace) -> None:
         found += [{"gpus": p.gpus, "simulated": asdict(o)} for p, o in zip(split, outcomes, strict=True)]
     if args.json:
         print(json.dumps(found, indent=2))
+    if not any(p.fits for p in plans):
+        sys.exit(1)
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -124,6 +124,16 @@ def test_a_plan_says_what_is_wrong_with_what_it_is_asked(recipe, capsys):
     assert [found["gpus"] for found in json.loads(capsys.readouterr().out)] == [8, 16]
 
 
+def test_a_plan_of_which_nothing_fits_ends_with_exit_code_1(recipe, capsys):
+    plan = ["plan", str(recipe), "--gpu", "a100", "--shape", "qwen3-8b"]
+    plan += ["model.dtype=bfloat16", "model.max_length=4096"]
+    for words in ([], ["--json"]):
+        with pytest.raises(SystemExit, match="1"):
+            main([*plan, *words, "--gpus", "1"])
+        assert "fits" in capsys.readouterr().out
+        assert main([*plan, *words, "--gpus", "1", "16", "learner.gradient_checkpointing=full"]) == 0
+
+
 def test_a_bench_says_at_once_that_its_baseline_is_not_there(recipe, tmp_path, capsys):
     out = tmp_path / "bench"
     assert main(["bench", str(recipe), "--out", str(out), "--baseline", "nowhere.json"]) == 2
