@@ -52,6 +52,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is a folder, expected a YAML file")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+    if path.suffix in (".jsonl", ".parquet"):  # the first row would pass for a recipe with strange fields
+        raise ConfigError(f"{path}: holds rows, expected a YAML file; rows are given as data.train={path}")
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as e:

@@ -98,6 +98,9 @@ def test_missing_fields_and_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "demonstration": "b"}\n')
+    with pytest.raises(ConfigError, match=r"rows.jsonl: holds rows, expected a YAML file; .* data.train=.*rows.jsonl"):
+        load_config(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("sections", [{}, {"model": {"path": "m"}}, {"data": {"train": "d"}}])
