@@ -66,7 +66,7 @@ class Engine:
     """vLLM as a generator (`runner="generate"`) or as a reader of hidden states (`runner="pooling"`).
 
     A generator samples of the first `vocab_size` ids, where that is given: what a model's head has beyond its
-    tokenizer is padding. Raises UserError for settings that vLLM refuses."""
+    tokenizer is padding. Raises UserError for settings and models that vLLM refuses."""
 
     def __init__(self, config: Config, runner: Runner, device: str, stop_ids: Sequence[int], vocab_size: int | None):
         self._llm = make_llm(config, runner, device, vocab_size)

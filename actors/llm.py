@@ -20,7 +20,7 @@ Runner = Literal["generate", "pooling"]
 
 def make_llm(config: Config, runner: Runner, device: str, vocab_size: int | None) -> Any:
     """vLLM's LLM for `model.path`, in this process; with `vocab_size` later ids get no probability. Raises UserError
-    for settings that vLLM refuses."""
+    for settings and models that vLLM refuses."""
     _prepare_environment(device, config.cluster.kv_cache_gib)
     from vllm import LLM
 
@@ -29,10 +29,14 @@ def make_llm(config: Config, runner: Runner, device: str, vocab_size: int | None
     try:
         with _plain_path(config.model.path) as path:
             llm = LLM(**{**options, "model": path})
-    except (ValidationError, ImportError) as e:  # of its configuration; want of memory is another matter
+    except (ValueError, AssertionError, NotImplementedError, ImportError) as e:
+        if not isinstance(e, ValidationError) and "memory" in str(e).lower():  # which others may give back
+            raise
         problems = [error["msg"] for error in e.errors()] if isinstance(e, ValidationError) else [str(e)]
         said = "; ".join(problem.removeprefix("Value error, ") for problem in problems)
-        raise UserError(f"model.path: {config.model.path}: vLLM refuses it with this configuration: {said}") from e
+        raise UserError(
+            f"model.path: {config.model.path}: vLLM refuses it with this configuration: {said or type(e).__name__}"
+        ) from e
     if vocab_size is not None:
         llm.collective_rpc(_leave_out_padding, args=(vocab_size,))
     return llm

@@ -82,7 +82,8 @@ class Student(nn.Module):
 
 
 def load_causal_lm(config: ModelConfig) -> Any:
-    """The model of `config.path` in training mode, without dropout. Raises UserError where the folder holds none."""
+    """The model of `config.path` in training mode, without dropout. Raises UserError where the folder holds none, or
+    not the weights that its config.json asks for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settle()
@@ -90,15 +91,23 @@ def load_causal_lm(config: ModelConfig) -> Any:
     try:
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
         zero_dropout(settings)
-        lm = AutoModelForCausalLM.from_pretrained(
+        lm, found = AutoModelForCausalLM.from_pretrained(
             config.path,
             config=settings,
             revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of below
         )
     except (OSError, ValueError) as e:
         raise UserError(f"model.path: {config.path}: no causal language model could be loaded: {e}") from e
+    # Of these transformers makes random ones, and tells nobody who could hear of it.
+    sizes = (f"{name} is {list(there)}, not {list(due)}" for name, there, due in found["mismatched_keys"])
+    unfit = sorted([*(f"{name} is missing" for name in found["missing_keys"]), *sizes])
+    if unfit:
+        more = f", and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+        raise UserError(f"model.path: {config.path}: its weights are not config.json's: {'; '.join(unfit[:3])}{more}")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"model.path: {config.path}: an output head with a bias is not supported")
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())

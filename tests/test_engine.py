@@ -1,12 +1,16 @@
 """What vLLM is asked for; what it then does is in the end-to-end tests."""
 
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from helpers import config_of
 
+from actors import llm
 from actors.engine import _renewed
-from actors.llm import _graph_sizes, options_for
+from actors.llm import _graph_sizes, make_llm, options_for
+from sdft_dist.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -59,3 +63,36 @@ def test_generators_sample_from_float32_logits_as_learners_do():
     assert options("generate", model=bf16)["hf_overrides"] == {"head_dtype": "float32"}
     assert options("pooling", model=bf16)["hf_overrides"] == {"head_dtype": "model"}
     assert "hf_overrides" not in options("generate")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("There is no module or parameter named 'x' in Qwen3ForCausalLM"),
+        AssertionError("num_heads (9) is not divisible by num_kv_heads (2)"),
+        NotImplementedError("no such layer"),
+    ],
+)
+def test_a_model_that_vllm_refuses_is_told_with_its_reason_and_want_of_memory_and_faults_are_not_that(
+    monkeypatch, error
+):
+    def raising(error):
+        def make(**options):
+            raise error
+
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=make))
+        make_llm(config_of(model={"path": "m"}), "generate", "cpu", None)
+
+    monkeypatch.setattr(llm, "_prepare_environment", lambda *_: None)
+    monkeypatch.setattr(llm.plugin, "prepare", lambda: None)
+    monkeypatch.setattr(llm, "options_for", lambda *_: {})
+    with pytest.raises(UserError, match=r"^model.path: m: vLLM refuses it with this configuration: ") as told:
+        raising(error)
+    assert str(error) in str(told.value)
+    for other in (
+        ValueError("Free memory on the device is too little"),
+        RuntimeError("a fault"),
+        KeyError(1),
+    ):
+        with pytest.raises(type(other), match=str(other).strip("'")[:5]):
+            raising(other)

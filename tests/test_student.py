@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from helpers import config_of, tiny_model
+from safetensors.torch import load_file, save_file
 
 from learner.fused import Objective
 from learner.microbatch import TrainSequence, build
@@ -62,6 +63,22 @@ def test_a_model_that_sees_the_sequence_before_in_a_packed_row_is_refused(tmp_pa
     made(family, **{**SIZES, **settings}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{family}ForCausalLM has layers that carry a state from token to token"):
         load_causal_lm(config_of(model={"path": str(tmp_path)}).model)
+
+
+def test_weights_that_are_not_of_the_configuration_are_refused(tmp_path):
+    """transformers would train random ones in their place."""
+    folder = tiny_model(tmp_path)
+    settings, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    given, tensors = settings.read_text(), load_file(weights)
+    settings.write_text(given.replace('"intermediate_size": 96', '"intermediate_size": 80'))
+    wrong = r"config.json's: model.layers.0.mlp.down_proj.weight is \[64, 96\], not \[64, 80\]; .*, and 3 more$"
+    with pytest.raises(UserError, match=wrong):
+        load_causal_lm(config_of(model={"path": str(folder)}).model)
+    settings.write_text(given)
+    tensors["another.name"] = tensors.pop("model.norm.weight")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"its weights are not config.json's: model.norm.weight is missing$"):
+        load_causal_lm(config_of(model={"path": str(folder)}).model)
 
 
 def test_models_whose_packed_sequences_see_each_other_are_refused():
