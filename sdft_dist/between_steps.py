@@ -119,7 +119,7 @@ class BetweenSteps:
         scorer, samples = prepared.scorer, self._config.eval.samples
         _, limit = self._config.evaluation_limit
 
-        def verdicts(cases: Sequence[Case]) -> Generator[bool]:
+        def verdicts(cases: Sequence[Case]) -> Generator[bool | None]:
             if isinstance(scorer, Judge):
                 return scorer.each(cases)
             return (scorer([case])[0] for case in cases)
@@ -133,7 +133,9 @@ class BetweenSteps:
                             raise Preempted
                         self.finish_saving(fleet, wait=False)
                         look = time.monotonic() + LOOK_S
-                    right.append(next(found))
+                    verdict = next(found)
+                    if verdict is not None:
+                        right.append(verdict)
             return right
 
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)

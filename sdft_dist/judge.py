@@ -12,9 +12,10 @@ import os
 import re
 import threading
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from sdft_dist.config import JudgeConfig
@@ -27,6 +28,8 @@ _VERDICT = re.compile(
 )
 # What endpoints answer, as an error's code or a reply's end, to a question that they will never judge.
 REFUSED = {"content_filter", "content_policy_violation", "context_length_exceeded", "string_above_max_length"}
+
+LOOK_S = 1.0  # of waiting for a verdict, after which it is told that there is none yet
 
 
 class Case(NamedTuple):
@@ -59,21 +62,40 @@ class Judge:
 
     def __call__(self, cases: Sequence[Case]) -> list[bool]:
         """Whether each case is right; raises as `each` does."""
-        return list(self.each(cases))
+        return [verdict for verdict in self.each(cases) if verdict is not None]
 
-    def each(self, cases: Sequence[Case]) -> Generator[bool]:
-        """Whether each case is right, as far as that is known in order; closed before its end it asks about no further
-        ones. Raises Fault where the endpoint fails for good, or gives no text for one of them, or where the cache
-        cannot be written to."""
+    def each(self, cases: Sequence[Case]) -> Generator[bool | None]:
+        """Whether each case is right, in order, and None for every LOOK_S in which the next one is not known yet;
+        closed before its end it asks about no further ones. Raises Fault where the endpoint fails for good, or gives no
+        text for one of them, or where the cache cannot be written to."""
         from openai import OpenAIError
 
-        threads = ThreadPoolExecutor(self._config.parallel)
+        verdicts = [Future[bool]() for _ in cases]
+        todo, over = SimpleQueue[tuple[Case, Future[bool]]](), threading.Event()
+        for asked in zip(cases, verdicts, strict=True):
+            todo.put(asked)
+
+        def work() -> None:
+            with suppress(Empty):
+                while not over.is_set():
+                    case, verdict = todo.get_nowait()
+                    try:
+                        verdict.set_result(self._judge(case))
+                    except Exception as error:
+                        verdict.set_exception(error)
+
+        for _ in range(min(self._config.parallel, len(cases))):
+            # Daemons: who stops has no time for replies that are under way, nor has the end of the process.
+            threading.Thread(target=work, daemon=True).start()
         try:
-            yield from threads.map(self._judge, cases)
+            for verdict in verdicts:
+                while not wait([verdict], LOOK_S).done:
+                    yield None
+                yield verdict.result()
         except OpenAIError as error:
             raise Fault(f"eval.judge.url: {self._config.url}: {error}") from error
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)  # who stops has no time for replies that are under way
+            over.set()
 
     def cost(self) -> dict[str, int]:
         """What all cases so far have cost."""

@@ -1,6 +1,7 @@
 """What is evaluated and saved between two steps, also where something ends the run there; the fleet is made up."""
 
 import json
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from test_rundir import claim
 
 from sdft_dist import between_steps
 from sdft_dist.between_steps import BetweenSteps
+from sdft_dist.config import JudgeConfig
 from sdft_dist.errors import Diverged, Fault, Preempted, ScorerFailed
 from sdft_dist.evaluate import EvalSet
+from sdft_dist.judge import Judge
 from sdft_dist.runlog import RunLog, read_metrics
 
 EVERY = {"every": 2, "sets": {"new": "f"}, "metric": "new", "patience": 2}
@@ -154,6 +157,21 @@ def test_an_evaluation_ends_within_a_part_of_its_rows_where_the_run_is_asked_to_
     with pytest.raises(Preempted):
         run.after(0)
     assert run.scored == 1
+    assert run.done() == ([], [])
+
+
+def test_an_evaluation_ends_where_the_judge_hangs_and_the_run_is_asked_to_stop(tmp_path, monkeypatch):
+    """By a failure of the endpoint it would end only after all attempts, minutes later."""
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setattr(between_steps, "LOOK_S", 0.0)
+    waiting = iter([False])
+    run = Run(tmp_path, stop=lambda: next(waiting, True))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        settings = {"url": url, "model": "m", "key_variable": "JUDGE_KEY", "timeout_s": 4, "retries": 0}
+        run.between._prepared.scorer = Judge(JudgeConfig(**settings))
+        with pytest.raises(Preempted):
+            run.after(0)
     assert run.done() == ([], [])
 
 

@@ -1,10 +1,12 @@
 """The judge, against a server of the OpenAI protocol over HTTP."""
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +95,19 @@ def test_who_stops_early_is_not_kept_by_what_is_left(endpoint):
     asked = len(endpoint.requests)
     time.sleep(0.2)
     assert len(endpoint.requests) <= asked + 2 < 100
+
+
+def test_who_waits_for_an_endpoint_that_hangs_is_told_and_may_end_at_once(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setattr("sdft_dist.judge.LOOK_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        before = threading.enumerate()
+        verdicts = judge(SimpleNamespace(server_port=silent.getsockname()[1]), timeout_s=5, retries=0).each(CASES)
+        assert [next(verdicts), next(verdicts)] == [None, None]
+        verdicts.close()
+        left = [thread for thread in threading.enumerate() if thread not in before]
+        assert left
+        assert all(thread.daemon for thread in left), "the end of the process would wait for them"
 
 
 def test_a_temperature_is_sent_where_it_is_given(endpoint):
