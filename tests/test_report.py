@@ -74,6 +74,38 @@ def test_what_was_sampled_stands_beside_what_the_teacher_was_shown(tmp_path):
     assert rows == [("1", "first"), ("3", "&lt;last&gt;")]
 
 
+def changed(run, **fields):
+    """The records of the run's steps, with other values by step."""
+    path = run / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train":
+            record.update({name: by_step[record["step"]] for name, by_step in fields.items()})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_where_a_run_was_interrupted_and_what_it_began_with_are_told(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("sdft_dist.report.report.curves", lambda title, runs, *a, **k: drawn.update({title: runs}))
+    monkeypatch.setattr("sdft_dist.report.report.picture", lambda *_: "")
+    one, other = a_run(tmp_path / "one", start="Org/Base-1B"), a_run(tmp_path / "other", start="/models/stage/model")
+    changed(one, attempt={1: 1, 2: 3, 3: 4})
+    page = report([one, other], tmp_path / "out").read_text()
+    assert "<td>Org/Base-1B</td><td class=n>3</td><td class=n>1, 2</td>" in page
+    assert "<td>stage/model</td><td class=n>3</td><td class=n></td>" in page
+    assert page.count("Dotted: where a run was interrupted and went on.") == 1
+    assert [curve.marks for curve in drawn["loss"].values()] == [[1, 2], []]
+    assert "Dotted" not in report([other], tmp_path / "alone").read_text()
+
+
+def test_a_first_step_that_was_skipped_is_left_out_of_the_divergence_by_position(tmp_path):
+    run = a_run(tmp_path / "one")
+    changed(run, loss={1: None, 2: 0.5, 3: 0.3}, divergence_by_position={1: [None] * 3, 2: [0.5, None], 3: [0.1, 0.2]})
+    assert "Divergence by position" in report([run], tmp_path / "out").read_text()
+    changed(run, divergence_by_position={1: [None], 2: [None], 3: [None]})
+    assert "Divergence by position" not in report([run], tmp_path / "none").read_text()
+
+
 def test_a_run_that_was_never_evaluated(tmp_path):
     page = report([a_run(tmp_path / "one", evaluated=False)], tmp_path / "out").read_text()
     assert "None was measured" in page

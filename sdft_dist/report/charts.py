@@ -21,12 +21,14 @@ PERCENT = (-3, 103)  # ends of an axis of percentages
 
 
 class Curve(NamedTuple):
-    """Points to be joined; `low` and `high` are the ends of each point's interval, where there is one."""
+    """Points to be joined; `low` and `high` are the ends of each point's interval, where there is one, and `marks` are
+    places along x to be marked."""
 
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    marks: Sequence[float] = ()
 
 
 class Point(NamedTuple):
@@ -43,6 +45,8 @@ def curves(title: str, runs: Mapping[str, Curve], xlabel: str, ylabel: str, *, p
         (line,) = axis.plot(curve.x, curve.y, label=name, linewidth=1.6, marker="." if len(curve.x) < 40 else "")
         if curve.low is not None and curve.high is not None:
             axis.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.15, linewidth=0)
+        for x in curve.marks:
+            axis.axvline(x, color=line.get_color(), linewidth=0.8, linestyle=":")
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.3)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ class Run:
     def sets(self) -> list[str]:
         """Names of the held-out sets."""
         return list(self.config.eval.sets) if self.evals else []
+
+    @property
+    def resumed(self) -> list[int]:
+        """The steps after which another attempt went on."""
+        pairs = pairwise(self.train)
+        return [before["step"] for before, after in pairs if before.get("attempt") != after.get("attempt")]
 
 
 def report(paths: Sequence[Path], out: Path, new: str | None = None) -> Path:
@@ -108,20 +115,21 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    head = ["run", "method", "model", "steps", "samples", "samples/s", "minutes"]
+    head = ["run", "method", "model", "steps", "resumed after", "samples", "samples/s", "minutes"]
     rows = [
         [
             run.name,
             run.config.method,
-            Path(run.config.model.path).name,
+            "/".join(Path(run.config.model.path).parts[-2:]),  # a hub id whole; of many folders the last is "model"
             str(len(run.train)),
+            ", ".join(map(str, run.resumed)),
             str(sum(m["samples"] for m in run.train)),
             f"{statistics.median(m['samples_per_s'] for m in run.train):.1f}" if run.train else "",
             f"{sum(m['time/step'] for m in run.train) / 60:.1f}",
         ]
         for run in runs
     ]
-    return table(head, rows, numbers=range(3, 7))
+    return table(head, rows, numbers=range(3, len(head)))
 
 
 def _accuracy(runs: Sequence[Run], new: str | None, out: Path) -> list[str]:
@@ -228,14 +236,20 @@ def _training(runs: Sequence[Run], out: Path) -> list[str]:
         ("gradient norm", "grad_norm", ""),
         ("completion length", "completion_tokens_mean", "tokens, mean"),
     ):
-        found = {run.name: Curve([m["step"] for m in run.train], [m[field] for m in run.train]) for run in trained}
+        found = {
+            run.name: Curve([m["step"] for m in run.train], [m[field] for m in run.train], marks=run.resumed)
+            for run in trained
+        }
         pictures.append(_curves(title, found, unit, out))
-    note = ""
+    notes = []
     if len({run.config.method for run in trained}) > 1:
-        note = (
-            "<p class=soft>Losses of different methods are different measures: SDFT's is a divergence from its "
-            "teacher, SFT's and DFT's are cross-entropies on demonstrations.</p>"
+        notes.append(
+            "Losses of different methods are different measures: SDFT's is a divergence from its teacher, SFT's and "
+            "DFT's are cross-entropies on demonstrations."
         )
+    if any(run.resumed for run in trained):
+        notes.append("Dotted: where a run was interrupted and went on.")
+    note = f"<p class=soft>{' '.join(notes)}</p>" if notes else ""
     return ["<h2>Training</h2>", note, side_by_side(pictures)]
 
 
@@ -243,7 +257,8 @@ def _positions(runs: Sequence[Run], out: Path) -> list[str]:
     """The divergence of the first positions and, after those, tenths of the completion."""
     pictures = []
     for run in runs:
-        known = [m for m in run.train if m.get("divergence_by_position")]
+        # Of a step that was skipped, as its loss was no finite number, there is None at all positions.
+        known = [m for m in run.train if any(value is not None for value in m.get("divergence_by_position") or ())]
         if run.config.method == "sdft" and known:
             chosen = {m["step"]: m for m in (known[0], known[len(known) // 2], known[-1])}
             found = {}
