@@ -194,11 +194,16 @@ class RunDir:
 
     def newest(self) -> Start:
         """The newest sound checkpoint, or where the run began while it has none at all. Says which ones were passed
-        over; raises UserError where that is all."""
+        over; raises UserError where that is all, and where a finished run has none any more."""
         step, broken = commits.newest(self.commits)
         if broken and step is None:
             raise UserError(
                 f"{self.path}: none of its checkpoints is sound; remove them to begin anew\n" + "\n".join(broken)
+            )
+        if step is None and self.finished:
+            raise UserError(
+                f"{self.path}: is finished, and its checkpoints were removed: there is nothing to go on from; give "
+                f"another run_dir=…, or remove {self.path / 'model'} to begin anew"
             )
         for line in broken:
             print(f"sdft: {line}", file=sys.stderr)

@@ -55,6 +55,17 @@ def test_resume_auto_begins_at_the_newest_and_forgets_later_metrics(finished):
     assert steps == list(range(1, 22))
 
 
+def test_a_finished_run_whose_checkpoints_were_removed_is_not_begun_anew(finished):
+    """Which would remove its model too."""
+    run = RunDir(Path(finished.run_dir))
+    (run.path / "model").mkdir()
+    shutil.rmtree(run.commits.folder)
+    with pytest.raises(UserError, match=r"run: is finished, and its checkpoints were removed: .* remove .*run/model"):
+        claim(finished, "auto")
+    (run.path / "model").rmdir()
+    assert claim(finished, "auto")[1] == Start()
+
+
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_a_folder_that_cannot_be_made_is_told(tmp_path, resume):
     (tmp_path / "file").touch()
