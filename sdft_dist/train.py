@@ -15,11 +15,13 @@ from rich.console import Console
 
 from sdft_dist.between_steps import BetweenSteps, best_step
 from sdft_dist.cluster import launch
+from sdft_dist.commits import facts
 from sdft_dist.config import Config
 from sdft_dist.errors import ActorLost, Fault, Preempted, UserError, brief
 from sdft_dist.fingerprint import fingerprint
 from sdft_dist.gauges import Gauges
 from sdft_dist.loop import train
+from sdft_dist.model_card import model_card
 from sdft_dist.prepare import Prepared, prepare
 from sdft_dist.rundir import RunDir, Start
 from sdft_dist.runlog import RunLog, read_metrics
@@ -52,8 +54,8 @@ def run(
     try:
         with asked_to_stop(stop) as asked:
             prepared = prepare(config, on_evaluation, title, console)
-            facts = {"fingerprint": fingerprint(config, prepared.inputs.problems), "ranks": config.learner.ranks}
-            rundir, start = RunDir.claim(config, resume, facts, allow_changes=allow_changes)
+            about = {"fingerprint": fingerprint(config, prepared.inputs.problems), "ranks": config.learner.ranks}
+            rundir, start = RunDir.claim(config, resume, about, allow_changes=allow_changes)
             with _disk(rundir), _telling_its_end(rundir):
                 rundir.note_rows(prepared.inputs.dropped, prepared.inputs.truncated)
                 rundir.say(f"{config.method} begins at step {start.step} of {prepared.num_steps}")
@@ -185,7 +187,9 @@ def _attempt(
 
 def _export(config: Config, rundir: RunDir, step: int | None) -> None:
     """The model of a checkpoint (None: the last), and its adapters where such were trained, in the place of what an
-    earlier attempt may have left."""
+    earlier attempt may have left; nothing where the same is there, which somebody may be reading."""
+    if _is_exported(config, rundir, step):
+        return
     from safetensors import SafetensorError
 
     from sdft_dist.export import export, export_adapter
@@ -202,3 +206,11 @@ def _export(config: Config, rundir: RunDir, step: int | None) -> None:
         except (OSError, SafetensorError) as e:
             shutil.rmtree(beside, ignore_errors=True)
             raise Fault(f"{rundir.path / name}: {e}; the checkpoints are intact") from e
+
+
+def _is_exported(config: Config, rundir: RunDir, step: int | None) -> bool:
+    """Whether what was exported says of itself what an export would say now; its README is written last."""
+    card = rundir.path / "model" / "README.md"
+    if not card.is_file() or (config.model.lora.rank and not (rundir.path / "adapter").is_dir()):
+        return False
+    return card.read_text() == model_card(rundir, config, facts(rundir.checkpoint(step)), "student")

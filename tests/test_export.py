@@ -12,8 +12,9 @@ from sdft_dist.commits import Commits
 from sdft_dist.errors import ConfigError, UserError
 from sdft_dist.export import export, export_adapter
 from sdft_dist.fingerprint import fingerprint, refuse_another_base
-from sdft_dist.recipe import dump_config
+from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.rundir import RunDir
+from sdft_dist.train import _export
 from sdft_dist.types import ShardFile
 
 
@@ -121,6 +122,25 @@ def test_all_weights_are_exported_whatever_the_bases_are_but_not_into_another_sh
     tiny_model(base, intermediate_size=48)
     with pytest.raises(ConfigError, match=r"another config\.json; put that one back"):
         export(run, tmp_path / "smaller")
+
+
+def test_a_finished_run_that_is_resumed_leaves_its_model_alone_unless_it_would_be_another(tmp_path):
+    base = tiny_model(tmp_path / "base")
+    run = finished_run(tmp_path, saved_weights(base), model={"path": str(base)})
+    config, model = load_config(run.path / "config.yaml"), run.path / "model"
+
+    def inode(config):
+        (run.path / "config.yaml").write_text(dump_config(config))  # as a run does that begins
+        _export(config, run, None)
+        return model.stat().st_ino
+
+    first = inode(config)
+    assert inode(config) == first, "who reads it would lose it"
+    other = config.model_copy(update={"eval": config.eval.model_copy(update={"sets": {"new": "f"}})})
+    assert inode(other) != first
+    (model / "README.md").unlink()
+    inode(other)
+    assert (model / "README.md").is_file()
 
 
 def test_a_saved_parameter_that_is_larger_than_the_models_is_no_part_of_it(tmp_path, monkeypatch):
