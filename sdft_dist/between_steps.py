@@ -77,8 +77,9 @@ class BetweenSteps:
     def _save(self, fleet: Fleet) -> None:
         """Begin to save this step's state, unless that was done."""
         if self.step not in self._saved:
-            with self._log.timer("checkpoint"):
-                self._rundir.commits.start(fleet.learner, self.step)
+            started = time.perf_counter()
+            self._rundir.commits.start(fleet.learner, self.step)
+            self._log.write("checkpoint", self.step, {"wait_s": time.perf_counter() - started})
             self._saved.add(self.step)
 
     def note_samples(self, step: int, items: Sequence[TrainItem], bad: bool) -> None:

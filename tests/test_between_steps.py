@@ -106,6 +106,15 @@ def test_a_checkpoint_that_is_due_does_not_wait_for_the_evaluation(tmp_path):
     run.done()
 
 
+def test_what_a_checkpoint_took_stands_with_its_own_step(tmp_path):
+    run = Run(tmp_path, checkpoint={"every": 2})
+    run.after(0, 1, 2, 3, 4)
+    assert run.log._times == {}, "the next step's record would hold it, and that of the last checkpoint none"
+    run.done()
+    found = read_metrics(run.rundir.path, "checkpoint")
+    assert [(record["step"], record["wait_s"] >= 0) for record in found] == [(2, True), (4, True)]
+
+
 def test_held_out_completions_have_a_limit_of_their_own_or_that_of_rollouts(tmp_path):
     for own, limit in [({}, 7), ({"max_completion_tokens": 9}, 9)]:
         run = Run(tmp_path / str(limit), rollout={"max_completion_tokens": 7}, eval=EVERY | own)
