@@ -184,7 +184,7 @@ class RunDir:
         last = max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
         folder = attempts / f"{last + 1:03d}"
         folder.mkdir()
-        (folder / "config.yaml").write_text(dump_config(config))
+        write_whole(folder / "config.yaml", dump_config(config))  # `sdft status` may look for it now
         return folder
 
     def say(self, text: str) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdft_dist.files import read_jsonl
 from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir
-from sdft_dist.runlog import read_metrics
 
 RECENT = 20  # steps that rates are medians of
 LINES = 3  # of run.log
@@ -21,9 +21,11 @@ def status(path: Path) -> dict[str, Any]:
     UserError where `path` is no run."""
     rundir = RunDir.open(path)
     # An attempt's settings hold its number of steps, also where the recipe gives epochs.
-    attempts = sorted(path.glob("attempts/*/config.yaml"))
+    numbered = (own for own in path.glob("attempts/*/config.yaml") if own.parent.name.isdecimal())
+    attempts = sorted(numbered, key=lambda own: int(own.parent.name))
     config, owner = load_config(attempts[-1] if attempts else path / "config.yaml"), rundir.owner()
-    train, evals = (read_metrics(path, kind) for kind in ("train", "eval"))
+    records = read_jsonl(path / "metrics.jsonl")  # once, as it grows with every step
+    train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
     recent, commits = train[-RECENT:], rundir.commits.steps()
     log = (path / "run.log").read_text().splitlines() if (path / "run.log").is_file() else []
     state = f"running ({owner})" if owner else "finished" if rundir.finished else "not running"

@@ -4,6 +4,8 @@ import pytest
 from test_report import a_run
 
 from sdft_dist.errors import UserError
+from sdft_dist.files import read_jsonl
+from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.status import show, status
 
@@ -35,6 +37,20 @@ def test_a_run_that_stopped_early_has_no_time_left(tmp_path):
     found = status(run)
     assert (found["state"], found["step"], found["steps"]) == ("finished", 3, 40)
     assert "minutes_left" not in found
+
+
+def test_settings_are_the_newest_attempts_after_a_thousand_too_and_metrics_are_read_once(tmp_path, monkeypatch):
+    run, reads = RunDir(a_run(tmp_path / "one")), []
+    config = load_config(run.path / "config.yaml")
+    for number in ("998", "999-copy"):
+        (run.path / "attempts" / number).mkdir(parents=True)
+        (run.path / "attempts" / number / "config.yaml").write_text(dump_config(config))
+    for steps in (50, 60):
+        attempt = run.new_attempt(config.model_copy(update={"steps": steps}))
+    assert attempt.name == "1000"
+    monkeypatch.setattr("sdft_dist.status.read_jsonl", lambda path: reads.append(path) or read_jsonl(path))
+    assert status(run.path)["steps"] == 60
+    assert len(reads) == 1
 
 
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdft_dist.files import read_jsonl
 from sdft_dist.recipe import load_config
-from sdft_dist.runlog import read_metrics
 from sdft_dist.selection import exported
 from sdft_dist.sweep.space import Sweep
 from sdft_dist.sweep.trials import Trial, trials
@@ -53,10 +53,9 @@ def _device(trial: Trial) -> str:
 def _hours(run: Path) -> float:
     """Wall clock of all attempts of a run, from each one's start to the last of it that counts."""
     ends: dict[int, float] = {}
-    for kind in ("train", "eval"):
-        for record in read_metrics(run, kind):
-            attempt = record.get("attempt", 1)  # records of runs from before attempts were numbered
-            ends[attempt] = max(ends.get(attempt, 0.0), record["seconds"])
+    for record in read_jsonl(run / "metrics.jsonl"):
+        attempt = record.get("attempt", 1)  # records of runs from before attempts were numbered
+        ends[attempt] = max(ends.get(attempt, 0.0), record["seconds"])
     return sum(ends.values()) / 3600
 
 
