@@ -11,11 +11,11 @@ import yaml
 from helpers import write_jsonl
 from rich.console import Console
 
-from sdft_dist.errors import ConfigError, Preempted, UserError
+from sdft_dist.errors import ConfigError, Diverged, Fault, Preempted, UserError
 from sdft_dist.sweep.results import front, markdown, rows, write_report
 from sdft_dist.sweep.space import load_sweep
 from sdft_dist.sweep.trials import at_a_time, corners, make_trial, run_trial, sweep_all, trial_bundles, trials
-from sdft_dist.sweep.tune import Asking, Ending
+from sdft_dist.sweep.tune import Asking, Ending, Progress
 
 RATES = [1.0e-5, 1.0e-4]
 
@@ -319,6 +319,47 @@ def test_an_optuna_sweep_that_was_interrupted_between_trials_is_not_done(sheet, 
     monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", lambda *_: ({}, no_others))
     with nullcontext() if no_others else pytest.raises(Preempted, match="1 of 3 trials"):
         assert sweep_all(sweep, Console(quiet=True)) == [trial]
+
+
+@pytest.mark.parametrize(
+    ("failed", "kind"),
+    [([ConfigError("a: b")], UserError), ([ConfigError("a: b"), Fault("a disk")], Fault), ([KeyError("a")], Fault)],
+)
+def test_a_sweep_of_which_trials_fail_ends_with_what_is_to_be_mended(sheet, monkeypatch, failed, kind):
+    monkeypatch.setattr("sdft_dist.sweep.trials.ray_session", lambda config: nullcontext())
+    monkeypatch.setattr("sdft_dist.sweep.trials.at_a_time", lambda *_: 1)
+    monkeypatch.setattr("ray.nodes", list)
+    told = {str(number): error for number, error in enumerate(failed)}
+    monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", lambda *_: (told, True))
+    with pytest.raises(kind, match=rf"{len(failed)} of 4 trials failed; .*\n  0: {type(failed[0]).__name__}: "):
+        sweep_all(sheet(), Console(quiet=True))
+
+
+def test_a_trial_that_diverges_is_done(sheet, monkeypatch):
+    """Its settings would make it diverge whenever it is tried."""
+    sweep = sheet()
+    trial = trials(sweep)[0]
+
+    def run(config, on_evaluation, **_):
+        found = {"kind": "eval", "step": 0, "seconds": 1.0, "new": 0.2, "old": 0.9, "older": 0.9}
+        pretend(trial, [found], finished=False)
+        on_evaluation(found)
+        raise Diverged("step 3: loss is nan")
+
+    monkeypatch.setattr("sdft_dist.train.run", run)
+    heard = []
+    run_trial(trial, "cpu", heard.append, "new")
+    assert trial.state == "diverged"
+    assert (trial.folder / "diverged").read_text() == "step 3: loss is nan\n"
+    Progress(lambda config: trial, 1, Console(quiet=True), keep_checkpoints=True).on_trial_complete(
+        1, [], SimpleNamespace(config={}, trial_id="1", last_result={})
+    )
+    assert not (trial.folder / "stopped").exists()
+    monkeypatch.setattr("sdft_dist.train.run", lambda *_, **__: pytest.fail("again"))
+    run_trial(trial, "cpu", heard.append, "new")
+    assert heard == [{"step": 0, "score": 0.2}] * 2
+    (row, *_) = rows(sweep)
+    assert (row["state"], row["new"]) == ("diverged", 0.2)
 
 
 def test_trials_of_optuna_are_those_that_were_begun(sheet):

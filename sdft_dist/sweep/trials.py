@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from sdft_dist.config import MEAN, Config
-from sdft_dist.errors import ConfigError, Fault, Preempted, UserError
+from sdft_dist.errors import ConfigError, Diverged, Fault, Preempted, UserError, brief
 from sdft_dist.files import write_whole
 from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir, refuse_other_settings
@@ -32,10 +32,10 @@ from sdft_dist.sweep.space import Range, Sweep, fits, points
 from sdft_dist.topology import CPU_SHARE, bundles, lacking, needs, num_gpus
 
 MOST_CORNERS = 256  # of optuna's space that are checked before anything starts
-TRIAL, STOPPED = "trial.json", "stopped"  # beside a trial's run directory
+TRIAL, STOPPED, DIVERGED = "trial.json", "stopped", "diverged"  # beside a trial's run directory
 STOP = "stop"  # in the sweep's folder: trials save and end
 SLACK_S = 75.0  # in which shared file systems show that file (NFS: 60 s), and Tune hears of a trial's end
-DONE = ("finished", "stopped")
+DONE = ("finished", "stopped", "diverged")
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class Trial:
 
     @property
     def state(self) -> str:
-        """finished, stopped (by asha), running, interrupted or waiting."""
+        """finished, stopped (by asha), diverged, running, interrupted or waiting."""
         if RunDir(self.run).finished:
             return "finished"
-        if (self.folder / STOPPED).exists():
-            return "stopped"
+        for mark in (STOPPED, DIVERGED):
+            if (self.folder / mark).exists():
+                return mark
         if not (self.run / "config.yaml").is_file():
             return "waiting"
         return "running" if RunDir.open(self.run).owner() else "interrupted"
@@ -149,7 +150,8 @@ def at_a_time(sweep: Sweep, configs: list[Config], device: str, nodes: list[dict
 def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
     """Run what is missing; returns all trials. Raises UserError before anything starts where a trial is not valid or
     does not fit, Preempted where it was interrupted (by SIGTERM trials save first, by a second one and by Ctrl-C they
-    go on from their newest checkpoints), and Fault that names the trials that failed."""
+    go on from their newest checkpoints), and Fault that names the trials that failed, or UserError where all of them
+    are the user's to mend."""
     with sigterm_told(again=lambda: os.kill(os.getpid(), signal.SIGINT)) as told:
         (Path(sweep.out) / STOP).unlink(missing_ok=True)
         first = trials(sweep)
@@ -172,8 +174,9 @@ def sweep_all(sweep: Sweep, console: Console) -> list[Trial]:
     done = sum(trial.state in DONE for trial in found)
     total = len(found) if no_others else max(len(found), sweep.trials or 0)
     if failed:
-        lines = "\n".join(f"  {name}: {why}" for name, why in failed.items())
-        raise Fault(f"{len(failed)} of {total} trials failed; the same command tries them again:\n{lines}")
+        kind = UserError if all(isinstance(why, UserError) for why in failed.values()) else Fault
+        lines = "\n".join(f"  {name}: {type(why).__name__}: {brief(why)}" for name, why in failed.items())
+        raise kind(f"{len(failed)} of {total} trials failed; the same command tries them again:\n{lines}")
     if done < total:
         raise Preempted(f"{done} of {total} trials are done; the same command goes on")
     return found
@@ -190,8 +193,8 @@ def _refuse_misfits(sweep: Sweep, begun: list[Trial]) -> None:
 
 
 def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None], metric: str) -> None:
-    """Run or finish one trial, and report its evaluations, earlier ones too: what asha goes by. Raises Preempted
-    where the sweep was told to stop."""
+    """Run or finish one trial, and report its evaluations, earlier ones too: what asha goes by. One that diverges is
+    marked so, and done: it would diverge again. Raises Preempted where the sweep was told to stop."""
     from sdft_dist.train import run
 
     wanted = trial.config.eval.model_copy(update={"metric": metric})
@@ -219,14 +222,17 @@ def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None
     cluster = trial.config.cluster.model_copy(update={"device": device})
     config = trial.config.model_copy(update={"cluster": cluster})
     with open(os.devnull, "w") as nowhere:
-        run(
-            config,
-            console=Console(file=nowhere),
-            resume="auto",
-            on_evaluation=hear,
-            stop=stop.exists,
-            advice="it goes on next time",
-        )
+        try:
+            run(
+                config,
+                console=Console(file=nowhere),
+                resume="auto",
+                on_evaluation=hear,
+                stop=stop.exists,
+                advice="it goes on next time",
+            )
+        except Diverged as end:
+            write_whole(trial.folder / DIVERGED, f"{end}\n")
     for record in last:
         tell(record)
 

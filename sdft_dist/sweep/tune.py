@@ -39,7 +39,7 @@ def tune_trials(
     console: Console,
     told: Callable[[], bool],
     grace_s: float,
-) -> tuple[dict[str, str], bool]:
+) -> tuple[dict[str, Exception], bool]:
     """Run the trials that are not done, `number` at a time, until `told` says to stop: then they have `grace_s` to
     save. With asha also the done ones tell how they fared, which takes no GPU.
 
@@ -95,11 +95,11 @@ def tune_trials(
                 stop=Ending(told, Path(sweep.out) / STOP, grace_s, progress),
             ),
         ).fit()
-        failed = {}
+        failed: dict[str, Exception] = {}
         for result in results:
             cause = _cause(result.error)
             if cause is not None and not isinstance(cause, Preempted):  # which is left for the next time
-                failed[which(result.config).name] = f"{type(cause).__name__}: {brief(cause)}"
+                failed[which(result.config).name] = cause
     return failed, asking is None or asking.exhausted
 
 
@@ -137,7 +137,7 @@ class Progress(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say how it ended."""
         own = self._which(trial.config)
-        if own.state != "finished":
+        if own.state not in DONE:
             (own.folder / STOPPED).touch()
         if not self._keep_checkpoints:
             shutil.rmtree(own.run / "checkpoints", ignore_errors=True)

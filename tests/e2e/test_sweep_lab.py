@@ -14,7 +14,7 @@ from processes import MARK, ended, nothing_left
 from ray import tune
 from rich.console import Console
 
-from sdft_dist.errors import Fault
+from sdft_dist.errors import UserError
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sweep
 from sdft_dist.placement import placed
@@ -123,6 +123,8 @@ def test_told_to_stop_a_sweep_s_trials_save_and_the_same_command_goes_on(tmp_pat
 def test_a_trial_that_fails_is_named(ray_cluster, tmp_path):
     methods = {"sft": {"set": {"method": "sft"}, "space": {"model.path": [str(tmp_path / "nowhere")]}}}
     sweep = sheet(tmp_path, methods)
-    with pytest.raises(Fault, match=r"1 of 1 trials failed[^$]*UserError: model.path: [^$]*nowhere: no such folder"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 trials failed[^$]*UserError: model.path: [^$]*nowhere: no such folder"
+    ):
         sweep_all(sweep, Console())
     assert [trial.state for trial in trials(sweep)] == ["waiting"]
