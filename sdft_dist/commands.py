@@ -316,7 +316,10 @@ def list_checkpoints(args: argparse.Namespace) -> None:
     if not commits.steps():
         print(f"{args.run}: no checkpoint yet")
     for step in commits.steps():
-        size = sum(p.stat().st_size for p in commits.path(step).iterdir())
+        try:
+            size = sum(p.stat().st_size for p in commits.path(step).iterdir())
+        except FileNotFoundError:  # its run goes on, and has removed it meanwhile
+            continue
         print(f"step {step:6}  {size / 2**20:10.1f} MiB  {commits.path(step)}")
 
 
@@ -330,6 +333,8 @@ def verify_checkpoints(args: argparse.Namespace) -> None:
         print(f"{args.run}: no checkpoint yet")
     for step in commits.steps():
         problem = check(commits.path(step))
+        if problem and step not in commits.steps():  # its run goes on, and has removed it meanwhile
+            continue
         broken += problem is not None
         print(f"step {step:6}  {problem or 'sound'}")
     if broken:

@@ -1,6 +1,7 @@
 """The command line: instant help, and one readable message for each mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import write_jsonl
+from test_commits import save
 
 from sdft_dist.cli import main
+from sdft_dist.commits import Commits
 from sdft_dist.errors import UserError
 
 GOOD = {"prompt": "rev a0 a1", "demonstration": "thus a1 a0 end"}
@@ -332,6 +335,16 @@ def test_a_run_without_checkpoints_says_so(tmp_path, capsys):
     for action in ("ls", "verify"):
         assert main(["ckpt", action, str(tmp_path)]) == 0
         assert capsys.readouterr().out == f"{tmp_path}: no checkpoint yet\n"
+
+
+@pytest.mark.parametrize("action", ["ls", "verify"])
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_damaged_one(tmp_path, monkeypatch, capsys, action):
+    (tmp_path / "config.yaml").touch()
+    save(Commits(tmp_path / "checkpoints"), 2)
+    before = iter([[1, 2], [1, 2]])
+    monkeypatch.setattr(Commits, "steps", lambda self: next(before, [2]))
+    assert main(["ckpt", action, str(tmp_path)]) == 0
+    assert re.findall(r"step +(\d)", capsys.readouterr().out) == ["2"]
 
 
 def test_a_clean_clone_passes_the_unit_tests_through_make(tmp_path):
