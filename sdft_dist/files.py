@@ -6,6 +6,7 @@ A line of JSON ends at \\n alone: completions hold U+2028, U+0085 and whatever e
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def refuse_used(out: Path) -> None:
-    """Raises UserError where `--out` is no unused folder."""
+    """Raises UserError where `--out` is no unused folder, or none can be made there: results are written at the end."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is already in use: give another, or remove it")
+    place = unwritable(out)
+    if place is not None:
+        raise UserError(f"--out: {out}: nothing can be written to {place}: give another")
+
+
+def unwritable(path: Path) -> Path | None:
+    """What keeps a file or folder from being written at `path`, if something does: itself, or the first of the folders
+    above that is there."""
+    place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    fit = (place == path.absolute() or place.is_dir()) and os.access(place, os.W_OK)
+    return None if fit else place

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from sdft_dist.config import JudgeConfig
 from sdft_dist.errors import ConfigError, Fault
+from sdft_dist.files import unwritable
 from sdft_dist.prompts import fill
 
 # "NOT CORRECT", "isn't **correct**" and "not entirely correct" are negated; not so what stands behind a full stop.
@@ -200,8 +201,8 @@ def _refuse_unwritable(path: str | None) -> None:
     file = Path(path).absolute()
     if file.is_dir():
         raise ConfigError(f"eval.judge.cache: {path}: is a folder, expected a file")
-    place = next(p for p in (file, *file.parents) if p.exists())
-    if not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
+    place = unwritable(file)
+    if place is not None:
         raise ConfigError(f"eval.judge.cache: {path}: nothing can be written to {place}: give another file")
 
 

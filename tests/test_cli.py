@@ -214,6 +214,13 @@ def test_a_wrong_word_is_refused_with_what_is_expected(tmp_path, monkeypatch, ca
     assert Path("file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("words", [["eval"], ["harness", "--tasks", "x"], ["bench"]], ids=lambda words: words[0])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(recipe, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)  # as of a file system that is read-only
+    assert main([words[0], str(recipe), *words[1:], "--out", str(tmp_path / "a" / "b")]) == 2
+    assert f"--out: {tmp_path}/a/b: nothing can be written to {tmp_path}: give another" in capsys.readouterr().err
+
+
 def test_extras_that_are_missing_are_told_with_the_command_that_adds_them(recipe, tmp_path, monkeypatch, capsys):
     from sdft_dist.sweep.tune import Asking
 
