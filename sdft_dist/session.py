@@ -47,6 +47,10 @@ def ray_session(config: Config) -> Iterator[None]:
             f"cluster.address: {config.cluster.address}: {brief(e)}; is `ray start` done here? Where the cluster wants "
             "a token, as it does if there was one at its start, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it"
         ) from e
+    except OSError as e:
+        if "AF_UNIX path length" not in str(e):
+            raise
+        raise UserError(f"TMPDIR: set RAY_TMPDIR to a shorter folder, as /tmp/ray-$USER, for Ray: {brief(e)}") from e
     ended = threading.Event()
     threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address, ended), daemon=True).start()
     try:

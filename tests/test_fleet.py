@@ -117,6 +117,17 @@ def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch):
         pass
 
 
+def test_a_temporary_folder_that_is_too_long_for_rays_sockets_is_told(monkeypatch):
+    def init(**options):
+        raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch/long")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    told = "^TMPDIR: set RAY_TMPDIR to a shorter folder, .* cannot exceed 107 bytes: /scratch/long$"
+    with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"device": "cpu"})):
+        pass
+
+
 def test_a_head_that_does_not_answer_is_named():
     with socket.socket() as there:
         there.bind(("127.0.0.1", 0))
