@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from sdft_dist.config import JudgeConfig
 from sdft_dist.errors import ConfigError, Fault
@@ -50,6 +51,11 @@ class Judge:
 
         if config.url is None or config.model is None:
             raise ConfigError("eval.judge: url and model are needed for eval.scorer=judge")
+        if "@" in urlsplit(config.url).netloc:
+            raise ConfigError(
+                "eval.judge.url: holds a name or password, which the run's settings and its model's README would tell: "
+                "leave it out; the key is what the variable that eval.judge.key_variable names holds"
+            )
         key = os.environ.get(config.key_variable)
         if key is None:
             raise ConfigError(f"eval.judge.key_variable: the environment has no {config.key_variable}")

@@ -73,7 +73,7 @@ def endpoint(monkeypatch):
 def judge(endpoint, **fields):
     url = f"http://127.0.0.1:{endpoint.server_port}/v1"
     return load_scorer(
-        EvalConfig(scorer="judge", judge={"url": url, "model": "strict", "key_variable": "JUDGE_KEY", **fields})
+        EvalConfig(scorer="judge", judge={"url": url, "model": "strict", "key_variable": "JUDGE_KEY"} | fields)
     )
 
 
@@ -141,6 +141,9 @@ def test_a_cache_asks_once(endpoint, tmp_path):
 def test_what_is_missing_is_named(endpoint, monkeypatch):
     with pytest.raises(ConfigError, match="url and model"):
         load_scorer(EvalConfig(scorer="judge"))
+    with pytest.raises(ConfigError, match=r"^eval\.judge\.url: holds a name or password, .* README") as told:
+        judge(endpoint, url="https://me:pw@host/v1")
+    assert "pw@" not in str(told.value)
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ConfigError, match="the environment has no JUDGE_KEY"):
         judge(endpoint)
