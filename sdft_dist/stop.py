@@ -67,7 +67,7 @@ def asked_to_stop(also: Callable[[], bool] = lambda: False) -> Iterator[Callable
 
 
 def leaving_nodes() -> set[str]:
-    """Ids of nodes that are being drained, as before a preemption, and that this run has actors on."""
+    """Ids of nodes that are being drained, as before a preemption, and that this run is on: this process or actors."""
     import ray
 
     if not ray.is_initialized():
@@ -79,6 +79,6 @@ def leaving_nodes() -> set[str]:
     group = ray.util.get_current_placement_group()
     if group is not None:  # a trial of a sweep, which shares the job with others
         return leaving & set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    mine = state.actors(job_id=job, actor_state_name="ALIVE").values()
-    return leaving & {actor["Address"]["NodeID"] for actor in mine}
+    here = ray.get_runtime_context()
+    mine = state.actors(job_id=ray.JobID.from_hex(here.get_job_id()), actor_state_name="ALIVE").values()
+    return leaving & {here.get_node_id(), *(actor["Address"]["NodeID"] for actor in mine)}

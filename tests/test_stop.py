@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -33,6 +34,18 @@ def test_a_node_that_leaves_is_told_of_once_and_for_all(monkeypatch, always_look
     monkeypatch.setattr(stop, "leaving_nodes", lambda: next(answers))
     with stop.asked_to_stop() as asked:
         assert [asked() for _ in range(3)] == [False, True, True]
+
+
+def test_nodes_of_the_run_s_actors_and_of_the_driver_itself_count(monkeypatch):
+    actors = {"a": {"Address": {"NodeID": "an actor's"}}, "b": {"Address": {"NodeID": "another that stays"}}}
+    draining = {"an actor's": 0, "the driver's": 0, "of another run": 0}
+    here = SimpleNamespace(get_job_id=lambda: "01000000", get_node_id=lambda: "the driver's")
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: here)
+    monkeypatch.setattr("ray._private.state.actors", lambda **_: actors)
+    monkeypatch.setattr("ray._private.state.state", SimpleNamespace(get_draining_nodes=lambda: draining))
+    assert stop.leaving_nodes() == {"an actor's", "the driver's"}
 
 
 def test_a_reason_of_the_caller_s_counts_too_and_nodes_need_ray(always_looking):
