@@ -143,9 +143,9 @@ def harness(args: argparse.Namespace) -> None:
 
     config = load_config(args.recipe, args.overrides)
     refuse_used(args.out)
-    from importlib.util import find_spec
+    from sdft_dist.prepare import is_installed
 
-    if find_spec("lm_eval") is None:
+    if not is_installed("lm_eval"):
         raise UserError("sdft harness: needs lm-evaluation-harness; in the repository: pip install -e '.[eval]'")
     from rich.console import Console
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -61,8 +61,14 @@ def check_device(config: Config) -> None:
         raise ConfigError(f"model.attention: {config.model.attention} needs a GPU; with cluster.device=cpu use sdpa")
     if device == "cpu" and config.cluster.sleep:
         raise ConfigError("cluster.sleep: there is no GPU's memory to give up; set it to false")
-    if config.loss.kernel == "liger" and find_spec("liger_kernel") is None:
+    if config.loss.kernel == "liger" and not is_installed("liger_kernel"):
         raise ConfigError("loss.kernel: liger needs the package: pip install liger-kernel; or use auto")
-    if config.wandb and find_spec("wandb") is None:
+    if config.wandb and not is_installed("wandb"):
         raise ConfigError("wandb: needs the package: pip install 'wandb>=0.31'; or leave the field out")
     push_transport(config, device)  # raises where there is no such way
+
+
+def is_installed(package: str) -> bool:
+    """Whether there is such a package; a folder of its name in the current one, as `wandb` leaves one, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

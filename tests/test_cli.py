@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from test_commits import save
 from sdft_dist.cli import main
 from sdft_dist.commits import Commits
 from sdft_dist.errors import UserError
+from sdft_dist.prepare import is_installed
 
 GOOD = {"prompt": "rev a0 a1", "demonstration": "thus a1 a0 end"}
 
@@ -212,6 +214,14 @@ def test_a_wrong_word_is_refused_with_what_is_expected(tmp_path, monkeypatch, ca
     assert message in told
     assert told.startswith(f"usage: sdft {words[0]}")
     assert Path("file").read_text() == "kept"
+
+
+def test_a_folder_of_an_extras_name_is_not_the_extra(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "left_by_it").mkdir()
+    assert find_spec("left_by_it")
+    assert not is_installed("left_by_it")
+    assert is_installed("yaml")
 
 
 @pytest.mark.parametrize("words", [["eval"], ["harness", "--tasks", "x"], ["bench"]], ids=lambda words: words[0])
