@@ -1,6 +1,9 @@
 """The Kubernetes files: fields that exist, a command that the CLI knows, GPUs that add up."""
 
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -27,6 +30,8 @@ AMOUNTS = {"type": "object", "additionalProperties": {"type": ["string", "intege
 CONTAINER = strict(
     ("name", "image", "resources"),
     name=TEXT, image=TEXT, resources=strict(requests=AMOUNTS, limits=AMOUNTS),
+    env={"type": "array", "items": strict(("name", "value"), name=TEXT, value=TEXT)},
+    lifecycle=strict(preStop=strict(exec=strict(("command",), command={"type": "array", "items": TEXT}))),
     volumeMounts={"type": "array", "items": strict(("name", "mountPath"), name=TEXT, mountPath={"pattern": "^/"})},
 )  # fmt: skip
 VOLUME = strict(
@@ -123,6 +128,31 @@ def test_the_command_asks_for_what_the_groups_have(job):
     assert sum(n.number * n.gpus for n in wanted) == sum(n["Resources"]["GPU"] for n in nodes), "none is idle"
     grace = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > config.checkpoint.grace_s
+
+
+def test_pods_that_end_tell_the_driver_and_wait_until_it_and_its_actors_are_gone(job, tmp_path):
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    (hook,) = {tuple(own["lifecycle"]["preStop"]["exec"]["command"]) for own in containers}
+    (wait_s,) = {own["env"][0]["value"] for own in containers}
+    assert f"checkpoint.grace_s={wait_s} " in job["spec"]["entrypoint"]
+    places = [path.read_text() for path in (ROOT / "learner" / "worker.py", *(ROOT / "actors").glob("*.py"))]
+    for name in re.search(r"ray::\((.*)\)", hook[-1])[1].split("|"):
+        assert any(f"\nclass {name}" in text for text in places)
+    # The driver is there at two looks, an actor at one more.
+    said = tmp_path / "said"
+    (tmp_path / "pkill").write_text(f'#!/bin/sh\necho "$*" >> {said}\nexit 1\n')
+    (tmp_path / "pgrep").write_text(
+        f'#!/bin/sh\necho "$*" >> {said}\n'
+        f'case "$1" in -x) [ $(grep -c "^-x" {said}) -le 2 ];; -f) [ $(grep -c "^-f" {said}) -le 1 ];; esac\n'
+    )
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for name in ("pkill", "pgrep", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(hook, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True, timeout=60)
+    actors = "-f ^ray::(LearnerRank|Generator|Teacher)"
+    assert said.read_text().splitlines() == ["-TERM -x sdft", *["-x sdft"] * 3, actors, "-x sdft", actors]
 
 
 def test_fields_of_the_queue():
