@@ -133,12 +133,14 @@ class BetweenSteps:
                         if self.must_stop():
                             raise Preempted
                         self.finish_saving(fleet, wait=False)
+                        self._log.say(f"{len(right)} of {len(cases)} judged")
                         look = time.monotonic() + LOOK_S
                     verdict = next(found)
                     if verdict is not None:
                         right.append(verdict)
             return right
 
+        self._log.say("evaluating")
         judged = evaluate(prepared.eval_sets, fleet, prepared.inputs.tokenizer, score, limit, samples)
         self._rundir.note_evaluation(step, judged)
         cost = scorer.cost() if isinstance(scorer, Judge) else {}

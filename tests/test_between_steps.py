@@ -106,6 +106,16 @@ def test_a_checkpoint_that_is_due_does_not_wait_for_the_evaluation(tmp_path):
     run.done()
 
 
+def test_how_far_an_evaluation_is_is_said(tmp_path, monkeypatch):
+    """One by a judge may take longer than all steps."""
+    monkeypatch.setattr(between_steps, "LOOK_S", 0.0)
+    run, said = Run(tmp_path), []
+    monkeypatch.setattr(run.log, "say", said.append)
+    run.after(0)
+    assert said == ["evaluating", "0 of 3 judged", "1 of 3 judged", "2 of 3 judged"]
+    run.done()
+
+
 def test_what_a_checkpoint_took_stands_with_its_own_step(tmp_path):
     run = Run(tmp_path, checkpoint={"every": 2})
     run.after(0, 1, 2, 3, 4)
