@@ -359,7 +359,9 @@ def test_a_trial_that_diverges_is_done(sheet, monkeypatch):
     run_trial(trial, "cpu", heard.append, "new")
     assert heard == [{"step": 0, "score": 0.2}] * 2
     (row, *_) = rows(sweep)
-    assert (row["state"], row["new"]) == ("diverged", 0.2)
+    assert (row["state"], row["new"], row["step"]) == ("diverged", None, 0), "what it was before counts for nothing"
+    assert row not in front(rows(sweep))
+    assert Asking._found(SimpleNamespace(_sweep=sweep), trial) == 0.0
 
 
 def test_trials_of_optuna_are_those_that_were_begun(sheet):

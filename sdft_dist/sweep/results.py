@@ -20,14 +20,16 @@ Row = dict[str, Any]
 
 def rows(sweep: Sweep) -> list[Row]:
     """One for each trial: its settings, `state`, `step`, `new` and `retained` (accuracies 0 to 1, of the weights that
-    it exports, or the last so far; None before the first evaluation) and `gpu_hours` (CPU runs: `hours`)."""
+    it exports, or the last so far; None before the first evaluation, and where it diverged) and `gpu_hours` (CPU runs:
+    `hours`)."""
     return [_row(sweep, trial) for trial in trials(sweep)]
 
 
 def _row(sweep: Sweep, trial: Trial) -> Row:
     config = trial.config
     records = trial.records()
-    record = exported(config.eval, records) if trial.state == "finished" else records[-1] if records else None
+    state, last = trial.state, records[-1] if records else None
+    record = {"finished": exported(config.eval, records), "diverged": None}.get(state, last)
     new = sweep.new or next(iter(config.eval.sets))
     others = [name for name in config.eval.sets if name != new]
     gpus = num_gpus(needs(config, _device(trial)))
@@ -36,8 +38,8 @@ def _row(sweep: Sweep, trial: Trial) -> Row:
         "trial": trial.name,
         "method": trial.method,
         **{f"set/{field}": value for field, value in trial.values.items()},
-        "state": trial.state,
-        "step": record["step"] if record else 0,
+        "state": state,
+        "step": (record or last or {"step": 0})["step"],
         "new": record[new] if record else None,
         "retained": statistics.mean(record[name] for name in others) if record and others else None,
         **({"gpu_hours": gpus * hours} if gpus else {"hours": hours}),

@@ -221,9 +221,12 @@ class Asking(Searcher):
                 )
 
     def _found(self, trial: Trial) -> float | None:
-        """What counts of a trial: the score of the weights that it exports, or the last so far."""
+        """What counts of a trial: the score of the weights that it exports, or the last so far; none are worse than
+        those that have diverged."""
         from sdft_dist.selection import exported, score
 
+        if trial.state == "diverged":
+            return 0.0
         config = trial.config.eval.model_copy(update={"metric": self._sweep.metric})
         record = exported(config, trial.records())
         return None if record is None else score(config, record)
