@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from sdft_dist.config import Config
-from sdft_dist.errors import UserError, brief
+from sdft_dist.errors import Fault, UserError, brief
 
 REACH_S = 20.0  # for a head to answer
 LOOK_S = 2.0  # between two looks whether it still does
@@ -21,7 +21,8 @@ RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Join `cluster.address`, or start a local Ray that ends with the block."""
+    """Join `cluster.address`, or start a local Ray that ends with the block. Raises UserError where the address or the
+    place for Ray's files is wrong, Fault where the machine is too slow for Ray to start."""
     import ray
 
     if ray.is_initialized():
@@ -51,6 +52,10 @@ def ray_session(config: Config) -> Iterator[None]:
         if "AF_UNIX path length" not in str(e):
             raise
         raise UserError(f"TMPDIR: set RAY_TMPDIR to a shorter folder, as /tmp/ray-$USER, for Ray: {brief(e)}") from e
+    except Exception as e:
+        if "timed out during startup" not in str(e):  # it has no type of its own
+            raise
+        raise Fault(f"Ray did not start on this machine, which may have too much to do: {brief(e)}") from e
     ended = threading.Event()
     threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address, ended), daemon=True).start()
     try:

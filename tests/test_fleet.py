@@ -117,6 +117,22 @@ def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch):
         pass
 
 
+def test_a_machine_on_which_ray_does_not_come_up_is_a_fault_and_another_error_stays(monkeypatch):
+    for said, kind in (
+        ("The current node timed out during startup. This could …", Fault),
+        ("a bug", ZeroDivisionError),
+    ):
+        error = Exception(said) if kind is Fault else kind(said)
+
+        def init(error=error, **options):
+            raise error
+
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        monkeypatch.setattr("ray.init", init)
+        with pytest.raises(kind, match=said[:30]), ray_session(config_of(cluster={"device": "cpu"})):
+            pass
+
+
 def test_a_temporary_folder_that_is_too_long_for_rays_sockets_is_told(monkeypatch):
     def init(**options):
         raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch/long")
