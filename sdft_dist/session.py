@@ -22,7 +22,7 @@ RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Join `cluster.address`, or start a local Ray that ends with the block. Raises UserError where the address or the
-    place for Ray's files is wrong, Fault where the machine is too slow for Ray to start."""
+    place for Ray's files is wrong, Fault where this machine does not start a Ray in time."""
     import ray
 
     if ray.is_initialized():
@@ -40,22 +40,8 @@ def ray_session(config: Config) -> Iterator[None]:
     # Without "local", Ray would join a cluster that somebody has started on this machine.
     try:
         ray.init(address=config.cluster.address or "local", **options)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as e:
-        if config.cluster.address is None:
-            raise
-        # With a given address Ray takes no token by itself, and says of a wrong or missing one that it cannot connect.
-        raise UserError(
-            f"cluster.address: {config.cluster.address}: {brief(e)}; is `ray start` done here? Where the cluster wants "
-            "a token, as it does if there was one at its start, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it"
-        ) from e
-    except OSError as e:
-        if "AF_UNIX path length" not in str(e):
-            raise
-        raise UserError(f"TMPDIR: set RAY_TMPDIR to a shorter folder, as /tmp/ray-$USER, for Ray: {brief(e)}") from e
     except Exception as e:
-        if "timed out during startup" not in str(e):  # it has no type of its own
-            raise
-        raise Fault(f"Ray did not start on this machine, which may have too much to do: {brief(e)}") from e
+        raise _why_not(config.cluster.address, e) from e
     ended = threading.Event()
     threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address, ended), daemon=True).start()
     try:
@@ -63,6 +49,24 @@ def ray_session(config: Config) -> Iterator[None]:
     finally:
         ended.set()
         ray.shutdown()
+
+
+def _why_not(address: str | None, error: Exception) -> Exception:
+    """Ray's error as the user's or the machine's; itself where it is neither."""
+    from ray.exceptions import AuthenticationError
+
+    if "AF_UNIX path length" in str(error):
+        return UserError(f"TMPDIR: set RAY_TMPDIR to a shorter folder, as /tmp/ray-$USER, for Ray: {brief(error)}")
+    if address is None:
+        if isinstance(error, ConnectionError) or "timed out during startup" in str(error):  # without a type of its own
+            return Fault(f"Ray did not start on this machine, which may have too much to do: {brief(error)}; try again")
+    elif isinstance(error, ConnectionError | AuthenticationError):
+        # With a given address Ray takes no token by itself, and says of a wrong or missing one that it cannot connect.
+        return UserError(
+            f"cluster.address: {address}: {brief(error)}; is `ray start` done here? Where the cluster wants "
+            "a token, as it does if there was one at its start, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it"
+        )
+    return error
 
 
 def _watch_head(address: str, ended: threading.Event) -> None:
