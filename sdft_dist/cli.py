@@ -88,9 +88,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _as_field(words: Sequence[str]) -> str:
     """How `--steps 5`, `--steps=5` or `steps 5` should read, as a hint."""
+    from sdft_dist.recipe import spelled
+
+    if words[0].endswith((".jsonl", ".json", ".parquet")):
+        return f"; rows are given as data.train={words[0]}"
     name, _, value = words[0].lstrip("-").partition("=")
     value = value or " ".join(words[1:2])
-    return f"; a field is given as {name}={value}" if value else "; expected section.field=value or FILE.yaml"
+    if not value:
+        return "; expected section.field=value or FILE.yaml"
+    return f"; a field is given as {spelled(name.replace('-', '_'))}={value}"
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -182,6 +182,12 @@ def _explain(root: type[Section], err: Any) -> str:
     return f"{where}: got {err['input']!r}: {message}"
 
 
+def spelled(name: str) -> str:
+    """A field's name with its sections before it, where only one is called so; else as it is."""
+    found = [dotted for dotted in _dotted(Config) if dotted.rpartition(".")[2] == name]
+    return found[0] if len(found) == 1 else name
+
+
 def _dotted(section: Any, prefix: str = "") -> Iterator[str]:
     """Every section and field below `section`, with its sections' names before it."""
     for name, field in section.model_fields.items():

@@ -41,7 +41,10 @@ def ray_session(config: Config) -> Iterator[None]:
     try:
         ray.init(address=config.cluster.address or "local", **options)
     except Exception as e:
-        raise _why_not(config.cluster.address, e) from e
+        explained = _why_not(config.cluster.address, e)
+        if explained is None:
+            raise
+        raise explained from e
     ended = threading.Event()
     threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address, ended), daemon=True).start()
     try:
@@ -51,8 +54,8 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def _why_not(address: str | None, error: Exception) -> Exception:
-    """Ray's error as the user's or the machine's; itself where it is neither."""
+def _why_not(address: str | None, error: Exception) -> Exception | None:
+    """Ray's error as the user's or the machine's; None where it is neither."""
     from ray.exceptions import AuthenticationError
 
     if "AF_UNIX path length" in str(error):
@@ -66,7 +69,7 @@ def _why_not(address: str | None, error: Exception) -> Exception:
             f"cluster.address: {address}: {brief(error)}; is `ray start` done here? Where the cluster wants "
             "a token, as it does if there was one at its start, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it"
         )
-    return error
+    return None
 
 
 def _watch_head(address: str, ended: threading.Event) -> None:

@@ -95,6 +95,10 @@ def test_missing_fields_and_files(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is a folder, expected a YAML file"):
         load_config(tmp_path)
+    for name in ("rows.jsonl", "rows.parquet"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ConfigError, match=f"{name}: holds rows, expected a YAML file"):
+            load_config(tmp_path / name)
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
