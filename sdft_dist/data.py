@@ -74,7 +74,7 @@ def load_rows(
         if limit is not None and len(rows) + len(problems) >= limit:
             break
     if problems:
-        raise DataError("\n".join([f"{len(problems)} bad rows", *few(problems)]))
+        raise DataError("\n".join(["1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows", *few(problems)]))
     if not rows:
         raise DataError(f"{setting}: {source}: no rows")
     return rows
@@ -177,7 +177,9 @@ def _messages(column: str, value: Any) -> tuple[Message, ...]:
             raise BadField(f"{column}[{i}].role", f"is {_show(m['role'])}; expected one of {', '.join(ROLES)}")
         if m.get("tool_calls"):
             raise BadField(f"{column}[{i}].tool_calls", "is not read: write the calls into `content`, as text")
-        _text(f"{column}[{i}].content", m.get("content"))
+        if "content" not in m:
+            raise BadField(f"{column}[{i}].content", f"is missing; found: {_names(set(m))}")
+        _text(f"{column}[{i}].content", m["content"])
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 
 

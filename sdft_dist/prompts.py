@@ -59,6 +59,8 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.path: the tokenizer of {path} has no end-of-turn (eos) token")
     variables = {"strftime_now": DAY.strftime, **config.prompt.chat_template_kwargs}
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **variables)
+    # Said: what is too long is told by row, with the limit that counts.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
@@ -226,7 +228,8 @@ def encode_problems(config: Config, tokenizer: Any, rows: Sequence[Row]) -> Enco
         else:
             (dropped if policy == "drop" else unfit).append(f"{row.where}: {message}")
     if unfit:
-        raise DataError("\n".join([f"{len(unfit)} rows are too long", *few(unfit), _ADVICE]))
+        head = "1 row is too long" if len(unfit) == 1 else f"{len(unfit)} rows are too long"
+        raise DataError("\n".join([head, *few(unfit), _ADVICE]))
     if not problems:
         raise DataError("\n".join(["data.too_long=drop leaves no row", *few(dropped)]))
     parts = {
@@ -290,8 +293,9 @@ def encode_prompts(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[
         if len(ids) + room > limit
     ]
     if unfit:
+        head = "1 held-out row is too long" if len(unfit) == 1 else f"{len(unfit)} held-out rows are too long"
         advice = f"Raise model.max_length, lower {name}, or leave these rows out."
-        raise DataError("\n".join([f"{len(unfit)} held-out rows are too long", *few(unfit), advice]))
+        raise DataError("\n".join([head, *few(unfit), advice]))
     used = ((f"{row.where}: prompt", ids) for row, ids in zip(rows, prompts, strict=True))
     _refuse_unknown_ids(tokenizer, config.model, used)
     return prompts

@@ -102,9 +102,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8").rstrip("\n"))
     except UnicodeDecodeError as e:
         return BadField("line", f"not UTF-8 at byte {e.start}")
+    except json.JSONDecodeError as e:
+        return BadField("line", f"not JSON: {e.msg}: character {e.pos + 1}")
     except (ValueError, RecursionError) as e:  # a plain ValueError of an integer with too many digits
         return BadField("line", f"not JSON: {e}")
 

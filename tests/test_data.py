@@ -104,7 +104,7 @@ def test_all_bad_rows_are_reported_with_line_and_field(tmp_path):
         load_rows(str(path))
     message = str(e.value)
     for line, field in [
-        (2, "line: not JSON"),
+        (2, "line: not JSON: Unterminated string starting at: character 12\n"),
         (3, "demonstration: is missing (or `privileged_context`, or `golden_response`); found: prompt\n"),
         (4, "prompt: is int 7; expected text"),
         (5, "demonstration: is empty"),
@@ -174,12 +174,16 @@ def test_missing_and_empty_files(tmp_path):
             {"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, *USER]},
             "messages[2].tool_calls: is not read: write the calls into `content`, as text",
         ),
+        (
+            {"prompt": [{"role": "user", "text": "q"}], "demonstration": "d"},
+            "1 bad row\nFILE:1: prompt[0].content: is missing; found: role, text",
+        ),
         ({"prompt": "q", "response": "d"}, "`golden_response`); found: prompt, response"),
     ],
 )
 def test_a_row_of_another_layout_is_told_what_to_change(tmp_path, row, problem):
     path = write_jsonl(tmp_path / "d.jsonl", [row])
-    with pytest.raises(DataError, match=re.escape(problem)):
+    with pytest.raises(DataError, match=re.escape(problem.replace("FILE", str(path)))):
         load_rows(str(path))
 
 

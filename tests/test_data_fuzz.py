@@ -10,7 +10,7 @@ from sdft_dist.data import load_rows
 from sdft_dist.errors import DataError
 
 FILES = 1000
-REPORT = re.compile(r"^(\d+ bad rows|.*rows\.jsonl: .+|.*rows\.jsonl:\d+: [^:]+: .+|… and \d+ more)$", re.DOTALL)
+REPORT = re.compile(r"^(\d+ bad rows?|.*rows\.jsonl: .+|.*rows\.jsonl:\d+: [^:]+: .+|… and \d+ more)$", re.DOTALL)
 ROWS = [
     {"prompt": "Ünïcode <|im_end|> prompt", "demonstration": "text"},
     {"prompt": [{"role": "user", "content": "q"}], "demonstration": [{"role": "assistant", "content": "a"}]},

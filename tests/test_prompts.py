@@ -1,6 +1,7 @@
 """Both views of a prompt as token ids."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -178,8 +179,16 @@ def test_demonstrations_are_shortened_at_their_end_when_asked(model, tokenizer):
     assert len(shortened.teacher_prompt_ids) + 16 == 64
     assert tokenizer.decode(shortened.teacher_prompt_ids).endswith("a0 a0 now you <|end|> <|assistant|>")
     assert shortened.prompt_ids.tolist() == encoded.problems[0].prompt_ids.tolist()
-    with pytest.raises(DataError, match="1 rows are too long"):
+    with pytest.raises(DataError, match="1 row is too long"):
         encode_problems(config, tokenizer, [row(prompt="rev " + "a0 " * 60)])
+
+
+def test_transformers_says_nothing_of_long_rows(model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = config_for(model, data={"too_long": "drop"})
+    encoded = encode_problems(config, load_tokenizer(config), [row(), row(prompt="rev " + "a0 " * 90)])
+    assert len(encoded.dropped) == 1
+    assert not caplog.records
 
 
 def test_limits_below_the_context(model, tokenizer):
@@ -243,7 +252,7 @@ def test_a_demonstration_is_not_cut_to_nothing(model, tokenizer, method, room):
     config = config_for(model, data={"too_long": "truncate_demonstration"}, method=method)
     fits = encode_problems(config, tokenizer, [row("a0 " * (room - 1), LONG)])
     assert len(fits.truncated) == 1
-    with pytest.raises(DataError, match="1 rows are too long"):
+    with pytest.raises(DataError, match="1 row is too long"):
         encode_problems(config, tokenizer, [row("a0 " * room, LONG)])
 
 
@@ -293,7 +302,7 @@ def test_held_out_prompts_leave_room_for_a_whole_completion(model, tokenizer):
     with pytest.raises(DataError) as e:
         encode_prompts(config, tokenizer, [row(), row("a0 " * 46)])
     told = "prompt of 49 tokens + rollout.max_completion_tokens=16 is 65, above model.max_length=64"
-    assert str(e.value).splitlines()[:2] == ["1 held-out rows are too long", f"d.jsonl:1: {told}"]
+    assert str(e.value).splitlines()[:2] == ["1 held-out row is too long", f"d.jsonl:1: {told}"]
     longer = config_for(model, eval={"max_completion_tokens": 17})
     with pytest.raises(DataError, match=r"48 tokens \+ eval.max_completion_tokens=17 is 65.*\n.*, lower eval\.max"):
         encode_prompts(longer, tokenizer, [row("a0 " * 45)])
