@@ -34,6 +34,10 @@ def train(args: argparse.Namespace) -> None:
     from sdft_dist.train import run
 
     rundir = run(config, resume=args.resume, allow_changes=args.allow_changes)
+    from sdft_dist.status import accuracies, status
+
+    if evaluation := status(rundir.path).get("evaluation"):
+        print(f"Last evaluation: {accuracies(evaluation)}")
     print(f"Trained model: {rundir.path / 'model'}\nMetrics: {rundir.path / 'metrics.jsonl'}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +60,12 @@ def _pace(train: Sequence[dict[str, Any]]) -> float:
     return float(own[-1]["seconds"] - own[0]["seconds"]) / (len(own) - 1)
 
 
+def accuracies(evaluation: dict[str, Any]) -> str:
+    """The last evaluation that `status` tells, on one line."""
+    sets = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items() if name != "step")
+    return f"{sets} (step {evaluation['step']})"
+
+
 def show(found: dict[str, Any]) -> str:
     """The same as lines of text."""
     plain = {name: value for name, value in found.items() if name not in ("log", "evaluation")}
@@ -69,5 +74,5 @@ def show(found: dict[str, Any]) -> str:
         for name, value in plain.items()
     ]
     if "evaluation" in found:
-        lines.append(f"{'evaluation':18}{json.dumps(found['evaluation'])}")
+        lines.append(f"{'evaluation':18}{accuracies(found['evaluation'])}")
     return "\n".join([*lines, *(f"  {line}" for line in found["log"])])

@@ -20,6 +20,7 @@ def test_a_run_tells_how_far_it_is(tmp_path):
     assert found["log"][-1].endswith("committed step-000003")
     assert json.loads(json.dumps(found)) == found
     assert "samples per s     4" in show(found)
+    assert "evaluation        new 100.0%, old 50.0% (step 3)\n" in show(found)
 
 
 def test_who_writes_into_it_is_named(tmp_path):
