@@ -92,6 +92,14 @@ def _repeated(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
             yield from _repeated(value, prefix)
 
 
+def of_many_runs(path: Path, kind: str) -> dict[str, Any]:
+    """The keys of a sweep's or a plan's file. Raises ConfigError where it is none, or a recipe."""
+    tree = load_yaml(path)
+    if "recipe" not in tree and tree.keys() & {"model", "data"}:
+        raise ConfigError(f"{path}: is a recipe, expected a {kind}, which names it: recipe: {path}")
+    return tree
+
+
 def parse(section: type[S], tree: dict[str, Any]) -> S:
     """What `tree` holds, checked. Raises ConfigError with one line per mistake."""
     try:

@@ -88,6 +88,11 @@ def test_a_wrong_plan_is_refused_with_the_field(tmp_path, change, message):
         stages(load_plan(path))
 
 
+def test_a_recipe_in_a_plans_place_is_told_as_such(tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe.yaml: is a recipe, expected a plan, which names it: recipe: \S+$"):
+        load_plan(write_sequence(tmp_path, shipped_base()).with_name("recipe.yaml"))
+
+
 @pytest.mark.parametrize(("before", "name"), [("  t36:", "tasks.t36"), ("  sft:", "methods.sft"), ("out:", "out")])
 def test_a_name_that_is_given_twice_is_refused(tmp_path, before, name):
     path = write_sequence(tmp_path, shipped_base())

@@ -26,7 +26,7 @@ from sdft_dist.continual.results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
 from sdft_dist.errors import ConfigError
 from sdft_dist.files import write_whole
-from sdft_dist.recipe import Files, load_config, load_yaml, parse
+from sdft_dist.recipe import Files, load_config, of_many_runs, parse
 from sdft_dist.rundir import RunDir, refuse_other_settings
 from sdft_dist.session import ray_session
 from sdft_dist.train import run
@@ -157,7 +157,7 @@ class Stage:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan. Raises ConfigError with one line per mistake."""
-    return parse(Plan, load_yaml(path))
+    return parse(Plan, of_many_runs(path, "plan"))
 
 
 def stages(plan: Plan) -> list[Stage]:

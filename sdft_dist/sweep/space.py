@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sdft_dist.config import MEAN, Section
 from sdft_dist.errors import ConfigError
-from sdft_dist.recipe import Files, load_yaml, parse
+from sdft_dist.recipe import Files, of_many_runs, parse
 
 
 class Range(Section):
@@ -115,7 +115,7 @@ class Sweep(Section):
 
 def load_sweep(path: Path) -> Sweep:
     """Read a sweep. Raises ConfigError with one line per mistake, or where `out` can be no folder."""
-    sweep = parse(Sweep, load_yaml(path))
+    sweep = parse(Sweep, of_many_runs(path, "sweep"))
     for place in (Path(sweep.out), *Path(sweep.out).parents):
         if place.is_file():
             raise ConfigError(f"{path}: out: {place} is a file, expected a folder")
