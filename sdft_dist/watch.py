@@ -58,6 +58,7 @@ class Watch:
     def __init__(self) -> None:
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=WINDOW)
+        self._best: dict[str, tuple[float, float]] = {}  # of each held-out set: accuracy, lower end of its interval
         self._told: set[str] = set()
 
     def step(self, metrics: dict[str, Any]) -> list[str]:
@@ -80,7 +81,24 @@ class Watch:
                 for name, share in shares.items()
                 if share > MOST_CUT
             }
+            | self._fallen(record)
         )
+
+    def _fallen(self, record: dict[str, Any]) -> dict[str, str]:
+        """Of the held-out set that lost most of its best accuracy, where their 95% intervals are apart."""
+        falls: list[tuple[float, str]] = []
+        for name in (key.removesuffix("_interval") for key in record if key.endswith("_interval")):
+            now, (low, high) = record[name], record[f"{name}_interval"]
+            best, best_low = self._best.get(name, (now, low))
+            self._best[name] = max((best, best_low), (now, low))
+            if high < best_low:
+                falls.append((best - now, f"accuracy on {name} has fallen from {best:.0%} to {now:.0%}"))
+        if not falls:
+            return {}
+        return {
+            "fallen": f"{max(falls)[1]}: lower optim.learning_rate, or train for fewer steps; with eval.metric, "
+            "eval.keep_best keeps the best and eval.patience stops early"
+        }
 
     def _fresh(self, signs: dict[str, str]) -> list[str]:
         fresh = [text for name, text in signs.items() if name not in self._told]

@@ -51,6 +51,19 @@ def test_held_out_completions_that_are_cut_are_told_once_by_set():
     assert watch.evaluation({"new_cut_share": 0.6}) == []
 
 
+def test_a_skill_that_is_lost_is_told_once_where_intervals_are_apart():
+    def record(new, old):
+        sets = {"new": new, "old": old}
+        return sets | {f"{name}_interval": [value - 0.1, value + 0.1] for name, value in sets.items()}
+
+    watch = Watch()
+    assert watch.evaluation(record(0.1, 0.8)) == []
+    assert watch.evaluation(record(0.9, 0.7)) == []
+    (told,) = watch.evaluation(record(0.6, 0.3))
+    assert told.startswith("accuracy on old has fallen from 80% to 30%: lower optim.learning_rate, or train for fewer")
+    assert watch.evaluation(record(0.1, 0.1)) == []
+
+
 def test_length_drift():
     watch = Watch()
     for _ in range(20):
