@@ -61,6 +61,17 @@ def test_a_file_is_no_folder_for_trials(sheet, tmp_path, below):
         sheet(out=f"{tmp_path}/rows.jsonl{below}")
 
 
+def test_a_recipe_in_a_sweeps_place_is_told_as_such(sheet, tmp_path):
+    sheet()
+    with pytest.raises(ConfigError, match=r"recipe.yaml: is a recipe, expected a sweep, which names it: recipe: \S+$"):
+        load_sweep(tmp_path / "recipe.yaml")
+
+
+def test_a_report_before_the_first_trial_is_no_warning(sheet, recwarn):
+    write_report(sheet())
+    assert not [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+
+
 def test_a_trial_keeps_its_folder_when_others_are_added(sheet):
     before = {t.name for t in trials(sheet())}
     more = {"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": [*RATES, 3e-5]}}}

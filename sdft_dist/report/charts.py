@@ -122,7 +122,8 @@ def front(
     axis.set(xlabel="other sets, mean accuracy, %", ylabel="what was taught, accuracy, %")
     axis.set(xlim=PERCENT, ylim=PERCENT)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(len(points), 3), frameon=False)
+    if points:
+        figure.legend(loc="outside lower center", ncols=min(len(points), 3), frameon=False)
     return figure
 
 

@@ -103,7 +103,8 @@ def write_report(sweep: Sweep) -> Path:
     (out / "results.json").write_text(json.dumps(found, indent=1))
     (out / "table.md").write_text(markdown(found))
     methods = {row["method"]: [own for own in found if own["method"] == row["method"]] for row in found}
-    points = {name: [_percent(row) for row in own if _is_judged(row)] for name, own in methods.items()}
+    judged = {name: [_percent(row) for row in own if _is_judged(row)] for name, own in methods.items()}
+    points = {name: own for name, own in judged.items() if own}
     best = {name: [_percent(row) for row in front(own)] for name, own in methods.items()}
     charts.save(charts.front(points, best), out / "pareto.png")
     return out
