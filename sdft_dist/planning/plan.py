@@ -242,8 +242,8 @@ def show(plans: list[Plan], console: Console) -> None:
     first = plans[0]
     cost = first.seconds
     console.print(
-        f"Device-seconds per sample at a decode batch of {first.decode_batch:.0f}: SFT {cost.sft:.4f}; "
-        f"SDFT {cost.learner:.4f} learner + {cost.generator:.4f} generator + {cost.teacher:.4f} teacher = "
+        f"Device-seconds per sample at a decode batch of {first.decode_batch:.0f}: SFT {cost.sft:.3g}; "
+        f"SDFT {cost.learner:.3g} learner + {cost.generator:.3g} generator + {cost.teacher:.3g} teacher = "
         f"{cost.ratio:.2f} times SFT",
         highlight=False,
     )
