@@ -144,7 +144,12 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, sep, given = text.partition("=")
     if not sep or not key:
         raise ConfigError(f"{text!r}: an override reads section.field=value")
-    value = _read_yaml(given, key)
+    try:
+        value = _read_yaml(given, key)
+    except ConfigError as e:
+        if not given.startswith("{"):
+            raise
+        raise ConfigError(f"{e}\nText that begins with {{ needs quotes of its own: {key}='\"{{…\"'") from e
     if isinstance(value, str) and EXPONENT.fullmatch(given.strip()) and math.isfinite(float(value)):
         value = float(value)
     return key, value

@@ -79,6 +79,10 @@ def test_a_dumped_configuration_reads_back_the_same(recipe, tmp_path):
         ("learner.zero_stage=false", "learner.zero_stage: got False: expected a number, not true or false"),
         ("eval.sets={a: x, a: y}", "a: is there more than once in eval.sets, expected each name once"),
         ("data.train=" + "[" * 2000, "data.train: not valid YAML for settings: it is nested too deeply"),
+        (
+            "prompt.template={prompt} {demonstration}",
+            "Text that begins with { needs quotes of its own: prompt.template='\"{…\"'",
+        ),
         ("steps=2024-13-45", "steps: not valid YAML: month must be in 1..12"),
     ],
 )
