@@ -43,7 +43,10 @@ class Events:
         waiting, deadline = set(refs), time.monotonic() + timeout_s
 
         def silent() -> str:
-            return ", ".join(str(i) for i, ref in enumerate(refs) if ref in waiting) + f" of 0 … {len(refs) - 1}"
+            if len(refs) == 1:
+                return ""
+            missing = ", ".join(str(i) for i, ref in enumerate(refs) if ref in waiting)
+            return f" from {missing} of 0 … {len(refs) - 1}"
 
         while waiting:
             if may_stop and self._stop():
@@ -55,12 +58,12 @@ class Events:
                 asked = time.monotonic() < deadline
                 waited = f"{self._grace_s:g} s after being asked to stop" if asked else f"in {timeout_s:g} s"
                 advice = "" if asked else "; where the work takes that long, raise cluster.timeout_s"
-                raise TimeoutError(f"{what}: no answer {waited} from {silent()}{advice}")
+                raise TimeoutError(f"{what}: no answer {waited}{silent()}{advice}")
             waiting.discard(ready)
             try:
                 self._handle(ready)
             except Exception as error:
-                error.add_note(f"asked for: {what}" + (f": no answer yet from {silent()}" if waiting else ""))
+                error.add_note(f"asked for: {what}" + (f": no answer yet{silent()}" if waiting else ""))
                 raise
         return list(ray.get(list(refs)))
 

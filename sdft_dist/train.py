@@ -128,7 +128,8 @@ def _survive(prepared: Prepared, rundir: RunDir, start: Start, asked: Callable[[
             rundir.say(f"lost the learner or its engines: {error}")
             now = rundir.newest()
             if asked():
-                raise Preempted(f"asked to stop, and lost: {error}\nstep {now.step} is saved") from error
+                saved = f"step {now.step} is saved" if now.step else "no step is saved yet"
+                raise Preempted(f"asked to stop, and lost: {error}\n{saved}") from error
             restarts = 0 if now.step > start.step else restarts + 1
             if restarts > prepared.config.cluster.max_restarts:
                 raise Fault(f"{restarts} attempts in a row came to no new checkpoint: {error}") from error
