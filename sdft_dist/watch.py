@@ -59,6 +59,7 @@ class Watch:
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=WINDOW)
         self._best: dict[str, tuple[float, float]] = {}  # of each held-out set: accuracy, lower end of its interval
+        self._cut_at_first: float | None = None
         self._told: set[str] = set()
 
     def step(self, metrics: dict[str, Any]) -> list[str]:
@@ -67,7 +68,15 @@ class Watch:
         if len(self._first) < WINDOW:
             self._first.append(length)
         self._last.append(length)
-        return self._fresh({**_signs(metrics), **self._drift()})
+        if self._cut_at_first is None:
+            self._cut_at_first = metrics["cut_share"]
+        signs = _signs(metrics)
+        if "cut" in signs and self._cut_at_first <= MANY_CUT:
+            signs["cut"] += (
+                f". At first it was {100 * self._cut_at_first:.0f}%: where samples/ shows that they do not end any "
+                "more, lower optim.learning_rate instead"
+            )
+        return self._fresh({**signs, **self._drift()})
 
     def evaluation(self, record: dict[str, Any]) -> list[str]:
         """Warnings that this evaluation gives rise to for the first time."""

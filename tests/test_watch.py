@@ -64,6 +64,14 @@ def test_a_skill_that_is_lost_is_told_once_where_intervals_are_apart():
     assert watch.evaluation(record(0.1, 0.1)) == []
 
 
+@pytest.mark.parametrize(("first", "grown"), [(0.0, True), (0.9, False)])
+def test_completions_that_end_no_more_may_come_of_the_rate(first, grown):
+    watch = Watch()
+    told = [*watch.step(FINE | {"cut_share": first}), *watch.step(FINE | {"cut_share": 1.0})]
+    assert len(told) == 1
+    assert ("At first it was 0%: " in told[0] and "lower optim.learning_rate" in told[0]) == grown
+
+
 def test_length_drift():
     watch = Watch()
     for _ in range(20):
