@@ -120,7 +120,7 @@ def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "kind", "told"),
     [
-        (Exception("The current node timed out during startup. This could"), Fault, "Ray did not .* startup; try again$"),
+        (Exception("The node timed out during startup. This could"), Fault, "Ray did not .* startup; try again$"),
         (ConnectionError("no answer"), Fault, "Ray did not start on this machine, .*: no answer; try again$"),
         (ZeroDivisionError("a bug"), ZeroDivisionError, "^a bug$"),
     ],
