@@ -43,8 +43,8 @@ class Pool:
         self._dead: set[int] = set()
 
     def wait_ready(self) -> None:
-        """Returns when every engine stands; raises the first failure."""
-        self._wait_ready(self.actors, "start")
+        """Returns when every engine stands; raises the first failure, and Preempted when the run was asked to stop."""
+        self._wait_ready(self.actors, "start", may_stop=True)
 
     def sample(self, problems: Sequence[int]) -> list[Sample]:
         """One completion for each problem index, as the records themselves; for checks. Generators only."""
@@ -183,9 +183,10 @@ class Pool:
             raise NotServing(f"{self.role}, {what}: {'; '.join(f'{i}: {why}' for i, why in reasons.items())}")
         return out
 
-    def _wait_ready(self, actors: Sequence[Any], what: str) -> None:
+    def _wait_ready(self, actors: Sequence[Any], what: str, *, may_stop: bool = False) -> None:
         refs = [actor.ready.remote() for actor in actors]
-        self._events.wait_all(refs, timeout_s=self._start_timeout_s, what=f"{self.role} {what}")
+        what = f"{self.role} {what}"
+        self._events.wait_all(refs, timeout_s=self._start_timeout_s, what=what, may_stop=may_stop)
 
     def _wait(self, refs: list[Any], what: str, *, may_stop: bool = False) -> list[Any]:
         what = f"{self.role} {what}"

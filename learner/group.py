@@ -54,11 +54,11 @@ class LearnerGroup:
 
     def start(self, resume: Path | None = None) -> None:
         """Build the process group, the model and the optimizer on all ranks, from the checkpoint in
-        `resume` where one is given."""
-        limit = self.config.cluster.start_timeout_s
-        ((host, port),) = self._wait([self.ranks[0].address.remote()], "learner address", limit)
+        `resume` where one is given. Raises Preempted when the run was asked to stop."""
+        wait = partial(self._events.wait_all, timeout_s=self.config.cluster.start_timeout_s, may_stop=True)
+        ((host, port),) = wait([self.ranks[0].address.remote()], what="learner address")
         folder = None if resume is None else str(resume)
-        self._wait([rank.start.remote(host, port, folder) for rank in self.ranks], "learner start", limit)
+        wait([rank.start.remote(host, port, folder) for rank in self.ranks], what="learner start")
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step on `items`. Returns the step's metrics, over all ranks."""

@@ -16,6 +16,7 @@ from sdft_dist.errors import Fault, UserError, brief
 
 REACH_S = 20.0  # for a head to answer
 LOOK_S = 2.0  # between two looks whether it still does
+OWN = "sdft_own"  # a resource of a Ray that ends with the command that started it
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
@@ -32,7 +33,7 @@ def ray_session(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.cluster.address is None:
         # A port of the dashboard without a token is remote code execution (CVE-2023-48022).
-        options["include_dashboard"] = False
+        options |= {"include_dashboard": False, "resources": {OWN: 1}}
         if resolve_device(config) == "cpu":  # on GPUs Ray's own choice: states of a large model take gigabytes
             options["object_store_memory"] = 1 << 30
     else:
@@ -45,6 +46,12 @@ def ray_session(config: Config) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from e
+    if config.cluster.address is not None and OWN in ray.cluster_resources():
+        ray.shutdown()
+        raise UserError(
+            f"cluster.address: {config.cluster.address}: the Ray there is another command's own, and ends with it: "
+            "give the cluster's HOST:PORT, start one with `ray start --head`, or leave cluster.address out"
+        )
     ended = threading.Event()
     threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address, ended), daemon=True).start()
     try:

@@ -1,6 +1,7 @@
 """What a fleet does about sleeping, pushing and losses, with fakes of its pools and its learner."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 from helpers import config_of
@@ -143,6 +144,25 @@ def test_a_temporary_folder_that_is_too_long_for_rays_sockets_is_told(monkeypatc
     monkeypatch.setattr("ray.init", init)
     told = "^TMPDIR: set RAY_TMPDIR to a shorter folder, .* cannot exceed 107 bytes: /scratch/long$"
     with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"device": "cpu"})):
+        pass
+
+
+def test_a_ray_of_another_command_is_not_joined(monkeypatch):
+    """It would end with that command, and the run with it."""
+    started = {}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: started.update(options))
+    monkeypatch.setattr("ray.shutdown", lambda: started.clear())
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
+    with ray_session(config_of(cluster={"device": "cpu"})):
+        own = dict(started["resources"])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, **own})
+    told = "^cluster.address: auto: the Ray there is another command's own"
+    with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"address": "auto"})):
+        pass
+    assert not started, "it was left again"
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    with ray_session(config_of(cluster={"address": "auto"})):
         pass
 
 

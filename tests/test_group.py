@@ -14,13 +14,14 @@ from sdft_dist.types import ShardFile, WeightManifest
 
 
 class Events:
-    """Calls answer at once; notes how long each was given."""
+    """Calls answer at once; notes how long each was given, and which end where the run is asked to stop."""
 
     def __init__(self):
-        self.allowed = {}
+        self.allowed, self.stoppable = {}, set()
 
     def wait_all(self, refs, *, timeout_s, what, may_stop=False):
         self.allowed[what] = timeout_s
+        self.stoppable |= {what} if may_stop else set()
         for ref in refs:
             if isinstance(ref, Exception):
                 raise ref
@@ -44,6 +45,15 @@ def test_ranks_that_do_not_see_the_run_directory_are_named(tmp_path):
     made(actor(sees=True)).must_see(tmp_path / "run" / "config.yaml")
     with pytest.raises(UserError, match=r"run_dir: .*run is not there for learner ranks 1, 2: give a folder on a file"):
         made(actor(sees=True), actor(sees=False), actor(sees=False)).must_see(tmp_path / "run" / "config.yaml")
+
+
+def test_a_start_may_be_given_up_and_a_step_may_not():
+    """Nothing is lost by the one; in the other ranks may be at different points, and the step would not be saved."""
+    metrics = RankMetrics(tally=Tally(), grad_norm=1.0, learning_rate=1.0, slots=1, spans=())
+    one = made(actor(address=("host", 1), start=None, update=metrics))
+    one.start()
+    one.update(0, 1, [])
+    assert one._events.stoppable == {"learner address", "learner start"}
 
 
 @pytest.mark.parametrize("rollout", [{}, {"top_p": 0.7}, {"top_k": 5}, {"from_teacher": True}])

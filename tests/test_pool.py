@@ -93,15 +93,24 @@ def test_an_error_of_the_program_is_no_loss():
     assert 0 in one.lost
 
 
-def test_a_start_may_take_longer_than_work():
-    """Weights of 8B parameters are read for minutes; a call that takes as long is a hang."""
+def test_a_start_may_take_longer_than_work_and_may_be_given_up():
+    """Weights of 8B parameters are read for minutes; a call that takes as long is a hang. In the midst of a step a run
+    that is asked to stop puts its engines right first, as its state is none of a step's yet."""
     allowed = {}
-    events = SimpleNamespace(wait_all=lambda refs, timeout_s, what, **_: allowed.__setitem__(what, timeout_s))
+
+    def wait_all(refs, timeout_s, what, may_stop=False):
+        allowed[what] = timeout_s, may_stop
+
+    events = SimpleNamespace(wait_all=wait_all)
     one = Pool("teachers", [FakeActor()], 1.0, events, lambda index: FakeActor(), start_timeout_s=60.0)
     one.wait_ready()
     one.lose(0, RayActorError())
     one.replace_lost()
-    assert allowed == {"teachers start": 60.0, "teachers start anew": 60.0, "teachers forget": 1.0}
+    assert allowed == {
+        "teachers start": (60.0, True),
+        "teachers start anew": (60.0, False),
+        "teachers forget": (1.0, False),
+    }
 
 
 def test_work_goes_out_in_calls_of_a_limited_size_and_comes_back_in_order(monkeypatch):
