@@ -2,10 +2,10 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,14 +23,15 @@ GOOD = {"prompt": "rev a0 a1", "demonstration": "thus a1 a0 end"}
 
 
 def test_help_is_fast():
-    """The fastest of three: the machine may be busy."""
+    """Of the processor's time: what else the machine does counts for nothing. Importing torch alone takes longer."""
 
     def seconds():
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "sdft_dist.cli", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - started
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 1
+    before = seconds()
+    subprocess.run([sys.executable, "-m", "sdft_dist.cli", "--help"], check=True, capture_output=True)
+    assert seconds() - before < 1
 
 
 def test_a_crash_of_native_code_says_where():

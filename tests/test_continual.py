@@ -16,6 +16,7 @@ from sdft_dist.evaluate import Judged
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sequence
 from sdft_dist.recipe import dump_config, load_config
+from sdft_dist.report import charts
 from sdft_dist.rundir import RunDir
 
 
@@ -306,3 +307,13 @@ def test_a_mean_over_sets_of_unequal_size_counts_each_set_once():
     assert text.count("| 50.0 (44.4 – 55.6) |") == 2, "300 and 100 tell as much as 300 would: 4 / (1/300 + 1/100)"
     assert "prior: mean of its 2 sets" in text
     assert (questions([150] * 4), questions([300, 100]), questions([7])) == (600, 300, 7)
+
+
+def test_a_set_without_a_way_from_start_to_best_has_no_entry_in_the_legend(plan, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(charts, "save", lambda figure, path: drawn.update({path.name: figure}))
+    for end, entries in (({"a": 1.0, "old": 0.9}, ["a"]), ({"a": 0.0, "old": 1.0}, [])):
+        run = finished(tmp_path / f"{end}", [{"a": 0.0, "old": 1.0}, end], stages(plan)[0].config)
+        write_results(tmp_path, ["a"], ["old"], {"sdft": {0: [run]}})
+        told = [[text.get_text() for text in legend.texts] for legend in drawn["normalised.png"].legends]
+        assert told == ([entries] if entries else [])

@@ -77,7 +77,7 @@ def sequences(
     colours = dict(zip(tasks, itertools.cycle(COLOURS), strict=False))
     for axis, (method, sets) in zip(axes[:, 0], panels.items(), strict=True):
         for name, seeds in sets.items():
-            for j, curve in enumerate(seeds):
+            for j, curve in enumerate(seed for seed in seeds if seed.x):
                 style = {"color": colours.get(name, "black"), "alpha": 0.8, "linewidth": 1.4}
                 axis.plot(curve.x, curve.y, label=None if j else name, **style)
         for end in ends[method][:-1]:
@@ -91,7 +91,8 @@ def sequences(
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("optimizer steps")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    if names:
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
 
