@@ -66,7 +66,8 @@ class Merger:
                 if len(halves) == 2:
                     yield half.weight, self._sum(half.weight, device)
             elif name in self._awaited:
-                self._weights[name] = tensor.to("cpu", copy=True)
+                kept = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")  # each push reads it
+                self._weights[name] = kept.copy_(tensor)
             else:
                 yield name, tensor
 
@@ -79,4 +80,4 @@ class Merger:
             raise RuntimeError(f"weight push: an adapter of {name} came, and never the weight itself")
         weight, halves = self._weights[name], self._halves.pop(name)
         self._awaited.discard(name)
-        return add(weight.to(device), halves["A"], halves["B"], self._scale)
+        return add(weight.to(device, non_blocking=True), halves["A"], halves["B"], self._scale)

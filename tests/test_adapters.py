@@ -16,9 +16,9 @@ def weights():
     return {Q: torch.randn(6, 4), NORM: torch.randn(4), A: torch.randn(2, 4), B: torch.randn(6, 2)}
 
 
-def loaded(merger, tensors, scale=0.5):
+def loaded(merger, tensors, scale=0.5, device=CPU):
     merger.begin(tensors, scale)
-    return dict(merger.merged(tensors.items(), CPU))
+    return dict(merger.merged(tensors.items(), device))
 
 
 def test_names_are_those_of_peft_and_hugging_face():
@@ -40,6 +40,18 @@ def test_a_whole_push_then_adapters_alone(weights):
     torch.testing.assert_close(loaded(merger, again)[Q], weights[Q] + 0.5 * weights[B] @ (2 * weights[A]))
     torch.testing.assert_close(loaded(merger, {A: weights[A], B: weights[B]})[Q], expected), "nothing adds up"
     assert not merger.unmerged()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_weights_wait_in_memory_that_a_gpu_reads_by_itself(weights):
+    """Else each push of adapters would copy gigabytes through a buffer of the driver's, while the engine pauses."""
+    merger, device = Merger(), torch.device("cuda")
+    there = {name: tensor.to(device) for name, tensor in weights.items()}
+    expected = weights[Q] + 0.5 * weights[B] @ weights[A]
+    for tensors in (there, {A: there[A], B: there[B]}):
+        torch.testing.assert_close(loaded(merger, tensors, device=device)[Q].cpu(), expected)
+    assert merger._weights[Q].is_pinned()
 
 
 def test_halves_may_come_in_different_messages(weights):
