@@ -1,5 +1,6 @@
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import binomtest
 from sdft_dist.continual.results import _curve, _ends, markdown, questions, write_results
 from sdft_dist.continual.stages import MethodPlan, continual, load_plan, stages, write_mixtures
 from sdft_dist.data import load_rows, load_training_rows
-from sdft_dist.errors import ConfigError, DataError, UserError
+from sdft_dist.errors import ConfigError, DataError, Diverged, UserError
 from sdft_dist.evaluate import Judged
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.teaching import write_sequence
@@ -263,6 +264,42 @@ def test_results_of_two_methods_and_two_seeds(plan, tmp_path):
     assert "| sft | b | 20.0 (5.7 – 51.0; 20.0) |" in text, "two of ten, however many seeds"
     assert (tmp_path / "table.md").read_text() == text
     assert {"curves.png", "normalised.png"} <= {path.name for path in Path(tmp_path).iterdir()}
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_sequence_that_diverges_keeps_no_other_from_its_end(plan, monkeypatch, all_of_them):
+    asked = []
+
+    def run(config, **how):
+        folder = Path(config.run_dir)
+        asked.append("/".join(folder.parts[-2:]))
+        if all_of_them or asked[-1] == "sft-seed1/2-t36":
+            raise Diverged("step 7: loss is nan")
+        finished(folder, [dict.fromkeys(config.eval.sets, 0.5)] * 2, config)
+        (folder / "model").mkdir()
+
+    monkeypatch.setattr("sdft_dist.continual.stages.run", run)
+    monkeypatch.setattr("sdft_dist.continual.stages.ray_session", lambda config: nullcontext())
+    out, sequences = Path(plan.out), len(plan.methods) * len(plan.seeds)
+    with pytest.raises(Diverged) as told:
+        continual(plan)
+    if all_of_them:
+        assert str(told.value).startswith(f"{sequences} of {sequences} sequences diverged; there are no results:\n")
+        assert len(asked) == sequences
+        return
+    lines = [
+        f"1 of {sequences} sequences diverged; the results in {out} are of the others:",
+        "sft, seed 1, t36: step 7: loss is nan",
+    ]
+    assert str(told.value) == "\n  ".join(lines)
+    assert "sft-seed1/3-t37" not in asked
+    assert len(asked) == sequences * len(plan.tasks) - 1
+    found = json.loads((out / "results.json").read_text())["methods"]
+    assert {name: one["seeds"] for name, one in found.items()} == {"sdft": [0, 1, 2], "sft": [0, 2], "dft": [0, 1, 2]}
+    asked.clear()
+    with pytest.raises(Diverged):
+        continual(plan)
+    assert asked == ["sft-seed1/2-t36"], "nothing else is done again"
 
 
 def test_one_task_alone_has_means_over_seeds_and_nothing_to_forget(plan, tmp_path):

@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.console import Console
 from sdft_dist.config import Config, DataConfig, Section
 from sdft_dist.continual.results import PRIOR, write_results
 from sdft_dist.data import Row, load_rows, load_training_rows
-from sdft_dist.errors import ConfigError
+from sdft_dist.errors import ConfigError, Diverged
 from sdft_dist.files import write_whole
 from sdft_dist.recipe import Files, load_config, of_many_runs, parse
 from sdft_dist.rundir import RunDir, refuse_other_settings
@@ -235,7 +235,8 @@ def _drawn(rng: random.Random, rows: list[Row], number: int) -> list[Row]:
 def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
     where a stage was run before with other settings (of where and how fast it works others are taken), DataError where
-    a file is wrong: both before anything starts."""
+    a file is wrong: both before anything starts; Diverged that names the sequences that ended so, when all others are
+    done and their results are written."""
     work = stages(plan)
     for stage in work:
         refuse_other_settings(stage.config, ignore=("cluster", "checkpoint", "trace"))
@@ -245,12 +246,29 @@ def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     for setting, source in (held_out | {f"prior.{name}": file for name, file in plan.prior.items()}).items():
         load_rows(source, need_demonstration=False, setting=setting)
     write_mixtures(plan)
-    with ray_session(work[0].config):
-        for i, stage in enumerate(work, start=1):
-            if not stage.done:
-                title = f"{i}/{len(work)} {stage.method} seed {stage.seed} {stage.task}"
-                run(stage.config, title=title, console=console, resume="auto", advice="the same command goes on")
+    diverged = _teach(work, console)
     sequences: dict[str, dict[int, list[Path]]] = {}
     for stage in work:
-        sequences.setdefault(stage.method, {}).setdefault(stage.seed, []).append(stage.folder)
-    return write_results(Path(plan.out), list(plan.tasks), list(plan.prior), sequences)
+        if (stage.method, stage.seed) not in diverged:
+            sequences.setdefault(stage.method, {}).setdefault(stage.seed, []).append(stage.folder)
+    found = write_results(Path(plan.out), list(plan.tasks), list(plan.prior), sequences) if sequences else {}
+    if diverged:
+        results = f"the results in {plan.out} are of the others" if found else "there are no results"
+        total = len(plan.methods) * len(plan.seeds)
+        head = f"{len(diverged)} of {total} sequences diverged; {results}:"
+        raise Diverged("\n  ".join([head, *diverged.values()]))
+    return found
+
+
+def _teach(work: Sequence[Stage], console: Console | None) -> dict[tuple[str, int], str]:
+    """Run what is missing. Returns, by method and seed, what ended the sequences that diverged."""
+    diverged: dict[tuple[str, int], str] = {}
+    with ray_session(work[0].config):
+        for i, stage in enumerate(work, start=1):
+            if not stage.done and (stage.method, stage.seed) not in diverged:
+                title = f"{i}/{len(work)} {stage.method} seed {stage.seed} {stage.task}"
+                try:
+                    run(stage.config, title=title, console=console, resume="auto", advice="the same command goes on")
+                except Diverged as error:
+                    diverged[stage.method, stage.seed] = f"{stage.method}, seed {stage.seed}, {stage.task}: {error}"
+    return diverged
