@@ -133,7 +133,7 @@ class BetweenSteps:
                         if self.must_stop():
                             raise Preempted
                         self.finish_saving(fleet, wait=False)
-                        self._log.say(f"{len(right)} of {len(cases)} judged")
+                        self._log.say(f"{len(right)} of {len(cases)} judged", now=False)
                         look = time.monotonic() + LOOK_S
                     verdict = next(found)
                     if verdict is not None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from sdft_dist.trace import Trace
 from sdft_dist.tracker import Tracker, untracked
 from sdft_dist.types import Span, TrainItem
 from sdft_dist.watch import Watch, item_metrics
+
+LINE_S = 30.0  # between two lines of progress where no bar is seen
+PACE_S = 3600.0  # of steps whose pace tells the time left; rich's own 30 s hold none where a step takes longer
 
 
 class RunLog:
@@ -50,6 +54,7 @@ class RunLog:
         self._request_s = 0.0  # seconds of decoding times requests
         self._trace = Trace(trace) if trace else None
         self._watch = Watch()
+        self._title, self._next_line = title, -math.inf
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -57,6 +62,7 @@ class RunLog:
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(compact=True),
             console=console or Console(stderr=True),
+            speed_estimate_period=PACE_S,
         )
         self._task = self._progress.add_task(title, total=None, shown="starting")
 
@@ -87,9 +93,18 @@ class RunLog:
         if self._trace is not None:
             self._trace.add(role, index, span)
 
-    def say(self, text: str) -> None:
-        """What the run is doing now, in the progress bar."""
+    def say(self, text: str, *, now: bool = True) -> None:
+        """What the run is doing now, in the progress bar; in a batch system's log as a line, of which those that come
+        often (not `now`) are left out."""
         self._progress.update(self._task, shown=text)
+        self._line(text, now)
+
+    def _line(self, text: str, now: bool) -> None:
+        clock = time.monotonic()
+        if not self._progress.console.is_terminal and (now or clock >= self._next_line):
+            self._next_line = clock + LINE_S
+            told = f"{self._title}: {text}"
+            self._progress.console.print(told, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, num_steps: int, metrics: dict[str, Any], items: Sequence[TrainItem]) -> None:
         """Record one optimizer step."""
@@ -111,11 +126,16 @@ class RunLog:
         taught = f"KL {metrics['divergence_per_token']:.4f} " if "staleness_mean" in record else ""  # by a teacher
         shown = f"loss {metrics['loss']:.4f} {taught}len {record['completion_tokens_mean']:.0f} {rate:.0f}/s"
         self._progress.update(self._task, completed=step, total=num_steps, shown=shown)
+        left = self._progress.tasks[0].time_remaining
+        shown += f", {timedelta(seconds=round(left))} left" if left else ""
+        self._line(f"step {step} of {num_steps}: {shown}", step == num_steps)
         self.warn(step, self._watch.step(record))
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
         """Record what was found on held-out rows."""
         self.write("eval", step, record)
+        sets = [name.removesuffix("_interval") for name in record if name.endswith("_interval")]
+        self.say(f"step {step}: " + ", ".join(f"{name} {record[name]:.1%}" for name in sets))
         self.warn(step, self._watch.evaluation(record))
 
     def warn(self, step: int, warnings: Sequence[str]) -> None:

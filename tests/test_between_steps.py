@@ -110,9 +110,9 @@ def test_how_far_an_evaluation_is_is_said(tmp_path, monkeypatch):
     """One by a judge may take longer than all steps."""
     monkeypatch.setattr(between_steps, "LOOK_S", 0.0)
     run, said = Run(tmp_path), []
-    monkeypatch.setattr(run.log, "say", said.append)
+    monkeypatch.setattr(run.log, "say", lambda text, *, now=True: said.append((text, now)))
     run.after(0)
-    assert said == ["evaluating", "0 of 3 judged", "1 of 3 judged", "2 of 3 judged"]
+    assert said[:4] == [("evaluating", True), *((f"{done} of 3 judged", False) for done in range(3))]
     run.done()
 
 
