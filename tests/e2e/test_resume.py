@@ -144,4 +144,4 @@ def test_a_frozen_teacher_stays_the_base_when_the_student_is_resumed(ranks, prob
     (head,) = ray.get([group.ranks[0].teacher_head.remote()])
     group.stop()
     base = AutoModelForCausalLM.from_pretrained(model).get_output_embeddings().weight.detach()
-    assert_relative(torch.from_numpy(head), base, 1e-7)
+    assert_relative(torch.tensor(head), base, 1e-7)
