@@ -241,16 +241,17 @@ class Engine:
         loading = started + max(self._llm.collective_rpc(_wire_seconds))
         return Span("await weights", started, loading), Span("load weights", loading, time.time())
 
-    def rest(self, asleep: bool) -> None:
-        """Give the GPU's memory up and forget the cache, or take the memory back. Weights that come anew with the next
-        push are forgotten too, others wait in host memory. Needs cluster.sleep and that nothing is under way."""
-        if asleep:
-            self._catch_up()
-            if self._renewed:
-                self.version, self._head = None, None
-            self._llm.sleep(level=2 if self._renewed else 1)
-        else:
-            self._llm.wake_up()
+    def sleep(self) -> None:
+        """Give up the GPU's memory. The cache is lost, and so are weights that the next push brings anew; others wait
+        in host memory. Needs cluster.sleep, and that no request is under way."""
+        self._catch_up()
+        if self._renewed:
+            self.version, self._head = None, None
+        self._llm.sleep(level=2 if self._renewed else 1)
+
+    def wake_up(self) -> None:
+        """Take the GPU's memory back."""
+        self._llm.wake_up()
 
     def pushed_head(self) -> Any:
         """The output head [V, D] of the last push, where `join_push` was told to keep it."""

@@ -72,14 +72,13 @@ class Pool:
 
         return self._spread(list(zip(sequences, starts, strict=True)), send, "log-likelihoods")
 
-    def rest(self, asleep: bool) -> None:
-        """Let every engine give its GPU's memory up, or take it back."""
-        asked = [(i, actor.rest.remote(asleep)) for i, actor in enumerate(self.actors) if i not in self.lost]
-        for index, ref in asked:
-            try:
-                self._wait([ref], "sleep" if asleep else "wake up")
-            except Exception as error:
-                self.lose(index, error)  # raises what is not its end
+    def sleep(self) -> None:
+        """Let every engine give up its GPU's memory."""
+        self._ask_all(lambda actor: actor.sleep.remote(), "sleep")
+
+    def wake_up(self) -> None:
+        """Let every engine take its GPU's memory back."""
+        self._ask_all(lambda actor: actor.wake_up.remote(), "wake up")
 
     def peak_gib(self) -> float:
         """Peak memory of the actor that has needed most; 0 where there is none."""
@@ -100,13 +99,8 @@ class Pool:
         self.lost.setdefault(index, obituary(error))
 
     def look(self) -> None:
-        """Note who has died unheard, as one may that had nothing to do."""
-        for index, actor in enumerate(self.actors):
-            if index not in self.lost:
-                try:
-                    self._wait([actor.__ray_ready__.remote()], "to be there")
-                except Exception as error:
-                    self.lose(index, error)  # raises what is not its end
+        """Note actors that have died while they had nothing to do, which no call has told of."""
+        self._ask_all(lambda actor: actor.__ray_ready__.remote(), "to be there")
 
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""
@@ -158,6 +152,15 @@ class Pool:
         """Ask every actor to take in a push; returns references to wait for."""
         return [actor.receive.remote(manifest) for actor in self.actors]
 
+    def _ask_all(self, send: Callable[[Any], Any], what: str) -> None:
+        """Send a call to every actor that is not lost, and note those that are lost by it."""
+        asked = [(i, send(actor)) for i, actor in enumerate(self.actors) if i not in self.lost]
+        for index, ref in asked:
+            try:
+                self._wait([ref], what)
+            except Exception as error:
+                self.lose(index, error)  # raises any error but a loss
+
     def _spread(
         self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str, size: int = CALL
     ) -> list[Any]:
@@ -174,7 +177,7 @@ class Pool:
             try:
                 (found,) = self._wait([ref], what, may_stop=True)
             except Exception as error:
-                self.lose(i, error)  # raises what is not its end
+                self.lose(i, error)  # raises any error but a loss
                 reasons[i] = self.lost[i]
                 continue
             for k, answer in zip(part, found, strict=True):

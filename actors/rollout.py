@@ -106,9 +106,13 @@ class Generator:
         self.engine.abort()
         self._keys, self._finished = {}, {}
 
-    def rest(self, asleep: bool) -> None:
-        """Give the GPU's memory up, or take it back."""
-        self.engine.rest(asleep)
+    def sleep(self) -> None:
+        """Give up the GPU's memory."""
+        self.engine.sleep()
+
+    def wake_up(self) -> None:
+        """Take the GPU's memory back."""
+        self.engine.wake_up()
 
     def peak_gib(self) -> float:
         """Peak memory of this actor."""

@@ -79,9 +79,13 @@ class Teacher:
     def forget(self) -> None:
         """Nothing is under way between two calls."""
 
-    def rest(self, asleep: bool) -> None:
-        """Give the GPU's memory up, or take it back."""
-        self.engine.rest(asleep)
+    def sleep(self) -> None:
+        """Give up the GPU's memory."""
+        self.engine.sleep()
+
+    def wake_up(self) -> None:
+        """Take the GPU's memory back."""
+        self.engine.wake_up()
 
     def peak_gib(self) -> float:
         """Peak memory of this actor."""

@@ -62,11 +62,11 @@ def launch(
         teachers = crew.engines(Teacher, "teacher", (config, device, vocab_size, table))
         learner = crew.learner((device, vocab_size, table), on_span)
         learner.start(start.checkpoint)
-        for pool in (generators, teachers):
+        pools = [pool for pool in (generators, teachers) if pool.actors]
+        for pool in pools:
             pool.wait_ready()
-        for pool in (generators, teachers):
-            if pool.actors:
-                learner.open_push(pool)
+        for pool in pools:
+            learner.open_push(pool)
         fleet = Fleet(
             generators=generators,
             teachers=teachers,

@@ -34,6 +34,11 @@ class Fleet:
     served: int = -1  # the version that was last pushed to the generators
     mends: int = 0  # since the last optimizer step
 
+    @property
+    def pools(self) -> tuple[Pool, Pool]:
+        """Both roles that are engines."""
+        return self.generators, self.teachers
+
     def to_generators(self, version: int) -> None:
         """Push the student; to generators that only evaluate, when they are asked. The first push is waited for, so
         that a broken one fails before any work is lost."""
@@ -68,27 +73,24 @@ class Fleet:
 
     def peak_gib(self) -> dict[str, float]:
         """Peak memory of one actor of each role that there is."""
-        pools = {"generator": self.generators, "teacher": self.teachers}
-        return {
-            **{role: pool.peak_gib() for role, pool in pools.items() if pool.actors},
-            "learner": self.learner.peak_gib(),
-        }
+        engines = {pool.role.removesuffix("s"): pool.peak_gib() for pool in self.pools if pool.actors}
+        return {**engines, "learner": self.learner.peak_gib()}
 
     def update(self, step: int, num_steps: int, items: Sequence[TrainItem]) -> dict[str, Any]:
         """One optimizer step of the learner, for which engines that sleep give it their memory."""
         if not self.config.cluster.sleep:
             return self.learner.update(step, num_steps, items)
-        for pool in (self.generators, self.teachers):
-            pool.rest(True)
+        for pool in self.pools:
+            pool.sleep()
         metrics = self.learner.update(step, num_steps, items)
-        for pool in (self.generators, self.teachers):
-            pool.rest(False)
+        for pool in self.pools:
+            pool.wake_up()
         return metrics
 
     def mend(self) -> None:
         """Put lost engines right, between two optimizer steps: they serve again when a whole push has been
         verified. Raises Fault where that does not last."""
-        for pool in (self.generators, self.teachers):
+        for pool in self.pools:
             if pool.lost:
                 self._mend(pool)
 

@@ -20,8 +20,11 @@ class Part:
         self.meanwhile = []  # who else is lost while the lost are replaced
         self.unheard = []  # who has died without having had anything to do
 
-    def rest(self, asleep):
-        self.log.append(f"{self.name} {'sleep' if asleep else 'wake'}")
+    def sleep(self):
+        self.log.append(f"{self.name} sleep")
+
+    def wake_up(self):
+        self.log.append(f"{self.name} wake up")
 
     def update(self, step, num_steps, items):
         self.log.append("learn")
@@ -64,7 +67,7 @@ def fleet(log, *, sleep=False, method="sdft", losses=0):
 def test_they_sleep_around_the_learner_s_step():
     log = []
     assert fleet(log, sleep=True).update(0, 1, []) == {"loss": 1.0}
-    assert log == ["generators sleep", "teachers sleep", "learn", "generators wake", "teachers wake"]
+    assert log == ["generators sleep", "teachers sleep", "learn", "generators wake up", "teachers wake up"]
 
 
 def test_they_stay_awake_otherwise():
