@@ -21,7 +21,7 @@ from sdft_dist.errors import UserError
 from sdft_dist.files import refuse_used
 from sdft_dist.lab import world
 from sdft_dist.lab.base import BaseSettings, build_with_progress, shipped_base
-from sdft_dist.lab.teaching import RECIPE, SETS, write_teaching_set
+from sdft_dist.lab.teaching import RECIPE, SETS, fields_of, write_teaching_set
 from sdft_dist.memory import PeakMemory
 from sdft_dist.recipe import dump_config, load_config
 from sdft_dist.report.report import report
@@ -114,9 +114,7 @@ def lab_config(out: Path, base: Path, seed: int, method: str, steps: int | None,
         "method": method,
         "run_dir": str(out / f"seed-{seed}" / method),
         "seed": seed,
-        "model.path": str(base),
-        "data.train": str(data / "train.jsonl"),
-        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in SETS},
+        **fields_of(data, base),
         **({"steps": steps} if steps else {}),
     }
     config = load_config(RECIPE, [fields, *more])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.console import Console
 from sdft_dist.lab import world
 from sdft_dist.lab.base import shipped_base
 from sdft_dist.lab.demo import DOMAIN, WORD
-from sdft_dist.lab.teaching import RECIPE, SETS, write_teaching_set
+from sdft_dist.lab.teaching import RECIPE, fields_of, write_teaching_set
 from sdft_dist.recipe import load_config
 from sdft_dist.rundir import RunDir
 from sdft_dist.runlog import read_metrics
@@ -72,8 +71,7 @@ def main() -> None:
     with ray_session(recipes[0]):
         for config in recipes:
             if not RunDir(Path(config.run_dir)).finished:
-                shutil.rmtree(config.run_dir, ignore_errors=True)  # what an interrupted run has left
-                run(config, title=Path(config.run_dir).name, console=Console(), advice="")
+                run(config, title=Path(config.run_dir).name, console=Console(), resume="auto", advice="")
     text = _markdown(table, out, args.seeds, args.steps)
     (out / "table.md").write_text(text)
     print(text)
@@ -96,10 +94,8 @@ def _fields(out: Path, case: dict[str, Any], run_dir: Path, seed: int, steps: in
         "run_dir": str(run_dir),
         "seed": seed,
         "steps": steps,
-        "model.path": str(shipped_base()),
-        "data.train": str(data / "train.jsonl"),
         "eval.every": steps,
-        "eval.sets": {name: str(data / f"eval-{name}.jsonl") for name in SETS},
+        **fields_of(data, shipped_base()),
     }
 
 
