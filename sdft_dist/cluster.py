@@ -170,9 +170,8 @@ def _with_absolute_paths(config: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path and Path(path).is_dir() else path
 
-    model = config.model.model_copy(update={"path": absolute(config.model.path)})
-    teacher = config.teacher.model_copy(update={"anchor": absolute(config.teacher.anchor)})
-    return config.model_copy(update={"model": model, "teacher": teacher})
+    path, anchor = absolute(config.model.path), absolute(config.teacher.anchor)
+    return config.changed(model={"path": path}, teacher={"anchor": anchor})
 
 
 def stream(config: Config, generators: Any, teachers: Any, events: Events, on_span: OnSpan) -> Stream:

@@ -596,6 +596,13 @@ class Config(Section):
                 "or neither rollout.from_teacher nor rollout.top_p nor rollout.top_k"
             )
 
+    def changed(self, **values: Any) -> Config:
+        """A copy with other values, which are not checked: `changed(steps=3, cluster={"device": "cpu"})`."""
+        for name, value in values.items():
+            own = getattr(self, name)
+            values[name] = own.model_copy(update=value) if isinstance(own, Section) else value
+        return self.model_copy(update=values)
+
     @property
     def skipped_tokens(self) -> int:
         """Tokens without loss at the start of each sequence that is trained on: of demonstrations none."""

@@ -50,7 +50,7 @@ def run(
     Raises UserError before anything starts where configuration, data or model folder are wrong; Preempted when it is
     asked to stop, with the state saved; Fault where parts are lost more often than `cluster.max_restarts` allows.
     """
-    config = config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute())})  # for ranks elsewhere
+    config = config.changed(run_dir=str(Path(config.run_dir).absolute()))  # for ranks elsewhere
     try:
         with asked_to_stop(stop) as asked:
             prepared = prepare(config, on_evaluation, title, console)
@@ -144,7 +144,7 @@ def _attempt(
     """From `start` to the end. Raises ActorLost where the run may go on from a checkpoint, and Preempted, with the
     state saved, where it was asked to stop."""
     config, problems = prepared.config, prepared.inputs.problems
-    attempt = rundir.new_attempt(config.model_copy(update={"steps": prepared.num_steps}))
+    attempt = rundir.new_attempt(config.changed(steps=prepared.num_steps))
     gauges = Gauges("/".join(rundir.path.absolute().parts[-2:]))  # of sweeps all end in "run"
     runlog = RunLog(
         rundir.path,

@@ -107,8 +107,7 @@ def test_a_name_that_is_given_twice_is_refused(tmp_path, before, name):
 def test_a_stage_that_was_run_with_other_settings_is_refused_before_anything_starts(plan):
     stage = stages(plan)[-1]
     stage.folder.mkdir(parents=True)
-    other = stage.config.model_copy(update={"steps": 7})
-    (stage.folder / "config.yaml").write_text(dump_config(other))
+    (stage.folder / "config.yaml").write_text(dump_config(stage.config.changed(steps=7)))
     with pytest.raises(UserError, match="3-t37: was run with another steps"):
         continual(plan)
 

@@ -136,7 +136,7 @@ def test_a_finished_run_that_is_resumed_leaves_its_model_alone_unless_it_would_b
 
     first = inode(config)
     assert inode(config) == first, "who reads it would lose it"
-    other = config.model_copy(update={"eval": config.eval.model_copy(update={"sets": {"new": "f"}})})
+    other = config.changed(eval={"sets": {"new": "f"}})
     assert inode(other) != first
     (model / "README.md").unlink()
     inode(other)

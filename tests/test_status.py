@@ -47,7 +47,7 @@ def test_settings_are_the_newest_attempts_after_a_thousand_too_and_metrics_are_r
         (run.path / "attempts" / number).mkdir(parents=True)
         (run.path / "attempts" / number / "config.yaml").write_text(dump_config(config))
     for steps in (50, 60):
-        attempt = run.new_attempt(config.model_copy(update={"steps": steps}))
+        attempt = run.new_attempt(config.changed(steps=steps))
     assert attempt.name == "1000"
     monkeypatch.setattr("sdft_dist.status.read_jsonl", lambda path: reads.append(path) or read_jsonl(path))
     assert status(run.path)["steps"] == 60

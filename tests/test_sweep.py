@@ -138,7 +138,7 @@ def test_as_many_trials_as_the_budget_holds(sheet):
     assert at_a_time(sheet(gpus=4), configs, "cuda", [node(8)]) == 1
     with pytest.raises(UserError, match="a trial needs 3 GPUs, the budget is 2"):
         at_a_time(sheet(gpus=2), configs, "cuda", [node(8)])
-    waiting = [c.model_copy(update={"cluster": c.cluster.model_copy(update={"autoscaling": True})}) for c in configs]
+    waiting = [c.changed(cluster={"autoscaling": True}) for c in configs]
     assert at_a_time(sheet(gpus=6), waiting, "cuda", [node(0)]) == 2
     with pytest.raises(UserError, match="gpus: with cluster"):
         at_a_time(sheet(), waiting, "cuda", [node(0)])

@@ -96,8 +96,7 @@ def bench(config: Config, out: Path, *, pairs: int, segment: int, fixed: bool, p
         raise UserError(f"--segment: {segment} steps are too few: give {least}, of which {SKIPPED} are not counted")
     contestants: list[Any] = [contestant(config, method, out, fixed=fixed) for method in ("sdft", "sft")]
     if peer == "sync":
-        rollout = config.rollout.model_copy(update={"max_staleness": 0})
-        on_policy = contestants[0].config.model_copy(update={"rollout": rollout})
+        on_policy = contestants[0].config.changed(rollout={"max_staleness": 0})
         contestants.append(replace(contestants[0], name="sync", config=on_policy, folder=out / "sync", machines=[]))
     if peer == "trl":
         from sdft_dist.bench.peer import Trl

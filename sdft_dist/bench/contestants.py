@@ -43,7 +43,7 @@ class Ours:
     machines: list[Machine] = field(default_factory=list)  # one, when it has come to its end
 
     def __call__(self, num_steps: int, after_step: Callable[[int], None]) -> None:
-        config = self.config.model_copy(update={"steps": num_steps})
+        config = self.config.changed(steps=num_steps)
         self.folder.mkdir(parents=True, exist_ok=True)
         console = Console(quiet=True)
         with (

@@ -91,7 +91,7 @@ def measure(config: Config, steps: int) -> tuple[list[list[float]], list[int]]:
     with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), title="", console=Console(quiet=True)) as log:
         generators, teachers = (SimpleNamespace(actors=[actor], lost={}) for actor in actors)
         path = stream(config, generators, teachers, Events(), log.span)
-        config = config.model_copy(update={"steps": steps})
+        config = config.changed(steps=steps)
         train(config, problems, path, Nothing(), Nothing(), log, after_step=after_step)
     for actor in actors:
         ray.kill(actor)

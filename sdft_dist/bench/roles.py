@@ -49,8 +49,7 @@ class Load:
 
     def keys(self, config: Config, step: int) -> list[SampleKey]:
         """The samples of batch `step`, as a run on those rows alone draws them."""
-        rollout = config.rollout.model_copy(update={"prompts_per_step": self.batch})
-        drawn = batch_keys(config.model_copy(update={"rollout": rollout}), self.rows, step)
+        drawn = batch_keys(config.changed(rollout={"prompts_per_step": self.batch}), self.rows, step)
         return [key._replace(problem=self.rows[key.problem]) for key in drawn]
 
 

@@ -193,7 +193,7 @@ def _sequence(plan: Plan, method: str, seed: int) -> list[Stage]:
         rows = config.data
         if own.rehearse and number > 1:
             mixture = {"train": str(_mixture(plan, method, number, rows)), "split": "train", "limit": None}
-            config = config.model_copy(update={"data": rows.model_copy(update=mixture)})
+            config = config.changed(data=mixture)
         found.append(Stage(method, seed, name, rows, config))
         start = str(folder / "model")
     return found

@@ -160,8 +160,7 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
     if gpus <= 2 and spans == (1, 1):
         shared = [ROLES] if gpus == 1 else [("learner",), ("generator", "teacher")]
         sharing = {"colocate": "all" if gpus == 1 else "teachers", "push_transport": "auto"}
-        together = config.cluster.model_copy(update=sharing)
-        return _plan(config.model_copy(update={"cluster": together}), m, n, gpu, dict.fromkeys(ROLES, 1), shared)
+        return _plan(config.changed(cluster=sharing), m, n, gpu, dict.fromkeys(ROLES, 1), shared)
     generators, teachers = (span * max(1, gpus // (64 * span)) for span in spans)
     splits = [
         {"generator": g, "teacher": t, "learner": gpus - g - t}
@@ -173,8 +172,7 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
             f"--gpus {gpus}: engines that span {spans[0]} and {spans[1]} GPUs (cluster.generator_tensor_parallel, "
             f".teacher_tensor_parallel) and a learner need {sum(spans) + 1}"
         )
-    alone = config.cluster.model_copy(update={"colocate": "none", "push_transport": "auto"})
-    config = config.model_copy(update={"cluster": alone})
+    config = config.changed(cluster={"colocate": "none", "push_transport": "auto"})
     plans = [_plan(config, m, n, gpu, split, [(role,) for role in ROLES]) for split in splits]
     return min(plans, key=lambda p: (not p.fits, p.step_s))
 

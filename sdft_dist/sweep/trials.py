@@ -197,7 +197,7 @@ def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None
     marked so, and done: it would diverge again. Raises Preempted where the sweep was told to stop."""
     from sdft_dist.train import run
 
-    wanted = trial.config.eval.model_copy(update={"metric": metric})
+    wanted = trial.config.changed(eval={"metric": metric}).eval
     last: list[dict[str, Any]] = []
 
     def tell(record: dict[str, Any]) -> None:
@@ -219,8 +219,7 @@ def run_trial(trial: Trial, device: str, report: Callable[[dict[str, Any]], None
         raise Preempted("asked to stop before it began")
     write_whole(trial.folder / TRIAL, json.dumps({"method": trial.method, "values": trial.values}))
     # A process that Ray gave no GPU sees none, so it cannot tell whether there are any.
-    cluster = trial.config.cluster.model_copy(update={"device": device})
-    config = trial.config.model_copy(update={"cluster": cluster})
+    config = trial.config.changed(cluster={"device": device})
     with open(os.devnull, "w") as nowhere:
         try:
             run(

@@ -227,7 +227,7 @@ class Asking(Searcher):
 
         if trial.state == "diverged":
             return 0.0
-        config = trial.config.eval.model_copy(update={"metric": self._sweep.metric})
+        config = trial.config.changed(eval={"metric": self._sweep.metric}).eval
         record = exported(config, trial.records())
         return None if record is None else score(config, record)
 

@@ -22,9 +22,8 @@ def finished(tmp_path_factory, ray_cluster):
 
 def test_going_back_over_a_cluster_that_does_not_answer_keeps_what_came_later(finished, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    nowhere = finished.model_copy(update={"cluster": finished.cluster.model_copy(update={"address": "127.0.0.1:1"})})
     with pytest.raises(UserError, match=r"cluster.address: nobody answers"):
-        run(nowhere, resume="step=1")
+        run(finished.changed(cluster={"address": "127.0.0.1:1"}), resume="step=1")
     path = Path(finished.run_dir)
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == [f"step-00000{step}" for step in (1, 2, 3)]
     assert (path / "model").is_dir()
@@ -32,7 +31,7 @@ def test_going_back_over_a_cluster_that_does_not_answer_keeps_what_came_later(fi
 
 
 def test_a_disk_that_is_full_for_the_metrics_is_a_fault(finished, tmp_path):
-    config = finished.model_copy(update={"run_dir": str(tmp_path / "full"), "steps": 1})
+    config = finished.changed(run_dir=str(tmp_path / "full"), steps=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(Fault, match="full: No space left on device; earlier checkpoints are intact"):

@@ -63,9 +63,7 @@ def homes(cluster):
 
 def joined(cluster, folder, **settings):
     """A run on the cluster, and its process at step 2."""
-    config = lab(folder, STEPS, 1)
-    settings["address"] = cluster.address
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
+    config = lab(folder, STEPS, 1).changed(cluster={"address": cluster.address, **settings})
     process, _ = start(config, folder, mark=cluster.mark)
     wait_for(lambda: steps_done(Path(config.run_dir)) >= 2, process, "step 2")
     return config, process

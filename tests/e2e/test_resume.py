@@ -102,9 +102,8 @@ def test_an_anchored_average_is_kept_by_its_run_and_by_a_fork_that_does_not_name
     anchors = {name: tiny_model(tmp_path / name, seed=seed) for seed, name in ((1, "a"), (2, "b"))}
 
     def anchored(name, run):
-        plain = config(model, 2, 1)
-        teacher = plain.teacher.model_copy(update={"reanchor": False, "anchor": str(anchors[name])})
-        return plain.model_copy(update={"teacher": teacher, "run_dir": str(tmp_path / run)})
+        teacher = {"reanchor": False, "anchor": str(anchors[name])}
+        return config(model, 2, 1).changed(run_dir=str(tmp_path / run), teacher=teacher)
 
     def saved_by(settings, folder, *, resume=None, done=0):
         group = ranks.group(settings, problems, resume=resume)
@@ -138,8 +137,7 @@ def test_an_anchored_average_is_kept_by_its_run_and_by_a_fork_that_does_not_name
 def test_a_frozen_teacher_stays_the_base_when_the_student_is_resumed(ranks, problems, model, saved, tmp_path):
     """Its weights come from model.path, not from the checkpoint's student."""
     middle, _, _ = saved(2, 1)
-    frozen = config(model, 2, 1).model_copy(update={"method": "sdft"})
-    frozen = frozen.model_copy(update={"teacher": frozen.teacher.model_copy(update={"kind": "base"})})
+    frozen = config(model, 2, 1).changed(method="sdft", teacher={"kind": "base"})
     group = ranks.group(frozen, problems, resume=middle)
     (head,) = ray.get([group.ranks[0].teacher_head.remote()])
     group.stop()

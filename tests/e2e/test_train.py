@@ -37,8 +37,8 @@ def test_the_same_seed_gives_the_same_losses_and_the_export_loads(ray_cluster, t
     evaluation = {"every": 2, "sets": sets, "scorer": "sdft_dist.lab.world:score", "samples": 2}
     config = lab_config(tmp_path, eval=evaluation)
     rundir = run(config)
-    shared = config.cluster.model_copy(update={"push_transport": "ipc"})
-    process, mark = start(config.model_copy(update={"run_dir": str(tmp_path / "other"), "cluster": shared}), tmp_path)
+    other = config.changed(run_dir=str(tmp_path / "other"), cluster={"push_transport": "ipc"})
+    process, mark = start(other, tmp_path)
     output = ended(process)
     assert re.search(r"Last evaluation: new \d+\.\d% \(step 4\)\nTrained model: ", output)
     first, second = (losses(tmp_path / name) for name in ("run", "other"))
