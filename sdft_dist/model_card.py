@@ -10,6 +10,7 @@ from sdft_dist import __version__
 from sdft_dist.config import Config
 from sdft_dist.evaluate import accuracy, interval
 from sdft_dist.recipe import dump_config
+from sdft_dist.records import may_be_hub_id
 from sdft_dist.rundir import RunDir
 
 METHODS = {
@@ -25,7 +26,7 @@ def model_card(rundir: RunDir, config: Config, manifest: dict[str, Any], weights
     step, digest = manifest["step"], manifest["fingerprint"]["data (token ids)"]
     base = config.model.path
     head = ["library_name: transformers", "tags: [sdft]"]
-    if not base.startswith((".", "/")) and not Path(base).exists():  # a hub id
+    if may_be_hub_id(base) and not Path(base).exists():
         head.insert(0, f"base_model: {base}")
     which = "its moving average" if weights == "ema" else "the student"
     return "\n".join(

@@ -20,6 +20,7 @@ from sdft_dist.config import Config, ModelConfig
 from sdft_dist.data import Message, Row, few
 from sdft_dist.errors import DataError, UserError
 from sdft_dist.problems import ProblemSet
+from sdft_dist.records import may_be_hub_id
 from sdft_dist.types import Problem
 
 BATCH = 1024  # rows that are tokenised at a time
@@ -34,7 +35,7 @@ def load_tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
     path = config.model.path
-    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():  # a hub id has one slash
+    if not Path(path).is_dir() and not may_be_hub_id(path):
         raise UserError(f"model.path: {path}: no such folder")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         hint = f"; it is a run: use {path}/model" if (Path(path) / "model" / "config.json").is_file() else ""

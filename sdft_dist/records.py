@@ -36,7 +36,7 @@ def records_of(source: str, split: str, subset: str | None, setting: str) -> Ite
             raise DataError(f"{setting}: {source}: the file is empty")
         if split != "train":
             raise DataError(f"data.split: got {split!r}, but {source} is a file, which has no splits: leave it out")
-    elif not path.is_dir() and (kind in FILES or not _may_be_hub_id(source)):
+    elif not path.is_dir() and (kind in FILES or _is_a_files_name(source) or not may_be_hub_id(source)):
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise DataError(f"{setting}: {source}: no such file{place} ({KNOWN})")
     if path.is_file() and kind == ".jsonl":
@@ -49,12 +49,16 @@ def records_of(source: str, split: str, subset: str | None, setting: str) -> Ite
             yield f"{source}:{i}", record
 
 
-def _may_be_hub_id(source: str) -> bool:
-    """Whether it is NAME, or OWNER/NAME, where the name may hold a dot unless a folder here is called OWNER."""
-    if source.startswith((".", "/")) or source.count("/") > 1:
-        return False
+def may_be_hub_id(text: str) -> bool:
+    """Whether it reads as NAME or OWNER/NAME, as ids of the hub do."""
+    return not text.startswith((".", "/")) and text.count("/") <= 1
+
+
+def _is_a_files_name(source: str) -> bool:
+    """Whether its last part has a dot, as in `none.csv` and `data/none.csv`. OWNER/NAME-2.5 is no file's name where no
+    folder here is called OWNER."""
     owner, slash, name = source.rpartition("/")
-    return "." not in name or bool(slash and not Path(owner).exists())
+    return "." in name and (not slash or Path(owner).exists())
 
 
 def _parquet(path: Path, setting: str) -> Iterator[Any]:
