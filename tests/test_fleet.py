@@ -1,14 +1,10 @@
 """What a fleet does about sleeping, pushing and losses, with fakes of its pools and its learner."""
 
-import socket
-from types import SimpleNamespace
-
 import pytest
 from helpers import config_of
 
-from sdft_dist.errors import Fault, NotServing, UserError
+from sdft_dist.errors import Fault, NotServing
 from sdft_dist.fleet import Fleet
-from sdft_dist.session import _reach, ray_session
 
 
 class Part:
@@ -108,75 +104,3 @@ def test_what_an_engine_was_doing_that_is_lost_while_others_are_replaced_is_take
     one.mend()
     first, others = "lost generators 0: killed", "lost generators 1: killed; generators 2: killed"
     assert log[:-1] == [first, "abandon", others, "abandon", "open generators", "push -1"]
-
-
-def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch):
-    def init(**options):
-        raise ConnectionError("Failed to connect")
-
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", init)
-    told = r"cluster.address: auto: Failed to connect; .* set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it$"
-    with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"address": "auto"})):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "told"),
-    [
-        (Exception("The node timed out during startup. This could"), Fault, "Ray did not .* startup; try again$"),
-        (ConnectionError("no answer"), Fault, "Ray did not start on this machine, .*: no answer; try again$"),
-        (ZeroDivisionError("a bug"), ZeroDivisionError, "^a bug$"),
-    ],
-)
-def test_a_machine_on_which_ray_does_not_come_up_is_a_fault_and_another_error_stays(monkeypatch, error, kind, told):
-    def init(**options):
-        raise error
-
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", init)
-    with pytest.raises(kind, match=told), ray_session(config_of(cluster={"device": "cpu"})):
-        pass
-
-
-def test_a_temporary_folder_that_is_too_long_for_rays_sockets_is_told(monkeypatch):
-    def init(**options):
-        raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch/long")
-
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", init)
-    told = "^TMPDIR: set RAY_TMPDIR to a shorter folder, .* cannot exceed 107 bytes: /scratch/long$"
-    with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"device": "cpu"})):
-        pass
-
-
-def test_a_ray_of_another_command_is_not_joined(monkeypatch):
-    """It would end with that command, and the run with it."""
-    started = {}
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", lambda **options: started.update(options))
-    monkeypatch.setattr("ray.shutdown", lambda: started.clear())
-    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
-    with ray_session(config_of(cluster={"device": "cpu"})):
-        own = dict(started["resources"])
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, **own})
-    told = "^cluster.address: auto: the Ray there is another command's own"
-    with pytest.raises(UserError, match=told), ray_session(config_of(cluster={"address": "auto"})):
-        pass
-    assert not started, "it was left again"
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
-    with ray_session(config_of(cluster={"address": "auto"})):
-        pass
-
-
-def test_a_head_that_does_not_answer_is_named():
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        port = there.getsockname()[1]
-        with pytest.raises(UserError, match=f"cluster.address: nobody answers at 127.0.0.1:{port}"):
-            _reach(f"127.0.0.1:{port}")
-        there.listen()
-        _reach(f"127.0.0.1:{port}")
-        _reach("auto")
-        with pytest.raises(UserError, match=r"got ray://.*: give the head's HOST:PORT"):
-            _reach(f"ray://127.0.0.1:{port}")
