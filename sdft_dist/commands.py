@@ -4,17 +4,32 @@ instant."""
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sdft_dist.config import Config
 
 
 def is_override(word: str) -> bool:
     """Whether a word is a field with its value or a YAML file."""
     return "=" in word or word.endswith((".yaml", ".yml"))
+
+
+def _tell(found: Any, show: Callable[[Console], None], *, as_json: bool) -> None:
+    """Print `found` as JSON, or what `show` makes of it."""
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(Console())
 
 
 def train(args: argparse.Namespace) -> None:
@@ -59,24 +74,16 @@ def preflight(args: argparse.Namespace) -> None:
     from sdft_dist.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
-    import json
     from dataclasses import asdict
-
-    from rich.console import Console
 
     from sdft_dist.preflight import preflight, show
 
     found = preflight(config, args.rows)
-    if args.json:
-        print(json.dumps(asdict(found), indent=2))
-    else:
-        show(found, Console())
+    _tell(asdict(found), partial(show, found), as_json=args.json)
 
 
 def bench(args: argparse.Namespace) -> None:
     """`sdft bench`."""
-    import json
-
     from sdft_dist.errors import UserError
     from sdft_dist.files import refuse_used
     from sdft_dist.recipe import is_layer, load_config
@@ -93,21 +100,15 @@ def bench(args: argparse.Namespace) -> None:
         made = synthetic(args.out, args.synthetic_model, [args.lengths], 1024, there.model.dtype)
         overrides = [*layers, made, *fields]
     config = load_config(args.recipe, overrides)
-    from rich.console import Console
-
     from sdft_dist.bench import contest, figures, roles
 
     fixed, pairs = bool(args.synthetic_model), args.pairs
     if args.only:
         report = roles.bench_role(config, args.out, args.only, repeats=pairs, fixed=fixed)
-        show = roles.show
+        _tell(report, partial(roles.show, report), as_json=args.json)
     else:
         report = contest.bench(config, args.out, pairs=pairs, segment=args.segment, fixed=fixed, peer=args.peer)
-        show = figures.show
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report, Console())
+        _tell(report, partial(figures.show, report), as_json=args.json)
     worse = figures.regression(report, json.loads(args.baseline.read_text())) if args.baseline else None
     if worse:
         print(f"sdft: regression: {worse}", file=sys.stderr)
@@ -123,18 +124,11 @@ def report(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """`sdft eval`."""
-    import json
-
-    from rich.console import Console
-
     from sdft_dist.evaluate_model import evaluate_model, show
     from sdft_dist.recipe import load_config
 
     found, judged = evaluate_model(load_config(args.recipe, args.overrides), args.out)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found, judged, Console())
+    _tell(found, partial(show, found, judged), as_json=args.json)
     if args.out:
         print(f"Every row: {args.out / 'rows.jsonl'}", file=sys.stderr)
 
@@ -212,7 +206,6 @@ def sweep(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """`sdft plan`."""
-    import json
     from dataclasses import asdict
 
     from rich.console import Console
@@ -304,8 +297,6 @@ def lab_sweep(args: argparse.Namespace) -> None:
 
 def status(args: argparse.Namespace) -> None:
     """`sdft status`."""
-    import json
-
     from sdft_dist.status import show, status
 
     found = status(args.run)
