@@ -161,13 +161,18 @@ def test_a_limit_is_of_the_tasks_own_rows_and_rehearsal_is_a_share_of_those(plan
     assert len(load_training_rows(stages(plan)[5].config.data, "sft")) == 6400, "the other method has no limit"
 
 
+def rehearsing(plan, folder, **numbers):
+    """The plan with so many rows of each task, of which stages rehearse a half."""
+    tasks = {}
+    for word, number in numbers.items():
+        rows = [{"prompt": f"{word} {i}", "demonstration": "d"} for i in range(number)]
+        tasks[word] = plan.tasks[word].model_copy(update={"train": str(write_jsonl(folder / f"{word}.jsonl", rows))})
+    return plan.model_copy(update={"tasks": tasks, "methods": {"sft": MethodPlan(rehearse=0.5)}})
+
+
 def test_earlier_tasks_with_few_rows_are_rehearsed_as_often_as_the_share_needs(plan, tmp_path):
     """3 rows of the first task and 50 of the second make up half of the third stage's 90."""
-    tasks = {}
-    for word, number in (("t35", 3), ("t36", 50), ("t37", 45)):
-        rows = [{"prompt": f"{word} {i}", "demonstration": "d"} for i in range(number)]
-        tasks[word] = plan.tasks[word].model_copy(update={"train": str(write_jsonl(tmp_path / f"{word}.jsonl", rows))})
-    plan = plan.model_copy(update={"tasks": tasks, "methods": {"sft": MethodPlan(rehearse=0.5)}})
+    plan = rehearsing(plan, tmp_path, t35=3, t36=50, t37=45)
     write_mixtures(plan)
     path = Path(stages(plan)[2].config.data.train)
     prompts = [row.messages[-1]["content"] for row in load_rows(str(path))]
@@ -181,11 +186,7 @@ def test_earlier_tasks_with_few_rows_are_rehearsed_as_often_as_the_share_needs(p
 
 def test_rows_to_rehearse_are_drawn_as_ever_where_there_are_enough(plan, tmp_path):
     """Published figures are of these files; the hashes are of those that were written before rows could repeat."""
-    tasks = {}
-    for word in ("t35", "t36", "t37"):
-        rows = [{"prompt": f"{word} {i}", "demonstration": "d"} for i in range(40)]
-        tasks[word] = plan.tasks[word].model_copy(update={"train": str(write_jsonl(tmp_path / f"{word}.jsonl", rows))})
-    plan = plan.model_copy(update={"tasks": tasks, "methods": {"sft": MethodPlan(rehearse=0.5)}})
+    plan = rehearsing(plan, tmp_path, t35=40, t36=40, t37=40)
     write_mixtures(plan)
     files = [Path(stage.config.data.train) for stage in stages(plan)[1:3]]
     found = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]

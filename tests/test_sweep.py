@@ -18,6 +18,7 @@ from sdft_dist.sweep.trials import at_a_time, corners, make_trial, run_trial, sw
 from sdft_dist.sweep.tune import Asking, Ending, Progress
 
 RATES = [1.0e-5, 1.0e-4]
+TWO = {"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}}  # trials
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def sheet(tmp_path):
 
 def test_a_grid_is_every_combination_of_every_method(sheet):
     sft = {"set": {"method": "sft"}, "space": {"optim.learning_rate": RATES, "model.path": ["a", "b", "c"]}}
-    sweep = sheet(methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}, "sft": sft, "plain": {}})
+    sweep = sheet(methods={**TWO, "sft": sft, "plain": {}})
     found = trials(sweep)
     assert [t.method for t in found] == ["sdft"] * 2 + ["sft"] * 6 + ["plain"]
     assert {(t.config.optim.learning_rate, t.config.model.path) for t in found[2:8]} == {
@@ -158,16 +159,17 @@ def pretend(trial, lines, *, finished):
     write_jsonl(trial.run / "metrics.jsonl", lines)
 
 
+def begun(sweep, rate):
+    """A trial of the averaging rate `rate` as optuna has begun it."""
+    trial = make_trial(sweep, "sdft", {"teacher.ema_rate": rate})
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
+    return trial
+
+
 def evaluation(step, seconds, new, old, older, attempt=1):
-    return {
-        "kind": "eval",
-        "step": step,
-        "attempt": attempt,
-        "seconds": seconds,
-        "new": new,
-        "old": old,
-        "older": older,
-    }
+    accuracies = {"new": new, "old": old, "older": older}
+    return {"kind": "eval", "step": step, "attempt": attempt, "seconds": seconds, **accuracies}
 
 
 def test_results_are_read_from_the_runs(sheet):
@@ -211,15 +213,15 @@ def test_optuna_is_not_asked_twice_for_the_same_and_its_corners_are_checked_firs
     assert len(corners(sweep)) == 4
     with pytest.raises(ConfigError, match="ema_rate: got 7"):
         corners(sheet(search="optuna", trials=4, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 7]}}}))
-    few = sheet(search="optuna", trials=4, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}})
-    done, begun = (make_trial(few, "sdft", {"teacher.ema_rate": rate}) for rate in (0.01, 0.1))
+    few = sheet(search="optuna", trials=4, methods=TWO)
+    done, other = (make_trial(few, "sdft", {"teacher.ema_rate": rate}) for rate in (0.01, 0.1))
     pretend(done, [evaluation(20, 9.0, 0.9, 0.8, 0.6)], finished=True)
-    asking = Asking(few, [done, begun], [begun], 1)
+    asking = Asking(few, [done, other], [other], 1)
     assert asking.suggest("a") == {"method": "sdft", "values": {"teacher.ema_rate": 0.1}}
     assert asking.suggest("b") == Asking.FINISHED, "one is done, the other under way"
-    pretend(begun, [evaluation(20, 9.0, 0.5, 0.8, 0.6)], finished=True)
+    pretend(other, [evaluation(20, 9.0, 0.5, 0.8, 0.6)], finished=True)
     asking.on_trial_complete("a", {"score": 0.1})
-    assert not Asking(few, [done, begun], [begun], 1).exhausted
+    assert not Asking(few, [done, other], [other], 1).exhausted
     assert asking.suggest("c") == Asking.FINISHED
     assert asking.exhausted
     assert [round(trial.value, 6) for trial in asking._study.trials[:2]] == [round(1.9 / 3, 6), round(2.3 / 3, 6)]
@@ -231,7 +233,7 @@ def test_optuna_is_not_asked_twice_for_the_same_and_its_corners_are_checked_firs
     ("text", "words"), [("", "does not tell a trial's method"), ('{"method": "dft", "values": {}}', "of method 'dft'")]
 )
 def test_a_folder_that_is_no_trial_of_this_sweep_is_named(sheet, text, words):
-    sweep = sheet(search="optuna", trials=1, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}})
+    sweep = sheet(search="optuna", trials=1, methods=TWO)
     (Path(sweep.out) / "one").mkdir(parents=True)
     (Path(sweep.out) / "one" / "trial.json").write_text(text)
     with pytest.raises(ConfigError, match=words):
@@ -298,36 +300,40 @@ def test_tune_ends_when_told_and_no_trial_runs_or_their_time_is_up(tmp_path):
 
 def test_trials_that_optuna_cannot_be_asked_for_again_are_named(sheet):
     fields = {"search": "optuna", "trials": 2}
-    sweep = sheet(methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}}, **fields)
-    done, begun = (make_trial(sweep, "sdft", {"teacher.ema_rate": rate}) for rate in (0.01, 0.1))
-    for trial in (done, begun):
+    sweep = sheet(methods=TWO, **fields)
+    done, other = begun(sweep, 0.01), begun(sweep, 0.1)
+    for trial in (done, other):
         pretend(trial, [], finished=trial is done)
-        (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
     wider = {"teacher.ema_rate": [0.01, 0.1], "optim.learning_rate": {"low": 1e-6, "high": 1e-4}}
     for space in (wider, {"teacher.ema_rate": {"low": 0.2, "high": 0.3}}):
-        with pytest.raises(ConfigError, match=rf"methods.sdft.space: .* not done: {begun.name}: remove their folders"):
+        with pytest.raises(ConfigError, match=rf"methods.sdft.space: .* not done: {other.name}: remove their folders"):
             sweep_all(sheet(methods={"sdft": {"space": space}}, **fields), Console(quiet=True))
 
 
-@pytest.mark.parametrize(("no_others", "words"), [(True, "0 of 1 trials"), (False, "0 of 3 trials")])
-def test_an_optuna_sweep_that_was_interrupted_between_trials_is_not_done(sheet, monkeypatch, no_others, words):
-    """Optuna's trials are on disk only when they have begun."""
-    sweep = sheet(search="optuna", trials=3, methods={"sdft": {"space": {"teacher.ema_rate": [0.01, 0.1]}}})
-    trial = make_trial(sweep, "sdft", {"teacher.ema_rate": 0.01})
-
-    def tune_trials(*_):
-        pretend(trial, [], finished=False)
-        (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
-        return {}, no_others
-
+@pytest.fixture
+def tuned(monkeypatch):
+    """Puts a function in the place of Ray Tune, and nothing in that of Ray."""
     monkeypatch.setattr("sdft_dist.sweep.trials.ray_session", lambda config: nullcontext())
     monkeypatch.setattr("sdft_dist.sweep.trials.at_a_time", lambda *_: 1)
     monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", tune_trials)
+    return lambda tune_trials: monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", tune_trials)
+
+
+@pytest.mark.parametrize(("no_others", "words"), [(True, "0 of 1 trials"), (False, "0 of 3 trials")])
+def test_an_optuna_sweep_that_was_interrupted_between_trials_is_not_done(sheet, tuned, no_others, words):
+    """Optuna's trials are on disk only when they have begun."""
+    sweep = sheet(search="optuna", trials=3, methods=TWO)
+    trial = make_trial(sweep, "sdft", {"teacher.ema_rate": 0.01})
+
+    def tune_trials(*_):
+        pretend(begun(sweep, 0.01), [], finished=False)
+        return {}, no_others
+
+    tuned(tune_trials)
     with pytest.raises(Preempted, match=words):
         sweep_all(sweep, Console(quiet=True))
     (trial.run / "model").mkdir()
-    monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", lambda *_: ({}, no_others))
+    tuned(lambda *_: ({}, no_others))
     with nullcontext() if no_others else pytest.raises(Preempted, match="1 of 3 trials"):
         assert sweep_all(sweep, Console(quiet=True)) == [trial]
 
@@ -336,12 +342,8 @@ def test_an_optuna_sweep_that_was_interrupted_between_trials_is_not_done(sheet, 
     ("failed", "kind"),
     [([ConfigError("a: b")], UserError), ([ConfigError("a: b"), Fault("a disk")], Fault), ([KeyError("a")], Fault)],
 )
-def test_a_sweep_of_which_trials_fail_ends_with_what_is_to_be_mended(sheet, monkeypatch, failed, kind):
-    monkeypatch.setattr("sdft_dist.sweep.trials.ray_session", lambda config: nullcontext())
-    monkeypatch.setattr("sdft_dist.sweep.trials.at_a_time", lambda *_: 1)
-    monkeypatch.setattr("ray.nodes", list)
-    told = {str(number): error for number, error in enumerate(failed)}
-    monkeypatch.setattr("sdft_dist.sweep.tune.tune_trials", lambda *_: (told, True))
+def test_a_sweep_of_which_trials_fail_ends_with_what_is_to_be_mended(sheet, tuned, failed, kind):
+    tuned(lambda *_: ({str(number): error for number, error in enumerate(failed)}, True))
     with pytest.raises(kind, match=rf"{len(failed)} of 4 trials failed; .*\n  0: {type(failed[0]).__name__}: "):
         sweep_all(sheet(), Console(quiet=True))
 
@@ -380,9 +382,7 @@ def test_trials_of_optuna_are_those_that_were_begun(sheet):
         search="optuna", trials=3, methods={"sdft": {"space": {"teacher.ema_rate": {"low": 0.01, "high": 0.1}}}}
     )
     assert trials(sweep) == []
-    trial = make_trial(sweep, "sdft", {"teacher.ema_rate": 0.02})
-    trial.folder.mkdir(parents=True)
-    (trial.folder / "trial.json").write_text(json.dumps({"method": "sdft", "values": trial.values}))
+    trial = begun(sweep, 0.02)
     assert trials(sweep) == [trial]
 
 
