@@ -35,6 +35,15 @@ def ranks(ray_cluster):
     ranks.stop()
 
 
+@pytest.fixture(scope="module")
+def hosts(ray_cluster, problems, tmp_path_factory):
+    """A generator and a teacher whose processes load one model after another."""
+    pools = engine_pools(config_for(tiny_model(tmp_path_factory.mktemp("first"))), problems)
+    yield pools
+    for pool in pools:
+        ray.kill(pool.actors[0])
+
+
 @pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
 def served(request, ray_cluster, problems, tmp_path_factory):
     """A model folder, and a generator and a teacher on it that keep a pushed head and report up to 50 ids."""

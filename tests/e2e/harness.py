@@ -7,7 +7,6 @@ new group inside.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,10 +160,6 @@ class ReusableRank(LearnerRank):
 class ReusableTeacher(Teacher):
     """A teacher that also reads sequences of the test's own."""
 
-    def pid(self) -> int:
-        """Of the actor's process."""
-        return os.getpid()
-
     def read(self, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
         return self.engine.states(sequences, starts, [""] * len(sequences))
 
@@ -183,14 +178,7 @@ class ReusableTeacher(Teacher):
 
 
 class ReusableGenerator(Generator):
-    """A generator whose loss can be changed, and that can be left as after an interrupted push."""
-
-    def pid(self) -> int:
-        """Of the actor's process."""
-        return os.getpid()
-
-    def taint(self) -> None:
-        self.engine.version = None
+    """A generator whose loss can be changed."""
 
     def configure(self, config: Config) -> None:
         self.config = config

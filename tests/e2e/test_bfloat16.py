@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from harness import config_for, engine_pools, exported, rollouts
+from harness import config_for, exported, rollouts
 from helpers import tiny_model
 
 from sdft_dist.pieces import fetch
 from sdft_dist.wire import weight_sums
 
-BF16 = {"max_length": 64, "dtype": "bfloat16"}
 WITHIN = 1.5  # times the rounding of Hugging Face's model
-
-
-@pytest.fixture(scope="module")
-def hosts(ray_cluster, problems, tmp_path_factory):
-    """A generator process and a teacher process that load one model after another."""
-    folder = tiny_model(tmp_path_factory.mktemp("first"))
-    pools = engine_pools(config_for(folder, model={"path": str(folder), **BF16}), problems)
-    yield pools
-    for pool in pools:
-        ray.kill(pool.actors[0])
 
 
 def computed(lm, prompt, completion):
@@ -48,7 +37,7 @@ def test_roles_differ_by_rounding_alone(hosts, ranks, problems, tmp_path, tied, 
     folder = tiny_model(tmp_path / "model", tied=tied)
     config = config_for(
         folder,
-        model={"path": str(folder), **BF16},
+        model={"dtype": "bfloat16"},
         learner={"zero_stage": stage, "ranks": 2},
         teacher={"kind": "ema", "ema_rate": 0.3},
     )

@@ -5,7 +5,7 @@ import pytest
 import ray
 import torch
 import transformers
-from harness import config_for, engine_pools, exported, rollouts
+from harness import config_for, exported, rollouts
 
 from learner.model import load_causal_lm
 from sdft_dist.errors import UserError
@@ -23,15 +23,6 @@ FAMILIES = {
     "Olmo2": {},
     "Phi3": {},
 }
-
-
-@pytest.fixture(scope="module")
-def hosts(ray_cluster, problems, tmp_path_factory):
-    """A generator process and a teacher process that load one model after another."""
-    pools = engine_pools(config_for(save("Llama", tmp_path_factory.mktemp("first"))), problems)
-    yield pools
-    for pool in pools:
-        ray.kill(pool.actors[0])
 
 
 def save(family, folder):
@@ -61,7 +52,7 @@ def test_one_step(hosts, ranks, problems, tmp_path, family):
     folder = save(family, tmp_path / "model")
     config = config_for(
         folder,
-        model={"path": str(folder), "max_length": 64, "attention": attention},
+        model={"attention": attention},
         learner={"zero_stage": 2, "ranks": 2},
     )
     ray.get([pool.actors[0].load.remote(config, ray.put(problems)) for pool in hosts])

@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for
 from processes import MARK, PATIENCE_S, ended, start
@@ -21,18 +23,32 @@ pytestmark = pytest.mark.chaos
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 
 
-@pytest.fixture
-def nodes(monkeypatch):
-    """A head and two more, whose processes carry `mark`."""
-    cluster_mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, cluster_mark)
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    for _ in range(2):
-        cluster.add_node(**NODE)
+@contextmanager
+def three_nodes(monkeypatch, *offers):
+    """A head and two more nodes, each with Ray's resources that it offers; their processes carry `mark`."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    head, *others = [NODE | {"resources": own} for own in offers]
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for node in others:
+        cluster.add_node(**node)
     cluster.wait_for_nodes()
-    cluster.mark = cluster_mark
+    cluster.mark = mark
     yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    with three_nodes(monkeypatch, {}, {}, {}) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """A head for the learner, a node for generators and one for teachers."""
+    with three_nodes(monkeypatch, {"sdft_learner": 1}, {"sdft_generator": 1}, {"sdft_teacher": 1}) as cluster:
+        yield cluster
 
 
 def test_a_run_without_an_address_leaves_a_cluster_of_this_machine_alone(nodes):
@@ -55,7 +71,7 @@ def homes(cluster):
     found = {}
     for role in ROLES:
         for pid in pids_of(role, cluster.mark):
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            parent = psutil.Process(pid).ppid()
             if parent in raylets:
                 found[role] = (raylets[parent], parent)
     return found
@@ -83,20 +99,6 @@ def test_actors_of_a_lost_node_are_placed_on_others(undisturbed, nodes, tmp_path
     record_property("node lost", recovery(Path(config.run_dir), process, raylet))
     ended(process)
     finished_alike(config, undisturbed)
-
-
-@pytest.fixture
-def apart(monkeypatch):
-    """A head for the learner, a node for generators and one for teachers."""
-    cluster_mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, cluster_mark)
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"resources": {"sdft_learner": 1}})
-    for role in ("generator", "teacher"):
-        cluster.add_node(**NODE, resources={f"sdft_{role}": 1})
-    cluster.wait_for_nodes()
-    cluster.mark = cluster_mark
-    yield cluster
-    cluster.shutdown()
 
 
 @pytest.mark.fault(

@@ -63,7 +63,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(served, ranks, problems
 def test_an_engine_without_a_whole_push_serves_nothing(served, ranks, problems):
     """As after an interrupted push; the next whole one puts it back to work."""
     generators = served.generators
-    ray.get(generators.actors[0].taint.remote())
+    ray.get(generators.actors[0].__ray_call__.remote(lambda actor: setattr(actor.engine, "version", None)))
     with pytest.raises(RuntimeError, match="a push must succeed before it serves"):
         generators.complete([problems[0].prompt_ids], 4)
     generators.replace_lost()

@@ -1,15 +1,13 @@
 """Engines that span two processes serve what is pushed, and leave nothing behind."""
 
 import os
-import signal
-from pathlib import Path
 
+import psutil
 import pytest
 import ray
-from chaos import wait_until
 from harness import assert_states, config_for, demonstration_items, engine_pools, exported, greedy
 from helpers import tiny_model
-from processes import lab_config
+from processes import PATIENCE_S, lab_config
 from ray.exceptions import RayActorError
 
 from sdft_dist.runlog import read_metrics
@@ -54,22 +52,8 @@ def test_a_whole_run_with_them(ray_cluster, tmp_path):
     assert max(record["logprob_difference_max"] for record in records) < 1e-4, "generator and learner agree"
 
 
-def command(pid):
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def children(pid):
-    """Pids below a process, by Linux's /proc."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if parent == pid:
-                found += [int(folder.name), *children(int(folder.name))]
-    return found
+def process_of(actor):
+    return psutil.Process(ray.get(actor.__ray_call__.remote(lambda actor: os.getpid())))
 
 
 @pytest.mark.fault("half of an engine killed", "SIGKILL to a worker of vLLM's", "its actor ends, and is replaced")
@@ -79,9 +63,9 @@ def test_an_engine_that_loses_a_half_ends(spanning, ranks, problems):
     group = ranks.group(config_for(model, method="sft"), problems, pools=[teachers])
     group.push(teachers, 0, 0, wait=True)
     group.stop()
-    workers = [pid for pid in children(ray.get(teachers.actors[0].pid.remote())) if b"Worker" in command(pid)]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    below = process_of(teachers.actors[0]).children(recursive=True)
+    _, worker = (process for process in below if "Worker" in " ".join(process.cmdline()))
+    worker.kill()
     sequences = [p.teacher_prompt_ids for p in problems]
     with pytest.raises(RayActorError):
         ray.get(teachers.actors[0].read.remote(sequences, [1] * len(sequences)), timeout=60)
@@ -89,8 +73,8 @@ def test_an_engine_that_loses_a_half_ends(spanning, ranks, problems):
 
 def test_a_killed_engine_takes_its_processes_along(spanning):
     _, generators, _ = spanning
-    engine = ray.get(generators.actors[0].pid.remote())
-    below = children(engine)
+    engine = process_of(generators.actors[0])
+    below = engine.children(recursive=True)
     assert len(below) >= 2, "a process for each half"
-    os.kill(engine, signal.SIGKILL)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the end of its processes")
+    engine.kill()
+    assert psutil.wait_procs(below, timeout=PATIENCE_S)[1] == []
