@@ -11,13 +11,12 @@ from math import ceil
 
 import numpy as np
 
-Plan = list[list[list[int]]]  # [rank][micro-batch][position in the batch]
 
-
-def pack(num_tokens: Sequence[int], *, num_ranks: int, budget: int) -> Plan:
+def pack(num_tokens: Sequence[int], *, num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Spread items over `num_ranks` x k micro-batches of at most `budget` tokens, with the least k.
 
-    `num_tokens[i]` is the length of item i. Raises ValueError for an item above the budget.
+    `num_tokens[i]` is the length of item i. Returns items as [rank][micro-batch][item]. Raises ValueError for an item
+    above the budget.
     """
     too_long = [i for i, n in enumerate(num_tokens) if n > budget]
     if too_long:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sdft_dist.config import Config
 from sdft_dist.errors import Fault, Preempted, UserError, brief
 from sdft_dist.files import write_whole
-from sdft_dist.fingerprint import flat
+from sdft_dist.recipe import flat
 
 Tracker = Callable[[str, int, dict[str, float]], None]  # kind of a record, step, its numbers by name
 FINISH_S = 20.0  # for what has not been uploaded at the end; `wandb sync` uploads the rest

@@ -38,7 +38,7 @@ def results(tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) ->
     names = (*tasks, *prior)
     found: dict[str, Any] = {"tasks": [*tasks], "prior": [*prior], "methods": {}}
     for method, seeds in sequences.items():
-        by_seed = [[_start(runs[0]), *(_end(run) for run in runs)] for runs in seeds.values()]
+        by_seed = [[RunDir(runs[0]).evaluation(0), *map(_end, runs)] for runs in seeds.values()]
         accuracies = [[{name: accuracy(stage[name]) for name in names} for stage in own] for own in by_seed]
         found["rows"] = {name: len(by_seed[0][0][name]) for name in names}
         found["methods"][method] = {
@@ -50,10 +50,6 @@ def results(tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) ->
             "measures": [Retention(tasks, prior, own).measures() for own in accuracies],
         }
     return found
-
-
-def _start(run: Path) -> dict[str, list[Judged]]:
-    return RunDir(run).evaluation(0)
 
 
 def _end(run: Path) -> dict[str, list[Judged]]:

@@ -19,7 +19,7 @@ from typing import Any
 from sdft_dist.errors import UserError
 from sdft_dist.lab import world
 
-Progress = Callable[[int, float], None]  # (steps done, loss)
+OnStep = Callable[[int, float], None]  # (steps done, loss)
 RECIPE_FILE = "lab.json"
 
 
@@ -51,7 +51,7 @@ def shipped_base() -> Path:
     return Path(__file__).parent / "shipped"
 
 
-def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
+def build(out: Path, settings: BaseSettings, on_step: OnStep) -> Path:
     """Train the base and save it in `out`; returns `out`. Does nothing where `out` holds the same
     settings' base already. Raises UserError where `out` holds something else."""
     if _holds(out, settings):
@@ -62,7 +62,7 @@ def build(out: Path, settings: BaseSettings, progress: Progress) -> Path:
         raise UserError(f"--out: {out} has no name to be made under: give the path of a new folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _train(partial, settings, progress)
+    _train(partial, settings, on_step)
     recipe_text = json.dumps({"key": settings.key(), **dataclasses.asdict(settings)}, indent=2)
     (partial / RECIPE_FILE).write_text(recipe_text + "\n")
     if out.exists():
@@ -95,7 +95,7 @@ def cache_folder(settings: BaseSettings) -> Path:
     return root / "sdft-dist" / f"lab-{settings.key()}"
 
 
-def _train(out: Path, s: BaseSettings, progress: Progress) -> None:
+def _train(out: Path, s: BaseSettings, on_step: OnStep) -> None:
     import torch
     import torch.nn.functional as F
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -139,7 +139,7 @@ def _train(out: Path, s: BaseSettings, progress: Progress) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress(step + 1, loss.item())
+        on_step(step + 1, loss.item())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

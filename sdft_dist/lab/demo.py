@@ -57,7 +57,7 @@ def unused_folder() -> Path:
 def demo(out: Path | None, *, num_seeds: int, steps: int | None, rebuild_base: bool, overrides: Sequence[str]) -> None:
     """Run all, with `overrides` over the lab's recipe, and print the table; writes `curves.png`, `report/` and the
     runs into `out`, which must be unused."""
-    console, out = Console(), out or unused_folder()
+    console, out = Console(highlight=False), out or unused_folder()
     refuse_used(out)
     base = out / "base" if rebuild_base else shipped_base()
     fields = [*_sharing(), *overrides]
@@ -70,8 +70,7 @@ def demo(out: Path | None, *, num_seeds: int, steps: int | None, rebuild_base: b
         build_with_progress(BaseSettings(), base)
     console.print(
         f"The base model knows four skills on rows of five symbols: {', '.join(world.OLD_SKILLS)}. It is now taught "
-        f"the new word {WORD} (to reverse symbols of domain {DOMAIN}), by SDFT and by SFT, from the same rows.",
-        highlight=False,
+        f"the new word {WORD} (to reverse symbols of domain {DOMAIN}), by SDFT and by SFT, from the same rows."
     )
     outcomes = []
     started = time.monotonic()
@@ -83,8 +82,7 @@ def demo(out: Path | None, *, num_seeds: int, steps: int | None, rebuild_base: b
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(
         f"{len(configs)} runs in {minutes} min {seconds} s with starting and evaluating, peak memory of all processes "
-        f"{memory.gib:.1f} GiB.",
-        highlight=False,
+        f"{memory.gib:.1f} GiB."
     )
     picture = out / "curves.png"
     plot(outcomes, picture)
@@ -96,7 +94,6 @@ def demo(out: Path | None, *, num_seeds: int, steps: int | None, rebuild_base: b
         f"  sdft train {out}/seed-0/sdft.yaml run_dir=runs/reverse loss.divergence=reverse_kl\n"
         f"or train your own model: see `sdft train --help` and deploy/recipes/.",
         soft_wrap=True,
-        highlight=False,
     )
 
 

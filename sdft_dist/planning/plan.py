@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -124,7 +125,7 @@ def seconds(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Prediction:
     """What is predicted for one number of GPUs."""
 
     gpus: int
@@ -145,14 +146,14 @@ class Plan:
     fits: bool
 
 
-def own_plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu) -> Plan:
+def own_plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu) -> Prediction:
     """What the recipe itself asks for. Raises UserError for a method without a teacher."""
     wanted = needs(config, "cuda")
     split = {role: need.number * need.gpus for need in wanted for role in need.roles}
     return _plan(config, m, n, gpu, split, [need.roles for need in wanted])
 
 
-def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan:
+def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Prediction:
     """The fastest split of `gpus` that fits, or the fastest where none fits. One GPU is shared by all roles, the
     second of two by both engines. Raises UserError where there are too few for the GPUs that an engine spans, and for
     a method without a teacher."""
@@ -179,7 +180,7 @@ def plan(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, gpus: int) -> Plan
 
 def _plan(
     config: Config, m: Dimensions, n: Lengths, gpu: Gpu, split: dict[str, int], groups: Sequence[tuple[str, ...]]
-) -> Plan:
+) -> Prediction:
     """`groups` are the roles that share GPUs, and `split` the GPUs of each role."""
     if config.method != "sdft":
         raise UserError(f"sdft plan: is about method=sdft, with all three roles; this is {config.method}")
@@ -206,7 +207,7 @@ def _plan(
     taken = [sum(times[role] for role in group) for group in groups]  # who shares a GPU takes turns
     step_s = max(taken) if config.rollout.max_staleness else sum(taken)
     gpus = sum(split[group[0]] for group in groups)
-    return Plan(
+    return Prediction(
         gpus=gpus,
         split=split,
         groups=tuple(groups),
@@ -226,7 +227,7 @@ def _plan(
     )
 
 
-def as_json(plans: list[Plan]) -> list[dict[str, Any]]:
+def as_json(plans: list[Prediction]) -> list[dict[str, Any]]:
     """Plain data."""
     return [{**asdict(p), "device_seconds_ratio": p.seconds.ratio} for p in plans]
 
@@ -235,15 +236,14 @@ def _parts(gib: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items() if size)
 
 
-def show(plans: list[Plan], console: Console) -> None:
+def show(plans: list[Prediction], console: Console) -> None:
     """One line for each number of GPUs."""
-    first = plans[0]
+    first, say = plans[0], partial(console.print, highlight=False)
     cost = first.seconds
-    console.print(
+    say(
         f"Device-seconds per sample at a decode batch of {first.decode_batch:.0f}: SFT {cost.sft:.3g}; "
         f"SDFT {cost.learner:.3g} learner + {cost.generator:.3g} generator + {cost.teacher:.3g} teacher = "
-        f"{cost.ratio:.2f} times SFT",
-        highlight=False,
+        f"{cost.ratio:.2f} times SFT"
     )
     table = Table(title="Predicted, not measured")
     columns = ("GPUs", "gen/tea/lea", "batch", "s/step", "SDFT/SFT", "slowest", "GiB", "fits")
@@ -259,33 +259,26 @@ def show(plans: list[Plan], console: Console) -> None:
     console.print(table)
     best = next((p for p in plans if p.fits), first)
     held = "; ".join(f"{role}: {_parts(best.memory_parts_gib[role])}" for role in ROLES)
-    console.print(
-        f"GiB on one GPU of {best.gpus}: {held} (gradients with activations, then with the optimizer's step)",
-        highlight=False,
-    )
+    say(f"GiB on one GPU of {best.gpus}: {held} (gradients with activations, then with the optimizer's step)")
     if best.ratio_with_waiting > WAITS * best.seconds.ratio:
-        console.print(
+        say(
             f"On {best.gpus} GPUs most of their time is waiting: raise rollout.prompts_per_step, and "
-            "rollout.max_staleness where it is 0.",
-            highlight=False,
+            "rollout.max_staleness where it is 0."
         )
     sizes = ", ".join(f"{p.host_gib:.0f} on {p.gpus}" for p in plans)
-    console.print(
+    say(
         f"Host memory of each learner rank, GiB by GPUs, with a checkpoint being written: {sizes}. A checkpoint on "
         f"disk: {first.checkpoint_gib:.0f} GiB; to be saved within checkpoint.grace_s it must take "
-        f"{first.checkpoint_gib_per_s:.1f} GiB/s",
-        highlight=False,
+        f"{first.checkpoint_gib_per_s:.1f} GiB/s"
     )
     if not any(p.fits for p in plans):
-        console.print(
+        say(
             "Nothing fits. Try learner.offload=optimizer, a larger size (deploy/recipes/sizes), or adapters "
-            "(model.lora.rank=32).",
-            highlight=False,
+            "(model.lora.rank=32)."
         )
-    console.print(
+    say(
         "gen/tea/lea: GPUs of generators, teachers and learner. "
         "batch: requests that one generator decodes at a time. "
         "SDFT/SFT: GPU-seconds per sample with waiting counted in. "
-        "GiB: memory on one GPU of each role, without keys and values, which take what is left.",
-        highlight=False,
+        "GiB: memory on one GPU of each role, without keys and values, which take what is left."
     )

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sdft_dist.config import Config
 from sdft_dist.planning.dimensions import Dimensions
-from sdft_dist.planning.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Plan, token_seconds
+from sdft_dist.planning.plan import INFERENCE_EFFICIENCY, ROLES, Gpu, Lengths, Prediction, token_seconds
 from sdft_dist.topology import sizes
 
 SLICE_TOKENS = 16
@@ -27,7 +27,7 @@ SPREAD = 0.5  # standard deviation of a completion's length over its mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class Simulated:
     """What the simulated run came to."""
 
     step_s: float  # over its second half
@@ -45,7 +45,7 @@ class _Generator:
 
 
 class _Run:
-    def __init__(self, config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, steps: int) -> None:
+    def __init__(self, config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Prediction, steps: int) -> None:
         self.config, self.m, self.n, self.gpu, self.plan, self.steps = config, m, n, gpu, plan, steps
         self.batch = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
         self.rng = random.Random(0)
@@ -136,14 +136,14 @@ class _Run:
         self.submit()
         self.train()
 
-    def run(self) -> Outcome:
+    def run(self) -> Simulated:
         act = {"decoded": self.decoded, "scored": self.scored_one, "trained": self.trained}
         self.submit()
         while self.events and self.version < self.steps:
             self.now, _, kind, which = heapq.heappop(self.events)
             act[kind](which)
         half = len(self.ends) // 2
-        return Outcome(
+        return Simulated(
             step_s=(self.ends[-1] - self.ends[half]) / (len(self.ends) - 1 - half),
             idle_share={role: 1 - self.busy[role] / (self.now * self.plan.split[role]) for role in ROLES},
             staleness_mean=statistics.mean(self.lags),
@@ -152,12 +152,12 @@ class _Run:
         )
 
 
-def simulate(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Plan, *, steps: int = 20) -> Outcome:
+def simulate(config: Config, m: Dimensions, n: Lengths, gpu: Gpu, plan: Prediction, *, steps: int = 20) -> Simulated:
     """`steps` optimizer steps on the split of `plan`, which needs 3 GPUs or more."""
     return _Run(config, m, n, gpu, plan, steps).run()
 
 
-def show(plans: list[Plan], outcomes: list[Outcome], console: Console) -> None:
+def show(plans: list[Prediction], outcomes: list[Simulated], console: Console) -> None:
     """One line for each number of GPUs."""
     table = Table(title=f"Simulated: pushes, who waits for whom, completions' lengths spread by {100 * SPREAD:.0f}%")
     for column in ("GPUs", "gen/tea/lea", "batch", "s/step", "SDFT/SFT", "idle, %", "staleness"):
