@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,54 +61,63 @@ def build(
     An empty list gives one token without loss, so that the ranks' collectives stay aligned.
     """
     trained = [(i, s) for i, s in enumerate(sequences) if len(s.completion_ids) > skip]
-    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
-    in_rows = layout(lengths)
-    slots = max((sum(lengths[i] for i in row) for row in in_rows), default=1)
-    input_ids, position_ids = np.zeros((2, max(1, len(in_rows)), max(1, slots)), dtype=np.int64)
-    starts = [0] * len(sequences)  # of each sequence among all slots
-    ends = [0, input_ids.size]
-    for r, row in enumerate(in_rows):
-        at = 0
-        for i in row:
-            own = slice(at, at + lengths[i])
-            input_ids[r, own] = np.concatenate([sequences[i].prompt_ids, sequences[i].completion_ids])
-            # Free slots go on counting: they come last, so no token of a sequence sees them.
-            position_ids[r, at:] = np.arange(input_ids.shape[1] - at)
-            starts[i], at = r * input_ids.shape[1] + at, own.stop
-            ends.append(starts[i] + lengths[i])
-        ends.append((r + 1) * input_ids.shape[1])
-    bounds = np.unique(ends)
+    laid = _lay(sequences, layout)
     # The output at one position predicts the token at the next.
-    predicts = [np.arange(starts[i] + len(s.prompt_ids) - 1 + skip, starts[i] + lengths[i] - 1) for i, s in trained]
+    predicts = [
+        laid.starts[i] + np.arange(len(s.prompt_ids) - 1 + skip, len(s.prompt_ids) + len(s.completion_ids) - 1)
+        for i, s in trained
+    ]
     counts = [len(s.completion_ids) - skip for _, s in trained]
-
-    def long(parts: Sequence[np.ndarray]) -> torch.Tensor:
-        return _sent(torch.from_numpy(_joined(parts, np.int64)), device)
-
-    def floats(parts: Sequence[np.ndarray]) -> torch.Tensor:
-        return _sent(torch.from_numpy(_joined(parts, np.float32)), device)
-
+    long, floats = (partial(_joined, dtype=dtype, device=device) for dtype in (np.int64, np.float32))
     teachers = [s.teacher for _, s in trained if s.teacher is not None]
-    chosen = [t for t in teachers if t.ids is not None and t.logprobs is not None and t.tail is not None]
     targets = Targets(
         labels_T=long([s.completion_ids[skip:] for _, s in trained]),
         behaviour_T=floats([s.logprobs[skip:] for _, s in trained if s.logprobs is not None]),
         sequence_T=long([np.full(n, k) for k, n in enumerate(counts)]),
         states_TD=None if teacher_heads is None else _states(teachers, skip, next(iter(teacher_heads.values()))),
         heads=() if teacher_heads is None else _heads(teachers, skip, teacher_heads),
-        ids_TK=long([t.ids[skip:] for t in chosen if t.ids is not None]),
-        logprobs_TK=floats([t.logprobs[skip:] for t in chosen if t.logprobs is not None]),
-        tail_T=floats([t.tail[skip:] for t in chosen if t.tail is not None]),
+        ids_TK=long([t.ids[skip:] for t in teachers if t.ids is not None]),
+        logprobs_TK=floats([t.logprobs[skip:] for t in teachers if t.logprobs is not None]),
+        tail_T=floats([t.tail[skip:] for t in teachers if t.tail is not None]),
     )
     return MicroBatch(
-        input_ids=_sent(torch.from_numpy(input_ids), device),
-        position_ids=_sent(torch.from_numpy(position_ids), device),
-        bounds=_sent(torch.from_numpy(bounds.astype(np.int32)), device),
-        longest=int(np.diff(bounds).max()),
+        input_ids=_sent(torch.from_numpy(laid.input_ids), device),
+        position_ids=_sent(torch.from_numpy(laid.position_ids), device),
+        bounds=_sent(torch.from_numpy(laid.bounds), device),
+        longest=int(np.diff(laid.bounds).max()),
         predicts=long(predicts),
         weights=floats([np.full(n, weights[i]) for (i, _), n in zip(trained, counts, strict=True)]),
         targets=targets,
     )
+
+
+class _Laid(NamedTuple):
+    """Sequences in R rows of L slots; places are counted over all slots, row by row."""
+
+    input_ids: np.ndarray  # int64 [R, L]
+    position_ids: np.ndarray  # int64 [R, L], from 0 in each sequence
+    starts: list[int]  # of each sequence
+    bounds: np.ndarray  # int32, where sequences, and the free slots at rows' ends, start and end
+
+
+def _lay(sequences: Sequence[TrainSequence], layout: Layout) -> _Laid:
+    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
+    rows = layout(lengths)
+    slots = max(1, max((sum(lengths[i] for i in row) for row in rows), default=1))
+    input_ids, position_ids = np.zeros((2, max(1, len(rows)), slots), dtype=np.int64)
+    starts, bounds = [0] * len(sequences), {0, input_ids.size}
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            end = at + lengths[i]
+            input_ids[r, at:end] = np.concatenate([sequences[i].prompt_ids, sequences[i].completion_ids])
+            # Free slots go on counting: they come last, so no token of a sequence sees them.
+            position_ids[r, at:] = np.arange(slots - at)
+            starts[i] = r * slots + at
+            bounds.add(r * slots + end)
+            at = end
+        bounds.add((r + 1) * slots)
+    return _Laid(input_ids, position_ids, starts, np.array(sorted(bounds), dtype=np.int32))
 
 
 def _heads(
@@ -134,5 +145,5 @@ def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+def _joined(parts: Sequence[np.ndarray], dtype: type, device: torch.device) -> torch.Tensor:
+    return _sent(torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)), device)
