@@ -150,8 +150,8 @@ class Engine:
         return found
 
     def decode_batch(self) -> float:
-        """Requests of an engine step, mean over those since it was last asked; 0 where there were none. Those whose
-        prompt is read in it count too."""
+        """Mean number of requests in an engine step since the last call, those included whose prompt was read in it; 0
+        where there was no step."""
         mean = self._stepped / max(1, self._steps)
         self._steps = self._stepped = 0
         return mean
@@ -165,7 +165,7 @@ class Engine:
             self._done[output.request_id] = _completion(output.outputs[0], self._under_way.pop(output.request_id))
 
     def _engine_step(self) -> Any:
-        """Ends this process where the engine cannot go on: then its actor is replaced."""
+        """One step of vLLM's. Ends this process where the engine is broken for good, so that its actor is replaced."""
         try:
             return self._llm.llm_engine.step()
         except Exception as e:
@@ -177,8 +177,8 @@ class Engine:
             raise
 
     def _catch_up(self) -> None:
-        """Take in the step that vLLM has begun before the last one was answered, as it does on CUDA (asynchronous
-        scheduling), and begin none: its tokens are the present weights', and it must not run without memory."""
+        """Finish the step that vLLM has already begun, as on CUDA it schedules one ahead, and begin no other: its
+        tokens are of the present weights, and it must not run while the engine sleeps."""
         if self._core.batch_queue:
             self._core.pause_scheduler("keep", clear_cache=False)
             while self._core.batch_queue:
@@ -186,16 +186,14 @@ class Engine:
             self._core.resume_scheduler()
 
     def states(self, sequences: Sequence[np.ndarray], starts: Sequence[int], salts: Sequence[str]) -> list[np.ndarray]:
-        """Final hidden states [len(sequence) − start, D] that predict the tokens from `start` on:
-        rows start − 1 to the last but one. What two sequences of one salt have in common at their start is computed
-        once, where a prompt has several completions. Needs runner="pooling" and a current push.
-
-        bf16 comes as uint16."""
+        """Of each sequence the final hidden states [len(sequence) − start, D] that predict its tokens from `start` on;
+        bf16 comes as uint16. Where a prompt has several completions, what sequences of one salt have in common at
+        their start is computed once. Needs runner="pooling" and a current push."""
         # The state of the last token predicts nothing that is scored.
         tokens = [sequence[:-1] for sequence in sequences]
         counts = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
         found = self._read(tokens, salts, reuse=True)
-        # Of what was there already no states come: a completion that begins as another did is read again.
+        # No states come of what is in the cache: a completion that begins as another did is read again.
         short = [i for i, (states, count) in enumerate(zip(found, counts, strict=True)) if len(states) < count]
         for i, states in zip(
             short, self._read([tokens[i] for i in short], [""] * len(short), reuse=False), strict=True

@@ -116,8 +116,8 @@ class Pool:
         self.lost[index] = why
 
     def replace_lost(self) -> None:
-        """New actors for the dead ones; the others forget what they were doing. None serves before the next push. Those
-        that are lost meanwhile stay lost."""
+        """Start new actors in the places of the dead; other lost ones drop what they were doing. None serves before the
+        next push. Actors that are lost during this call stay lost."""
         dead = set(self._dead)
         tainted = self.lost.keys() - dead
         for index in dead:
@@ -164,8 +164,8 @@ class Pool:
     def _spread(
         self, work: Sequence[Any], send: Callable[[Any, Sequence[Any]], Any], what: str, size: int = CALL
     ) -> list[Any]:
-        """The answers to `work`, of which a call holds `size` at most. Raises NotServing where an actor is lost by it,
-        which `lost` tells of then."""
+        """The answers to `work`, in its order; a call holds at most `size` pieces of it. Raises NotServing where an
+        actor is lost meanwhile; `lost` then says which."""
         sent = []
         for i, actor in enumerate(self.actors):
             own = range(i, len(work), len(self.actors))

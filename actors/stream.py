@@ -18,8 +18,8 @@ from sdft_dist.pieces import bound
 from sdft_dist.remote import Events
 from sdft_dist.types import OnSpan, Rollout, SampleKey, SampleRef, Scored, TrainItem
 
-LIST_BYTES = 8 << 20  # of targets, which a rank fetches whole for any one of them
-MOST_MISSED = 8  # after which it is no matter of a lost node
+LIST_BYTES = 8 << 20  # of one list of targets, which a learner rank fetches whole for any one of them
+MOST_MISSED = 8  # calls to teachers, in one step, whose samples were gone; more are not a lost node's doing
 AHEAD = 2  # calls under way at each actor, so that none waits for the driver
 
 
@@ -112,7 +112,7 @@ class Stream:
         }
 
     def abandon_lost(self) -> None:
-        """Take what lost engines were given away from them: others, or those in their places, do it again."""
+        """Take back what lost engines were working on: other engines, or their replacements, do it again."""
         for g in self._generators.lost:
             self._homeless += sorted(self._decoding[g])
             self._decoding[g], self._rolling[g] = set(), set()
@@ -123,7 +123,7 @@ class Stream:
             self._scoring[t] = []
 
     def oldest_teacher_version(self) -> int:
-        """No sample that is not yet taken can come with targets of an older teacher."""
+        """The oldest teacher whose targets can still be taken."""
         held = (item.teacher_version for item in self._items.values())
         under_way = (call.teacher_version for calls in self._scoring for call in calls)
         return min(chain(held, under_way), default=self.teacher_version)
@@ -169,8 +169,8 @@ class Stream:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Give waiting samples to the teachers, those of earlier steps first. Completions of one prompt go to one
-        teacher as far as may be, which then reads it once."""
+        """Give waiting samples to the teachers, earlier steps first. Where possible, completions of one prompt go to
+        one teacher, which then reads the prompt once."""
         well = [t for t in range(len(self._scoring)) if t not in self._teachers.lost]
         if self._slice_s is None:
             waiting, problems = self._waiting, list(dict.fromkeys(sample.key.problem for sample in self._waiting))
@@ -231,7 +231,8 @@ class Stream:
             self._homeless += [sample.key for sample in call.samples]
 
     def _take_back(self, t: int, call: Call) -> bool:
-        """Whether the teacher still had it: it may have been given to another one since."""
+        """Take a call off a teacher's list. False where it is not there any more: its samples have been given to
+        another teacher since."""
         if call not in self._scoring[t]:
             return False
         self._scoring[t].remove(call)

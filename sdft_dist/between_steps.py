@@ -21,7 +21,7 @@ from sdft_dist.samples import NUMBER, is_due, write_samples
 from sdft_dist.selection import best, exhausted
 from sdft_dist.types import TrainItem
 
-LOOK_S = 1.0  # of judging, after which it is looked at whether the run was asked to stop
+LOOK_S = 1.0  # of judging between two looks whether the run was asked to stop
 
 
 class BetweenSteps:
@@ -35,18 +35,19 @@ class BetweenSteps:
         self.step = self._start = start  # optimizer steps done
 
     def begin(self) -> None:
-        """When the run directory holds nothing that came after the start."""
+        """Read what earlier attempts have saved and evaluated. To be called when the run directory holds nothing that
+        came after the start."""
         self._saved = set(self._rundir.commits.steps())
         self._evals = [*read_metrics(self._rundir.path, "eval")]
         self._rundir.commits.kept = best_step(self._config, self._evals, self._saved)
 
     def must_stop(self) -> bool:
-        """Whether to stop now: only after a step that pushes to the teachers, as a run that is resumed elsewhere would
-        begin with another teacher."""
+        """Whether to stop now. Never between two pushes to the teachers: a run that is resumed there would begin with
+        another teacher."""
         return self._asked() and self.step % self._config.teacher.sync_every == 0
 
     def announce(self, text: str) -> None:
-        """Into run.log, and its first line beside the progress bar."""
+        """Write `text` into run.log, and its first line beside the progress bar."""
         self._rundir.say(text)
         self._log.say(text.splitlines()[0])
 
@@ -89,7 +90,7 @@ class BetweenSteps:
             write_samples(self._rundir.samples(step), self._prepared.inputs, items if bad else items[:NUMBER])
 
     def finish_saving(self, fleet: Fleet, *, wait: bool) -> None:
-        """Commit the checkpoint that is being written, if it is, or with `wait` when it is."""
+        """Commit the checkpoint that is being written where it is complete; with `wait`, as soon as it is."""
         folder = self._rundir.commits.finish(fleet.learner, wait=wait)
         if folder is not None:
             self._rundir.say(f"committed {folder.name}")
@@ -152,8 +153,8 @@ class BetweenSteps:
 
 
 def best_step(config: Config, evals: Sequence[Mapping[str, Any]], saved: Collection[int]) -> int | None:
-    """The step of the best of the evaluations so far, of those whose weights are `saved`, where `eval.keep_best` asks
-    for it: a resumed run may ask for it later than the first."""
+    """With `eval.keep_best` the step of the best evaluation so far, of those whose weights are `saved`: a resumed run
+    may ask for it later than the first. Else None."""
     records = [record for record in evals if record["step"] in saved]
     found = best(config.eval, records) if config.eval.keep_best else None
     return None if found is None else int(found["step"])

@@ -83,8 +83,8 @@ def launch(
 
 @contextmanager
 def serving(config: Config, stop_ids: list[int], vocab_size: int | None) -> Iterator[Any]:
-    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner; of `vocab_size`
-    as for `Generator`. Raises Fault where one of them ends or hangs."""
+    """A Pool of `cluster.generators` generators with the weights of `model.path`, without a learner. They sample of the
+    first `vocab_size` ids where that is given. Raises Fault where one of them ends or hangs."""
     from actors.rollout import Generator
 
     config = _with_absolute_paths(config)
@@ -105,7 +105,7 @@ class _Crew:
     def __init__(self, config: Config, places: Places, events: Events) -> None:
         self._config, self._places, self._events = config, places, events
         self.actors: dict[tuple[str, int], Any] = {}
-        self._at_once = 2 if config.method == "sdft" and config.rollout.max_staleness else 1  # roles that work
+        self._at_once = 2 if config.method == "sdft" and config.rollout.max_staleness else 1  # roles at work
 
     def engines(self, cls: type, role: str, args: tuple[Any, ...], *, alone: bool = False) -> Pool:
         """All engines of a role; none where there is no place for it. `alone`: no other role works besides."""

@@ -178,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Those of a checkpoint that is known to be sound."""
+    """The facts of a checkpoint that is known to be sound."""
     return dict(json.loads((folder / MANIFEST).read_text()))
 
 

@@ -81,8 +81,8 @@ def load_rows(
 
 
 def few(problems: Sequence[str]) -> list[str]:
-    """As many of them as are for reading, and how many more there are. What is the same in three or more lines in a row
-    is said once."""
+    """The first MAX_REPORTED, and how many more there are. A problem that three or more lines in a row have is reported
+    once for all of them."""
     folded: list[tuple[str, int]] = []  # text, and how many it tells of
     for _, numbered in groupby(enumerate(problems), key=lambda one: _run_of_lines(*one)):
         same = [problem for _, problem in numbered]
@@ -96,7 +96,7 @@ def few(problems: Sequence[str]) -> list[str]:
 
 
 def _run_of_lines(i: int, problem: str) -> tuple[Any, ...]:
-    """The same for problem `i` and the one before it where that is the same with the line before."""
+    """A key that problem `i` shares with the one before it, where that is the same problem in the line before."""
     found = LINE.fullmatch(problem)
     return (found[1], found[3], int(found[2]) - i) if found else (i,)
 

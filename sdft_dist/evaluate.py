@@ -56,7 +56,7 @@ class Judged(NamedTuple):
     prompt: str = ""  # its last message
     samples: int = 0  # drawn besides the greedy completion
     passed: int = 0  # how many of them are right
-    cut: bool = False  # whether the completion is as long as the limit lets it be
+    cut: bool = False  # whether the completion has reached the limit of tokens
 
 
 def exact_match(completion: str, answer: str) -> bool:

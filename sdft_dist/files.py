@@ -56,8 +56,8 @@ def refuse_used(out: Path) -> None:
 
 
 def unwritable(path: Path) -> Path | None:
-    """What keeps a file or folder from being written at `path`, if something does: itself, or the first of the folders
-    above that is there."""
+    """What keeps a file or folder from being written at `path`: `path` itself, or the nearest folder above it that
+    exists. None where nothing does."""
     place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     fit = (place == path.absolute() or place.is_dir()) and os.access(place, os.W_OK)
     return None if fit else place

@@ -40,8 +40,8 @@ class Fleet:
         return self.generators, self.teachers
 
     def to_generators(self, version: int) -> None:
-        """Push the student; to generators that only evaluate, when they are asked. The first push is waited for, so
-        that a broken one fails before any work is lost."""
+        """Push the student. Generators that only evaluate get it when they are next asked for completions. The first
+        push is waited for, so that a broken one fails before any work is lost."""
         self.version, self.mends = version, 0
         if self.generators.lost:
             self._mend(self.generators)
@@ -51,8 +51,8 @@ class Fleet:
     def complete(
         self, prompts: Sequence[np.ndarray], max_tokens: int, seeds: Sequence[int] | None = None
     ) -> list[np.ndarray]:
-        """As Pool.complete, by the student as it is; generators that are lost meanwhile are put right, and all is done
-        again. Raises Fault where that does not last."""
+        """As Pool.complete, with the student's present weights. Where generators are lost meanwhile, they are replaced
+        and all is done again. Raises Fault as `mend` does."""
         while True:
             self.mend()
             if self.served != self.version:
@@ -88,8 +88,8 @@ class Fleet:
         return metrics
 
     def mend(self) -> None:
-        """Put lost engines right, between two optimizer steps: they serve again when a whole push has been
-        verified. Raises Fault where that does not last."""
+        """Replace lost engines, between two optimizer steps. They serve again after a whole push. Raises Fault where
+        engines are lost more often than `cluster.max_restarts` in one step."""
         for pool in self.pools:
             if pool.lost:
                 self._mend(pool)

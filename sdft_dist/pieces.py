@@ -21,8 +21,8 @@ def split(records: Sequence[Any], number: int) -> tuple[list[Piece], list[list[A
 
 
 def bound(handles: Sequence[Any], refs: Sequence[Any]) -> list[Any]:
-    """The SampleRefs or TrainItems of an answer, whose last field is the record's place, with `refs` to the lists that
-    came with it."""
+    """An answer's SampleRefs or TrainItems with `refs` in the place of the lists' numbers. Their last field is the
+    record's place in one of the lists."""
     return [h._make((*h[:-1], Piece(refs[h[-1].ref], h[-1].row))) for h in handles]
 
 

@@ -60,7 +60,7 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.path: the tokenizer of {path} has no end-of-turn (eos) token")
     variables = {"strftime_now": DAY.strftime, **config.prompt.chat_template_kwargs}
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **variables)
-    # Said: what is too long is told by row, with the limit that counts.
+    # Marked as said already: what is too long is reported by row, with the limit that counts.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
@@ -122,7 +122,7 @@ def encode_chats(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> 
     """Token ids of conversations that each end with the generation prompt.
 
     The template sees each text as it is, as it may look into it (Qwen3's drops what comes before `</think>` in earlier
-    turns), but for the names of control tokens, which are tokenised apart, as plain text."""
+    turns). Only the names of control tokens are kept from it; they are tokenised by themselves, as plain text."""
     control = _control_names(tokenizer)
     pieces = [list(_pieces(tokenizer, control, messages)) for messages in conversations]
     rendered = iter(_tokenize(tokenizer, [text for one in pieces for text, name in one if not name]))
@@ -168,8 +168,8 @@ def encode_completions(tokenizer: Any, texts: Sequence[str], end: int) -> list[l
 
 
 def turn_end(tokenizer: Any, model: ModelConfig) -> int:
-    """The token with which the student ends its turn: of those that end a completion the one that the template writes
-    there, which need not be the tokenizer's (Gemma, Phi-3); the tokenizer's where it writes none."""
+    """The token with which the student ends its turn: the one that the template writes there, if completions end with
+    it, which need not be the tokenizer's (Gemma, Phi-3); otherwise the tokenizer's."""
     try:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _mark(0)}]
         shown = _render(tokenizer, turns, ask=False)

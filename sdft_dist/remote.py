@@ -34,9 +34,9 @@ class Events:
     def wait_all(self, refs: Sequence[Any], *, timeout_s: float, what: str, may_stop: bool = False) -> list[Any]:
         """Results of `refs`, in order. With `may_stop`, raises Preempted when the run was asked to stop.
 
-        Raises the first failure without waiting for the rest: in a collective, the others wait for the
-        one that failed, or it has waited for them; a note names those. Raises TimeoutError that names `what`
-        after `timeout_s` seconds, or `grace_s` after the run was asked to stop.
+        Raises the first failure without waiting for the rest, which in a collective may wait for ever for the one that
+        failed; a note names them. Raises TimeoutError that names `what` after `timeout_s` seconds, or `grace_s` after
+        the run was asked to stop.
         """
         import ray
 

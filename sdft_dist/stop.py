@@ -16,9 +16,9 @@ LOOK_S = 5.0  # how often Ray is asked about draining nodes, and the caller
 def sigterm_told(again: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """A function that tells whether SIGTERM has come; `again` hears of each further one.
 
-    It also takes the signal over again, so call it as soon as Ray has started, which puts a native handler before this
-    one, and when Ray has ended, which leaves the signal to kill the process. In another thread than the main one
-    somebody else minds signals, and it tells nothing.
+    Each call also puts this handler back. So call it as soon as Ray has started, which installs a native handler before
+    this one, and when Ray has ended, after which the signal would kill the process. Outside the main thread, whose
+    matter signals are, it always says no.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
