@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -69,42 +68,25 @@ def recipe(model, tmp_path):
     return path
 
 
-def bare_folder(tmp_path):
-    (tmp_path / "bare").mkdir()
-    return str(tmp_path / "bare")
-
-
-def no_template(tmp_path, model):
-    shutil.copytree(model, tmp_path / "plain")
-    (tmp_path / "plain" / "chat_template.jinja").unlink()
-    return str(tmp_path / "plain")
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("data.train={tmp}/none.jsonl", "none.jsonl: no such file"),
-        ("data.train={tmp}/empty.jsonl", "empty.jsonl: the file is empty"),
         ("data.train={tmp}/column.jsonl", "column.jsonl:2: demonstration: is missing"),
-        ("data.train={tmp}/type.jsonl", "type.jsonl:1: prompt: is int 5; expected text"),
         ("data.train={tmp}/long.jsonl", "long.jsonl:1: teacher prompt of"),
-        ("model.path={bare}", "bare: is no Hugging Face folder (no config.json)"),
-        ("model.path={plain}", "has no chat template: give one with prompt.chat_template=FILE"),
         ("model.path={tmp}/nowhere", "nowhere: no such folder"),
         ("learner.zero_stag=1", "learner.zero_stag: no such field; did you mean learner.zero_stage?"),
         ("run_dir={tmp}/used", "used holds files that are not a run's (precious.txt): give another run_dir=…"),
         ("eval.scorer=nothing:here", "eval.scorer: 'nothing:here' is not a function"),
     ],
 )
-def test_mistakes_end_with_code_2_and_nothing_written(recipe, model, tmp_path, capsys, override, message):
-    (tmp_path / "empty.jsonl").touch()
+def test_mistakes_end_with_code_2_and_nothing_written(recipe, tmp_path, capsys, override, message):
+    """One of each kind; others of a kind are where it is tested by itself."""
     write_jsonl(tmp_path / "column.jsonl", [GOOD, {"prompt": "q"}])
-    write_jsonl(tmp_path / "type.jsonl", [GOOD | {"prompt": 5}])
     write_jsonl(tmp_path / "long.jsonl", [GOOD | {"prompt": "a0 " * 80}])
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "precious.txt").write_text("kept")
-    places = {"tmp": tmp_path, "bare": bare_folder(tmp_path), "plain": no_template(tmp_path, model)}
-    code = main(["train", str(recipe), override.format(**places), "cluster.device=cpu"])
+    code = main(["train", str(recipe), override.format(tmp=tmp_path), "cluster.device=cpu"])
     error = capsys.readouterr().err
     assert code == 2, error
     assert error.startswith("sdft: error: ")

@@ -161,30 +161,24 @@ def test_damage_is_noticed_and_an_older_checkpoint_is_taken(store, damage, name)
         commits.read_manifest(store.path(20))
 
 
+def no_space(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "instead", "told"),
+    [
+        (shutil, "disk_usage", lambda path: SimpleNamespace(free=100), r"needs 0 MiB in .*, 0 MiB are free"),
+        (FakeSaver, "finish_saving", no_space, ".*No space left on device"),
+        (commits, "_write_durably", no_space, ".*No space left on device"),
+    ],
+    ids=["looked at", "shards", "manifest"],
+)
 @pytest.mark.fault("disk full at a checkpoint", "no space, failing writer", "exit 4, earlier ones intact")
-def test_a_full_disk_leaves_what_there_is(store, monkeypatch):
+def test_a_full_disk_leaves_what_there_is(store, monkeypatch, place, name, instead, told):
     save(store, 10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(Fault, match=r"step 20: needs 0 MiB in .*, 0 MiB are free; earlier checkpoints are intact"):
-        save(store, 20)
-    monkeypatch.undo()
-
-    def fail(self, *, wait):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(FakeSaver, "finish_saving", fail)
-    with pytest.raises(Fault, match="No space left on device; earlier checkpoints are intact"):
-        save(store, 20)
-    assert newest(store) == (10, [])
-
-
-def test_a_disk_that_is_full_when_the_shards_are_written_leaves_what_there_is(store, monkeypatch):
-    def fail(path, content):
-        raise OSError(28, "No space left on device")
-
-    save(store, 10)
-    monkeypatch.setattr("sdft_dist.commits._write_durably", fail)
-    with pytest.raises(Fault, match=r"step 20: .*No space left on device; earlier checkpoints are intact"):
+    monkeypatch.setattr(place, name, instead)
+    with pytest.raises(Fault, match=f"step 20: {told}; earlier checkpoints are intact"):
         save(store, 20)
     assert newest(store) == (10, [])
 

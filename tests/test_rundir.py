@@ -159,7 +159,11 @@ def test_going_back_to_a_step_forgets_later_checkpoints(finished):
 
 @pytest.mark.parametrize(
     ("resume", "message"),
-    [("step=15", r"no finished checkpoint of step 15; there are \[10, 20\]"), ("step=x", "expected step=N")],
+    [
+        ("step=15", r"no finished checkpoint of step 15; there are \[10, 20\]"),
+        ("step=x", "--resume: got 'step=x', expected step=N with a number"),
+        ("step=²", "--resume: got 'step=²', expected step=N with a number"),
+    ],
 )
 def test_a_step_that_is_not_there(finished, resume, message):
     with pytest.raises(UserError, match=message):
@@ -195,8 +199,6 @@ def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_
     for nowhere in (tmp_path / "nowhere", one / "manifest.json"):
         with pytest.raises(UserError, match=r"--resume: .* is no folder; give auto, step=N, or that of a run"):
             claim(config_in(tmp_path / "fork-4"), str(nowhere))
-    with pytest.raises(UserError, match="--resume: got 'step=²', expected step=N with a number"):
-        claim(finished, "step=²")
 
 
 def test_a_fork_of_a_relative_path_is_for_ranks_that_work_elsewhere(finished, tmp_path, monkeypatch):
