@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from sdft_dist.continual.retention import Retention, normalised
+from sdft_dist.continual.retention import normalised, retention
 from sdft_dist.evaluate import Judged, accuracy, wilson
 from sdft_dist.recipe import load_config
 from sdft_dist.report import charts
@@ -34,7 +34,7 @@ def write_results(out: Path, tasks: Sequence[str], prior: Sequence[str], sequenc
 
 def results(tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) -> dict[str, Any]:
     """For each method: how many held-out rows of every set are right at the start and after every stage, a number
-    for each seed, and the measures of `Retention` for each seed."""
+    for each seed, and what `retention` measures for each seed."""
     names = (*tasks, *prior)
     found: dict[str, Any] = {"tasks": [*tasks], "prior": [*prior], "methods": {}}
     for method, seeds in sequences.items():
@@ -47,7 +47,7 @@ def results(tasks: Sequence[str], prior: Sequence[str], sequences: Sequences) ->
                 {name: [sum(row.right for row in own[i][name]) for own in by_seed] for name in names}
                 for i in range(1 + len(tasks))
             ],
-            "measures": [Retention(tasks, prior, own).measures() for own in accuracies],
+            "measures": [retention(tasks, prior, own) for own in accuracies],
         }
     return found
 

@@ -1,70 +1,42 @@
-"""What a model that is taught one task after another keeps: pure arithmetic on its accuracies.
-
-Average accuracy, backward and forward transfer as in Lopez-Paz and Ranzato (arXiv 1706.08840, section 2),
-forgetting as in Chaudhry et al. (arXiv 1801.10112, definition 3).
-"""
+"""What a model that is taught one task after another keeps: pure arithmetic on its accuracies."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class Retention:
-    """`stages[i][name]` is the accuracy, 0 to 1, on the held-out set `name` after `i` tasks, `stages[0]` that
-    of the start. `tasks` are the sets of the tasks in the order in which they were taught, `prior` the others."""
+def retention(
+    tasks: Sequence[str], prior: Sequence[str], stages: Sequence[Mapping[str, float]]
+) -> dict[str, float | None]:
+    """Means by name, None where there is nothing to take one of:
+    - average: accuracy at the end, over the tasks taught;
+    - forgetting: the best accuracy after a task's own stage and before the last one, minus that at the end; over all
+      tasks but the last;
+    - backward transfer: accuracy at the end minus that just after a task's own stage; over all tasks but the last;
+    - forward transfer: accuracy just before a task's own stage minus that at the start; over all tasks but the first;
+    - prior, start and prior, end: accuracy over the prior sets.
 
-    tasks: Sequence[str]
-    prior: Sequence[str]
-    stages: Sequence[Mapping[str, float]]
+    `stages[i][name]` is the accuracy, 0 to 1, on the held-out set `name` after `i` tasks. `tasks` are the sets of the
+    tasks in the order in which they are taught, `prior` the others. Average and transfer are those of Lopez-Paz and
+    Ranzato (arXiv 1706.08840, section 2), forgetting that of Chaudhry et al. (arXiv 1801.10112, definition 3).
+    """
+    start, end = stages[0], stages[-1]
+    taught = tasks[: len(stages) - 1]
+    earlier = list(enumerate(taught[:-1], start=1))  # with the numbers of their own stages
+    return {
+        "average": _mean(end[task] for task in taught),
+        "forgetting": _mean(max(stage[task] for stage in stages[i:-1]) - end[task] for i, task in earlier),
+        "backward transfer": _mean(end[task] - stages[i][task] for i, task in earlier),
+        "forward transfer": _mean(stages[i][task] - start[task] for i, task in enumerate(taught) if i),
+        "prior, start": _mean(start[name] for name in prior),
+        "prior, end": _mean(end[name] for name in prior),
+    }
 
-    @property
-    def taught(self) -> int:
-        """How many tasks were taught so far."""
-        return len(self.stages) - 1
 
-    def average(self) -> float:
-        """Mean accuracy over the tasks taught, at the end."""
-        return statistics.mean(self.stages[-1][task] for task in self.tasks[: self.taught])
-
-    def prior_mean(self, stage: int = -1) -> float | None:
-        """Mean accuracy on the prior sets after a stage; None where there is no such set."""
-        return statistics.mean(self.stages[stage][name] for name in self.prior) if self.prior else None
-
-    def backward_transfer(self) -> float | None:
-        """Mean over all but the last task of accuracy at the end minus accuracy just after its own stage; None
-        before the second stage."""
-        found = [self.stages[-1][task] - self.stages[i][task] for i, task in self._earlier()]
-        return statistics.mean(found) if found else None
-
-    def forgetting(self) -> float | None:
-        """Mean over all but the last task of its best accuracy before the last stage, from its own stage on,
-        minus that at the end; None before the second stage."""
-        found = [max(stage[task] for stage in self.stages[i:-1]) - self.stages[-1][task] for i, task in self._earlier()]
-        return statistics.mean(found) if found else None
-
-    def forward_transfer(self) -> float | None:
-        """Mean over all but the first task of accuracy just before its own stage minus that of the start; None
-        before the second stage."""
-        found = [self.stages[i][task] - self.stages[0][task] for i, task in enumerate(self.tasks[: self.taught]) if i]
-        return statistics.mean(found) if found else None
-
-    def measures(self) -> dict[str, float | None]:
-        """All of them by name."""
-        return {
-            "average": self.average(),
-            "forgetting": self.forgetting(),
-            "backward transfer": self.backward_transfer(),
-            "forward transfer": self.forward_transfer(),
-            "prior, start": self.prior_mean(0),
-            "prior, end": self.prior_mean(),
-        }
-
-    def _earlier(self) -> list[tuple[int, str]]:
-        """The tasks before the last one taught, each with the number of the stage that ended with it."""
-        return list(enumerate(self.tasks[: self.taught - 1], start=1)) if self.taught > 1 else []
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.mean(found) if found else None
 
 
 def normalised(value: float, start: float, best: float) -> float | None:
