@@ -89,16 +89,12 @@ class Engine:
         is under way."""
         from vllm import SamplingParams
 
-        version, engine, found = self._serving_version(), self._llm.llm_engine, {}
-        names = [self._new_id() for _ in sequences]
+        salts = [str(self._serving_version())] * len(sequences)
         how = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        for name, tokens in zip(names, sequences, strict=True):
-            engine.add_request(name, {"prompt_token_ids": tokens.tolist(), "cache_salt": str(version)}, how)
-        while engine.has_unfinished_requests():
-            found.update({o.request_id: o.prompt_logprobs for o in self._engine_step() if o.finished})
         scores = []
-        for name, tokens, start in zip(names, sequences, starts, strict=True):
-            own = [place[int(token)] for place, token in zip(found[name][start:], tokens[start:], strict=True)]
+        for answer, tokens, start in zip(self._answers(sequences, salts, how), sequences, starts, strict=True):
+            places = answer.prompt_logprobs[start:]
+            own = [place[int(token)] for place, token in zip(places, tokens[start:], strict=True)]
             scores.append((sum(token.logprob for token in own), all(token.rank == 1 for token in own)))
         return scores
 
@@ -205,15 +201,21 @@ class Engine:
         """Final hidden states [tokens that were computed, D], the last ones of each prompt."""
         from vllm import PoolingParams
 
-        version, engine, outputs = self._serving_version(), self._llm.llm_engine, {}
-        ids = [self._new_id() for _ in prompts]
-        for request_id, prompt_ids, salt in zip(ids, prompts, salts, strict=True):
-            prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": f"{version}/{salt}"}
-            how = PoolingParams(task="token_embed", skip_reading_prefix_cache=not reuse)
-            engine.add_request(request_id, prompt, how)
+        version = self._serving_version()
+        how = PoolingParams(task="token_embed", skip_reading_prefix_cache=not reuse)
+        answers = self._answers(prompts, [f"{version}/{salt}" for salt in salts], how)
+        return [answer.outputs.data for answer in answers]
+
+    def _answers(self, prompts: Sequence[np.ndarray], salts: Sequence[str], how: Any) -> list[Any]:
+        """vLLM's answers to `prompts`, in their order; `how` are their SamplingParams or PoolingParams. Needs that
+        nothing else is under way."""
+        engine, found = self._llm.llm_engine, {}
+        names = [self._new_id() for _ in prompts]
+        for name, prompt_ids, salt in zip(names, prompts, salts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": salt}, how)
         while engine.has_unfinished_requests():
-            outputs.update({o.request_id: o.outputs.data for o in self._engine_step() if o.finished})
-        return [outputs[i] for i in ids]
+            found.update({answer.request_id: answer for answer in self._engine_step() if answer.finished})
+        return [found[name] for name in names]
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group as a receiver."""
