@@ -121,8 +121,7 @@ class RunDir:
         return (self.path / "model").is_dir()
 
     def set_aside(self, step: int) -> None:
-        """Of a finished run that goes on from `step`, keep what it exported under another name: until its new end it
-        is not finished."""
+        """Rename what a finished run has exported, as it goes on from `step` and is not finished before its new end."""
         for name in EXPORTS:
             if (self.path / name).is_dir():
                 beside = self.path / f"{name}.until-{step:06d}"

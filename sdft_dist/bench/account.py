@@ -49,10 +49,10 @@ def processed(n: Lengths) -> dict[str, int]:
 def accounts(
     config: Config, lengths: Lengths, machine: Machine, device_s: Mapping[str, float], decode_batch: float
 ) -> dict[str, dict[str, float]]:
-    """Of each role of `device_s`, which holds device-seconds per sample by role ("sft": the learner's without a
-    teacher): these, what the plan predicts, tokens per device-second, peak memory, beside it what the plan predicts for
-    a GPU that it knows, and as `mfu` the share of the device's peak (by its data sheet where plan.GPUS has it, else of
-    a large product) that the model's own operations need."""
+    """What each role takes. `device_s` holds device-seconds per sample by role ("sft": the learner's without a
+    teacher). Beside them stand what the plan predicts, tokens per device-second, peak memory with the plan's figure
+    where it knows the GPU, and `mfu`: the share of the device's peak that the model's own operations need. The peak is
+    the data sheet's where plan.GPUS has the device, else that of a large product."""
     m, gpu, copies = read_dimensions(config), _gpu(config, machine), config.rollout.completions_per_prompt
     work, tokens, gib = flops(m, lengths, copies), processed(lengths), _predicted_gib(config, m, gpu)
     predicted = seconds(m, lengths, gpu, decode_batch=decode_batch, completions_per_prompt=copies)
@@ -70,8 +70,8 @@ def accounts(
 
 
 def _predicted_gib(config: Config, m: Dimensions, gpu: Gpu) -> dict[str, float]:
-    """Of one GPU by role, {} where its memory is not known: an engine takes its share, keys and values in what is left
-    of it."""
+    """GiB that the plan predicts on one GPU, by role; {} where the GPU is not known. An engine takes its whole share:
+    keys and values fill what the rest leaves."""
     if not gpu.memory_gib:
         return {}
     engines = {role: config.cluster.engine_memory(role) * gpu.memory_gib for role in ("generator", "teacher")}
@@ -90,9 +90,9 @@ def _gpu(config: Config, machine: Machine) -> Gpu:
 
 
 def time_shares(busy: dict[str, float], config: Config) -> dict[str, dict[str, float]]:
-    """What one actor of each role does with its time: its work; waiting for the messages of a push; its own part in it,
-    which is loading them, for a learner gathering them; and the rest, in which it waits for data. `busy` holds shares
-    over all actors of a role."""
+    """Shares of its time that one actor of each role gives to `work`; to `weights`, waiting for a push's messages; to
+    `sync`, loading weights or, a learner, gathering them; and to `data`, for which it waits in the rest. `busy` holds
+    shares added up over all actors of a role."""
     found = {}
     for role, size in sizes(config).items():
         spent = {what: busy.get(f"{role}/{what}", 0.0) / size.actors for what in (WORK[role], "await weights", *SYNC)}

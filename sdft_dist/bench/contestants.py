@@ -75,7 +75,7 @@ def contestant(config: Config, method: str, out: Path, *, fixed: bool) -> Ours:
 
 
 def devices(config: Config) -> int:
-    """Those that the method's roles take, in evaluation none. On CPU all share one."""
+    """GPUs that the method's roles take to train, without generators that only evaluate. On CPU all share one."""
     roles = ("learner", "generator", "teacher") if config.method == "sdft" else ("learner",)
     if resolve_device(config) == "cpu":
         return 1

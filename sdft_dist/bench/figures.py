@@ -189,8 +189,8 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def regression(report: dict[str, Any], baseline: dict[str, Any]) -> str | None:
-    """What has become more than 10% worse than in `baseline`, or None. Raises UserError where that is of
-    something else."""
+    """What has become more than 10% worse than in `baseline`, or None. Raises UserError where `baseline` is of another
+    measurement."""
     measure, name = ("batch_s", f"{report['role']} seconds") if "role" in report else ("sdft_over_sft", "SDFT / SFT")
     if report.get("role") != baseline.get("role") or measure not in baseline:
         raise UserError("--baseline: is not of the same kind of measurement")

@@ -208,9 +208,8 @@ def _mixture(plan: Plan, method: str, number: int, rows: DataConfig) -> Path:
 
 
 def write_mixtures(plan: Plan) -> None:
-    """Write the rows of all stages that rehearse: those of the task itself within data.limit, and as many of those
-    that the earlier stages taught, evenly, as make up the share; rows of a task that has too few come again. The same
-    whenever it is called. Raises DataError."""
+    """Write the rows of all stages that rehearse: the task's own within data.limit, and rows of the earlier tasks,
+    evenly, that make up the share; those of a task with too few repeat. Each call writes the same. Raises DataError."""
     for method, own in plan.methods.items():
         if not own.rehearse:
             continue
@@ -233,10 +232,10 @@ def _drawn(rng: random.Random, rows: list[Row], number: int) -> list[Row]:
 
 
 def continual(plan: Plan, console: Console | None = None) -> dict[str, Any]:
-    """Run what is missing of the plan; returns the results, which are also written into `out`. Raises UserError
-    where a stage was run before with other settings (of where and how fast it works others are taken), DataError where
-    a file is wrong: both before anything starts; Diverged that names the sequences that ended so, when all others are
-    done and their results are written."""
+    """Run what is missing of the plan; returns the results, which are also written into `out`. Raises, before anything
+    starts, UserError where a stage was run before with other settings (but for where and how fast it works) and
+    DataError where a file is wrong; and Diverged that names the sequences that diverged, when all others are done and
+    their results are written."""
     work = stages(plan)
     for stage in work:
         refuse_other_settings(stage.config, ignore=("cluster", "checkpoint", "trace"))

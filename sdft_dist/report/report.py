@@ -102,7 +102,7 @@ def _read(paths: Sequence[Path]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The ends of absolute paths, none of which is there twice: the last part of each, or as many as tell it from the
+    """A name for each of these absolute paths, which all differ: its last part, or as many parts as tell it from the
     others."""
     names, depth = [folder.name for folder in folders], 1
     while len(set(names)) < len(names):

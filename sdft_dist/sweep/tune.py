@@ -221,8 +221,8 @@ class Asking(Searcher):
                 )
 
     def _found(self, trial: Trial) -> float | None:
-        """What counts of a trial: the score of the weights that it exports, or the last so far; none are worse than
-        those that have diverged."""
+        """A trial's score: that of the weights that it exports, or the last so far; None before the first. One that has
+        diverged has 0: nothing is worse."""
         from sdft_dist.selection import exported, score
 
         if trial.state == "diverged":
