@@ -60,6 +60,11 @@ def wait_for(condition, process, what):
     wait_until(met, what)
 
 
+def wait_for_step(run, step, process):
+    """Waits until `step` is recorded; fails where the run ends first."""
+    wait_for(lambda: steps_done(run) >= step, process, f"step {step}")
+
+
 def pids_of(role, mark):
     """Processes of a role, of the run that carries `mark`."""
     return [pid for pid, command in marked(mark) if command.startswith(ROLES[role])]
@@ -124,7 +129,7 @@ def under_fire(config, folder, kills, seed):
     process, mark = start(config, folder)
     for _ in range(kills):
         goal = steps_done(run) + rng.randint(1, 4)
-        wait_for(lambda goal=goal: steps_done(run) >= goal, process, f"step {goal}")
+        wait_for_step(run, goal, process)
         # At any moment of a step; a second may be ten of them, after which too few are left for the other kills.
         time.sleep(rng.random() * statistics.median(m["time/step"] for m in read_metrics(run, "train")))
         role = rng.choice(list(ROLES))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for, wait_until
+from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, wait_for, wait_for_step, wait_until
 from processes import PATIENCE_S, ended, lab_config, nothing_left, start
 
 from sdft_dist.runlog import read_metrics
@@ -29,7 +29,7 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
     faults = ("generator killed", "teacher crashes", "learner rank killed")
     signals = (signal.SIGKILL, signal.SIGABRT, signal.SIGKILL)
     for fault, role, step, how in zip(faults, ROLES, (2, 4, 7), signals, strict=True):
-        wait_for(lambda step=step: steps_done(run) >= step, process, f"step {step}")
+        wait_for_step(run, step, process)
         record_property(fault, recovery(run, process, pids_of(role, mark)[0], how))
     ended(process)
     finished_alike(config, undisturbed)
@@ -54,7 +54,7 @@ def test_killed_engines_and_a_killed_learner_are_put_right(undisturbed, tmp_path
 def test_a_run_whose_cluster_is_gone_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     process, mark = start(lab_config(tmp_path, steps=5_000), tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "run") >= 2, process, "step 2")
+    wait_for_step(tmp_path / "run", 2, process)
     (head,) = [child for child in psutil.Process(process.pid).children() if child.name() == "gcs_server"]
     head.kill()
     output = ended(process, 4)
@@ -74,9 +74,9 @@ def test_hanging_engines_and_a_hanging_rank_are_ended(tmp_path, record_property)
     )
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "fire")
-    wait_for(lambda: steps_done(run) >= 2, process, "step 2")
+    wait_for_step(run, 2, process)
     record_property("generator hangs", recovery(run, process, pids_of("generator", mark)[0], signal.SIGSTOP))
-    wait_for(lambda: steps_done(run) >= 5, process, "step 5")
+    wait_for_step(run, 5, process)
     record_property("learner rank hangs", recovery(run, process, pids_of("learner rank", mark)[0], signal.SIGSTOP))
     ended(process)
     assert [m["step"] for m in read_metrics(run, "train")] == list(range(1, 9))
@@ -92,7 +92,7 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     config = lab(tmp_path / "run", STEPS, 1)
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "run")
-    wait_for(lambda: steps_done(run) >= 3, process, "step 3")
+    wait_for_step(run, 3, process)
     process.terminate()
     output = ended(process, 3)
     assert "is saved; go on with --resume auto" in output
@@ -103,7 +103,7 @@ def test_told_to_stop_and_killed_outright_a_run_goes_on_exactly(undisturbed, tmp
     assert "go on from step" in output
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
-    wait_for(lambda: steps_done(run) >= 8, process, "step 8")
+    wait_for_step(run, 8, process)
     process.kill()
     process.communicate(timeout=PATIENCE_S)
     # Ray's own agents notice the end of their node after a minute or two.
@@ -129,7 +129,7 @@ def test_told_to_stop_before_its_training_and_before_its_export_a_run_does_them_
     assert nothing_left(mark)
 
     process, mark = start(config, tmp_path / "run", "--resume", "auto")
-    wait_for(lambda: steps_done(run) >= STEPS, process, f"step {STEPS}")
+    wait_for_step(run, STEPS, process)
     process.terminate()
     output = ended(process, 3)
     assert f"asked to stop: step {STEPS} is saved; go on with --resume auto" in output
@@ -166,7 +166,7 @@ def test_one_of_two_generators_is_lost_while_rollouts_run_ahead(tmp_path, record
     run = Path(config.run_dir)
     process, mark = start(config, tmp_path / "fire")
     for step, which in ((2, 0), (6, -1)):
-        wait_for(lambda step=step: steps_done(run) >= step, process, f"step {step}")
+        wait_for_step(run, step, process)
         seconds = recovery(run, process, sorted(pids_of("generator", mark))[which])
         record_property("one of two generators killed, rollouts ahead", seconds)
     ended(process)
@@ -187,7 +187,7 @@ def test_a_rank_that_hangs_does_not_hold_up_a_preempted_run(tmp_path):
         tmp_path / "run", steps=STEPS, checkpoint={"every": 2, "grace_s": 5}, cluster={"timeout_s": 2 * PATIENCE_S}
     )
     process, mark = start(config, tmp_path / "run")
-    wait_for(lambda: steps_done(Path(config.run_dir)) >= 3, process, "step 3")
+    wait_for_step(Path(config.run_dir), 3, process)
     os.kill(pids_of("learner rank", mark)[0], signal.SIGSTOP)
     process.terminate()
     output = ended(process, 3)  # cluster.timeout_s is longer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for
+from chaos import ROLES, STEPS, finished_alike, lab, pids_of, recovery, steps_done, wait_for_step
 from processes import MARK, PATIENCE_S, ended, start
 from ray.cluster_utils import Cluster
 
@@ -81,7 +81,7 @@ def joined(cluster, folder, **settings):
     """A run on the cluster, and its process at step 2."""
     config = lab(folder, STEPS, 1).changed(cluster={"address": cluster.address, **settings})
     process, _ = start(config, folder, mark=cluster.mark)
-    wait_for(lambda: steps_done(Path(config.run_dir)) >= 2, process, "step 2")
+    wait_for_step(Path(config.run_dir), 2, process)
     return config, process
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from chaos import steps_done, wait_for
+from chaos import wait_for_step
 from processes import ended, lab_config, marked, nothing_left, start
 
 
@@ -21,7 +21,7 @@ def test_an_exception(tmp_path):
 
 def test_ctrl_c(tmp_path):
     process, mark = start(evaluated(tmp_path, steps=100_000), tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "run") >= 3, process, "step 3")
+    wait_for_step(tmp_path / "run", 3, process)
     assert len(marked(mark)) > 4, "Ray, a generator, a teacher and a learner must be running"
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the whole foreground group
     output = ended(process, 130)

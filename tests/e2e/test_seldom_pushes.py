@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from chaos import steps_done, wait_for
+from chaos import wait_for_step
 from processes import ended, lab_config, nothing_left, start
 
 
@@ -12,7 +12,7 @@ def test_told_to_stop_between_two_pushes_it_goes_on_to_the_next(tmp_path):
     """Where it stopped at once, a resumed run would have a teacher that the undisturbed one has only later."""
     config = lab_config(tmp_path, steps=40, teacher={"sync_every": 4}, checkpoint={"every": 40})
     process, mark = start(config, tmp_path)
-    wait_for(lambda: steps_done(Path(config.run_dir)) >= 1, process, "step 1")
+    wait_for_step(Path(config.run_dir), 1, process)
     process.terminate()
     ended(process, 3)
     (saved,) = (int(path.name.removeprefix("step-")) for path in (Path(config.run_dir) / "checkpoints").glob("step-*"))

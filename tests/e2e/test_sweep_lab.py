@@ -9,7 +9,7 @@ import uuid
 import pytest
 import ray
 import yaml
-from chaos import steps_done, wait_for, wait_until
+from chaos import wait_for_step, wait_until
 from processes import MARK, ended, nothing_left
 from ray import tune
 from rich.console import Console
@@ -102,7 +102,7 @@ def test_told_to_stop_a_sweep_s_trials_save_and_the_same_command_goes_on(tmp_pat
     fields = {"steps": 100, "eval.every": 100, "checkpoint.every": 0}
     (trial,) = trials(sheet(tmp_path, {"sdft": {"set": fields}}))
     process, mark = swept(tmp_path)
-    wait_for(lambda: steps_done(trial.run) >= 2, process, "step 2")
+    wait_for_step(trial.run, 2, process)
     process.terminate()
     output = ended(process, 3)
     assert "stopping: trials save, up to" in output
