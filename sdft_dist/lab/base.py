@@ -98,30 +98,13 @@ def cache_folder(settings: BaseSettings) -> Path:
 def _train(out: Path, s: BaseSettings, on_step: OnStep) -> None:
     import torch
     import torch.nn.functional as F
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from sdft_dist.lab.tokenizer import build_tokenizer
 
     torch.set_num_threads(s.num_threads)
     torch.manual_seed(s.seed)
     tokenizer = build_tokenizer()
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=s.hidden_size,
-            intermediate_size=2 * s.hidden_size,
-            num_hidden_layers=s.num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=s.hidden_size // 4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model = _new_model(s, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     warmup, steps = s.warmup_steps, s.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -142,6 +125,29 @@ def _train(out: Path, s: BaseSettings, on_step: OnStep) -> None:
         on_step(step + 1, loss.item())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _new_model(s: BaseSettings, tokenizer: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=s.hidden_size,
+            intermediate_size=2 * s.hidden_size,
+            num_hidden_layers=s.num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=s.hidden_size // 4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
 
 
 def _batch(examples: list[world.BaseExample], tokenizer: Any) -> tuple[Any, Any]:
