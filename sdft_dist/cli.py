@@ -150,6 +150,10 @@ def _add_training(subparsers: Subparsers) -> None:
         sub.add_argument("--dry-run", action="store_true", help=dry_run)
         sub.set_defaults(command=commands.train, method="sft" if name == "sft" else None)
 
+    fields = _command(subparsers, "fields", "what a recipe can say: every field, its default and meaning")
+    fields.add_argument("word", nargs="?", default="", metavar="WORD", help="only those with it in their names")
+    fields.set_defaults(command=commands.fields)
+
 
 def _add_measuring(subparsers: Subparsers) -> None:
     check = _with_recipe(_command(subparsers, "preflight", "check data and model before any training"))

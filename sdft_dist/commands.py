@@ -69,6 +69,15 @@ def _dry_run(config: Config) -> None:
         print("# checkpoint.every=0: after a loss of the learner a run begins anew; what is saved is its end")
 
 
+def fields(args: argparse.Namespace) -> None:
+    """`sdft fields`."""
+    import shutil
+
+    from sdft_dist.fields import describe
+
+    print(describe(args.word, width=min(120, shutil.get_terminal_size().columns)))
+
+
 def preflight(args: argparse.Namespace) -> None:
     """`sdft preflight`."""
     from sdft_dist.recipe import load_config

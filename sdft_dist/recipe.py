@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from sdft_dist.config import Config, Section
 from sdft_dist.errors import ConfigError
@@ -175,7 +176,7 @@ OVER_A_PRESET = "; sizes, models and tasks go over a preset: sdft train deploy/r
 def _explain(root: type[Section], err: Any) -> str:
     where = ".".join(str(part) for part in err["loc"])
     if err["type"] == "extra_forbidden":
-        elsewhere = [name for name in _dotted(root) if name.rpartition(".")[2] == err["loc"][-1]]
+        elsewhere = [name for name, _ in dotted_fields(root) if name.rpartition(".")[2] == err["loc"][-1]]
         if elsewhere:
             return f"{where}: no such field; did you mean {' or '.join(elsewhere)}?"
         valid = _valid_names(root, err["loc"][:-1])
@@ -186,7 +187,7 @@ def _explain(root: type[Section], err: Any) -> str:
         # Told once where both are missing.
         layer = where == "data" or (where == "model" and "data" in err["input"])
         return f"{where}: is required and missing{OVER_A_PRESET if layer else ''}"
-    first = next((name for name in _dotted(root) if name.startswith(f"{where}.")), None)
+    first = next((name for name, _ in dotted_fields(root) if name.startswith(f"{where}.")), None)
     if err["type"] == "model_type" and first:
         return f"{where}: got {err['input']!r}, but it is a section; did you mean {first}=…?"
     message = err["msg"].removeprefix("Value error, ")
@@ -197,16 +198,16 @@ def _explain(root: type[Section], err: Any) -> str:
 
 def spelled(name: str) -> str:
     """A field's name with its sections before it, where only one is called so; else as it is."""
-    found = [dotted for dotted in _dotted(Config) if dotted.rpartition(".")[2] == name]
+    found = [dotted for dotted, _ in dotted_fields(Config) if dotted.rpartition(".")[2] == name]
     return found[0] if len(found) == 1 else name
 
 
-def _dotted(section: Any, prefix: str = "") -> Iterator[str]:
-    """Every section and field below `section`, with its sections' names before it."""
+def dotted_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every section and field below `section`, by its name with its sections' before it."""
     for name, field in section.model_fields.items():
-        yield f"{prefix}{name}"
+        yield f"{prefix}{name}", field
         if hasattr(field.annotation, "model_fields"):
-            yield from _dotted(field.annotation, f"{prefix}{name}.")
+            yield from dotted_fields(field.annotation, f"{prefix}{name}.")
 
 
 def _valid_names(root: type[Section], loc: tuple[Any, ...]) -> list[str]:
