@@ -66,5 +66,5 @@ $(VENV): python3 -m venv venv && venv/bin/pip install -e '.[gpu,dev]', then make
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-clean-clone-test: ## clone HEAD into an empty folder, set it up there and run all its tests
+clean-clone-test: ## clone HEAD into an empty folder, set it up there and run its tests, as test does
 	@folder=$$(mktemp -d) && git clone --quiet . $$folder/sdft-dist && $(MAKE) -C $$folder/sdft-dist test && rm -rf $$folder
