@@ -303,7 +303,7 @@ def test_help_tells_exit_codes_shapes_and_how_a_sweep_is_looked_at(capsys):
         return " ".join(capsys.readouterr().out.split())
 
     assert "Exit codes: 0 done;" in shown()
-    assert "usage: sdft sweep [-h] [--dry-run] [status | report] SWEEP.yaml whole" in shown("sweep")
+    assert "usage: sdft sweep [-h] [--dry-run] [status | report] SWEEP.yaml run" in shown("sweep")
     for command in ("bench", "plan"):
         text = shown(command).replace("- ", "-")  # broken at a hyphen
         assert ", ".join(SHAPES) in text
