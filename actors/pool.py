@@ -40,6 +40,7 @@ class Pool:
         self._start_timeout_s = start_timeout_s or timeout_s
         self._make = make  # a new actor in the place of a dead one, by its index
         self.lost: dict[int, str] = {}  # actors that serve nothing, and why
+        self.busy: Callable[[int], bool] = lambda index: False  # whether calls are under way at an actor; see stream.py
         self._dead: set[int] = set()
 
     def wait_ready(self) -> None:
@@ -98,9 +99,10 @@ class Pool:
             raise error
         self.lost.setdefault(index, obituary(error))
 
-    def look(self) -> None:
-        """Note actors that have died while they had nothing to do, which no call has told of."""
-        self._ask_all(lambda actor: actor.__ray_ready__.remote(), "to be there")
+    def look(self, *, busy_too: bool = True) -> None:
+        """Note actors that have died while they had nothing to do, which no call has told of. Without `busy_too` those
+        with calls under way are not asked: these calls will tell, and an answer would come after them."""
+        self._ask_all(lambda actor: actor.__ray_ready__.remote(), "to be there", busy_too=busy_too)
 
     def push_failed(self, index: int, actor: Any, error: Exception) -> None:
         """Note that `actor` did not take a push in whole, whatever the reason."""
@@ -152,9 +154,10 @@ class Pool:
         """Ask every actor to take in a push; returns references to wait for."""
         return [actor.receive.remote(manifest) for actor in self.actors]
 
-    def _ask_all(self, send: Callable[[Any], Any], what: str) -> None:
+    def _ask_all(self, send: Callable[[Any], Any], what: str, *, busy_too: bool = True) -> None:
         """Send a call to every actor that is not lost, and note those that are lost by it."""
-        asked = [(i, send(actor)) for i, actor in enumerate(self.actors) if i not in self.lost]
+        well = [i for i in range(len(self.actors)) if i not in self.lost and (busy_too or not self.busy(i))]
+        asked = [(i, send(self.actors[i])) for i in well]
         for index, ref in asked:
             try:
                 self._wait([ref], what)

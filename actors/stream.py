@@ -61,6 +61,8 @@ class Stream:
         self._due = 0  # the step that the learner takes next
         self.teacher_version = 0  # of the last push that was sent to the teachers
         self.mend: Callable[[], None] | None = None  # puts lost engines right, between two optimizer steps
+        generators.busy = lambda g: bool(self._rolling[g])
+        teachers.busy = lambda t: bool(self._scoring[t])
 
     def submit(self, keys: Sequence[SampleKey]) -> None:
         """Start rollouts. Completions of one prompt go to one generator, which then reads it once."""

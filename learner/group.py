@@ -36,7 +36,7 @@ class Receivers(Protocol):
     transport: TransportKind
     lost: dict[int, str]
 
-    def look(self) -> None: ...
+    def look(self, *, busy_too: bool) -> None: ...
     def join_push(self, host: str, port: int, keep: str | None) -> list[Any]: ...
     def receive(self, manifest: WeightManifest) -> list[Any]: ...
     def push_failed(self, index: int, actor: Any, error: Exception) -> None: ...
@@ -123,10 +123,8 @@ class LearnerGroup:
         Targets of teachers older than `oldest_in_flight` must not come any more. Without `wait`, a
         receiver's failure is noted by `receivers`.
         """
-        # A broadcast to one that is gone never ends. Generators that run ahead have a call under way, which tells.
-        busy = receivers.role == "generators" and self.config.rollout.max_staleness > 0
-        if receivers.transport == "nccl" and not busy:
-            receivers.look()
+        if receivers.transport == "nccl":  # a broadcast to one that is gone never ends
+            receivers.look(busy_too=False)
             if receivers.lost:
                 if wait:
                     raise NotServing(f"{receivers.role} before a push: {receivers.lost}")

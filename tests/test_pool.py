@@ -85,6 +85,16 @@ def test_one_that_died_while_it_had_nothing_to_do_is_found():
     assert [actor.asked for actor in there] == [["__ray_ready__"] * 2] * 2
 
 
+def test_one_that_has_calls_under_way_is_not_waited_for_before_a_push():
+    """Its answer would come after them, and the learner stand idle as long; its end is told by them."""
+    one = pool(3)
+    one.busy = lambda index: index == 1
+    one.look(busy_too=False)
+    assert [actor.asked for actor in one.actors] == [["__ray_ready__"], [], ["__ray_ready__"]]
+    one.look()
+    assert one.actors[1].asked == ["__ray_ready__"]
+
+
 def test_an_error_of_the_program_is_no_loss():
     one = pool()
     with pytest.raises(KeyError):

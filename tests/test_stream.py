@@ -221,6 +221,18 @@ def test_the_oldest_teacher_that_can_still_come():
     assert path.oldest_teacher_version() == 5
 
 
+def test_pools_know_who_has_calls_under_way():
+    events = FakeEvents()
+    path = stream([generator(), generator()], [teacher()], events)
+    (generators, teachers) = path.pools
+    path.submit(keys(0, problems=1))
+    assert [generators.busy(0), generators.busy(1), teachers.busy(0)] == [True, False, False]
+    events.run(events.pending[0])
+    assert [generators.busy(0), generators.busy(1), teachers.busy(0)] == [False, False, True]
+    events.run(events.pending[0])
+    assert not teachers.busy(0)
+
+
 def test_a_timeout_says_who_was_waited_for():
     silent = FakeActor("rollout", lambda keys, slice_s: Rollout(samples=[], span=NOTHING))
     path = stream([silent], [teacher()], slice_s=None)
