@@ -20,10 +20,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_modifyitems(items):
-    """Everything in tests/e2e uses the real stack."""
+    """Everything in tests/e2e uses the real stack. Whole runs on a GPU come last: `make gpu` may have no time for all
+    of them, and what is quick has been said by then."""
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+    items.sort(key=lambda item: {"e2e", "gpu"} <= {marker.name for marker in item.iter_markers()})
 
 
 @pytest.fixture(scope="session")

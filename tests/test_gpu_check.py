@@ -124,6 +124,32 @@ def test_tests_and_figures_share_a_budget_and_figures_come_whatever_the_tests_sa
     assert int(figures.split()[-1]) <= 3
 
 
+class Item:
+    """A test as pytest collects it."""
+
+    def __init__(self, path, *marks):
+        self.path, self.marks = path, [*marks]
+
+    def add_marker(self, mark):
+        self.marks.append(mark)
+
+    def iter_markers(self):
+        return iter(self.marks)
+
+
+def test_whole_runs_on_a_gpu_come_after_what_is_quick(request):
+    (ours,) = (plugin for plugin in request.config.pluginmanager.get_plugins()
+               if getattr(plugin, "__file__", None) == str(ROOT / "tests" / "conftest.py"))  # fmt: skip
+    run, other, quick = (
+        Item("tests/e2e/a.py", pytest.mark.gpu),
+        Item("tests/e2e/b.py"),
+        Item("tests/c.py", pytest.mark.gpu),
+    )
+    items = [run, other, quick]
+    ours.pytest_collection_modifyitems(items)
+    assert items == [other, quick, run]
+
+
 def test_a_used_folder_is_refused_before_the_tests(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lab.json").touch()
