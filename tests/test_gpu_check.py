@@ -18,18 +18,21 @@ import torch
 from learner.lora import attach
 from learner.model import load_causal_lm
 from sdft_dist.adapters import half_of
-from sdft_dist.bench import gpu_check
+from sdft_dist.bench import gpu_check, gpu_checks
 from sdft_dist.bench.gpu_check import all_checks, sdft_over_sft
 from sdft_dist.bench.gpu_checks import (
     ACCOUNT,
     DECODE,
     ENGINES,
+    LARGE,
     LENGTHS,
     OFFLOADED,
+    SIZES,
     SLOWER,
     TUNED,
     _by_load,
     _state_differences,
+    largest,
     load,
     loss,
     recipe,
@@ -192,6 +195,23 @@ def test_the_learner_fits_an_h200(tmp_path, fields):
     shape = "qwen3-8b" if "learner.offload=optimizer" in fields else "qwen3-4b"
     config = recipe(tmp_path, "cuda", "lab", list(fields))
     assert memory_gib(config, dimensions(SHAPES[shape]), 1)["learner"] < USABLE * GPUS["h200"].memory_gib
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "shape", "large"),
+    [
+        ("h200", 256, "qwen3-4b", "qwen3-8b"),
+        ("h200", 128, "qwen3-4b", "qwen3-4b"),
+        ("h100", 128, "qwen3-1.7b", "qwen3-4b"),
+        ("h100", 8, "qwen3-1.7b", "qwen3-0.6b"),
+    ],
+)
+def test_what_is_measured_is_what_the_machine_holds(monkeypatch, gpu, host, shape, large):
+    """With 22 bytes a parameter 4B do not fit 80 GB: half of the checks would end for want of memory."""
+    monkeypatch.setattr(gpu_checks, "gpu_gib", lambda: GPUS[gpu].memory_gib)
+    monkeypatch.setattr(gpu_checks, "host_memory_gib", lambda: host)
+    assert largest(SIZES, "cuda", TUNED) == shape
+    assert largest(LARGE, "cuda", (*TUNED, *OFFLOADED)) == large
 
 
 def test_the_recipe_puts_all_roles_on_one_gpu_and_its_inputs_are_made_once(tmp_path):

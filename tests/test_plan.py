@@ -20,6 +20,7 @@ SHORT, LONG = (Lengths(prompt=p, demonstration=d, completion=c) for p, d, c in (
 def test_parameters_are_those_of_the_published_models():
     assert dimensions(SHAPES["qwen3-4b"]).total == pytest.approx(4.02e9, rel=0.005)
     assert dimensions(SHAPES["qwen3-8b"]).total == pytest.approx(8.19e9, rel=0.005)
+    assert dimensions(SHAPES["qwen3-1.7b"]).total == pytest.approx(1.72e9, rel=0.005)
     assert dimensions(SHAPES["qwen3-0.6b"]).total == pytest.approx(0.596e9, rel=0.005)
 
 

@@ -24,15 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_dist.bench.gpu_checks import (
+    LARGE,
     LENGTHS,
     LOSS,
     OFFLOADED,
+    SIZES,
     SLOWER,
     SMALL_LOSS,
+    TUNED,
     Figures,
     agreement,
     engines,
     lab,
+    largest,
     learner,
     loss,
 )
@@ -47,19 +51,19 @@ def main() -> None:
     """Run all checks, or one of them for itself."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="new folder")
-    parser.add_argument("--shape", default="qwen3-4b", help="of `sdft bench --synthetic-model` (default: %(default)s)")
-    parser.add_argument("--large", default="qwen3-8b", help="the shape that is tried with optimizer offload")
+    fits = "default: the first that this machine holds of"
+    parser.add_argument("--shape", help=f"of `sdft bench --synthetic-model` ({fits} {', '.join(SIZES)})")
+    parser.add_argument("--large", help=f"the shape that is tried with optimizer offload ({fits} {', '.join(LARGE)})")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds of one check (default: %(default)s)")
     parser.add_argument("--within", type=int, default=1 << 20, help="seconds of all; what does not fit is left out")
     parser.add_argument("--skip", nargs="*", default=[], help="names of checks to leave out")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    checks = all_checks(args)
     if args.only:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # else unheard in the background of a script
         found: Figures = {}
-        for part in checks[args.only]():
+        for part in all_checks(args)[args.only]():
             found |= part
             write_whole(_file(args.out, args.only), json.dumps(found, indent=1) + "\n")
         return
@@ -70,7 +74,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.within
     table = Table("check", "figure", "value", "seconds")
-    for name in [name for name in checks if name not in args.skip]:
+    for name in [name for name in all_checks(args) if name not in args.skip]:
         started = time.monotonic()
         failed = _in_a_process(name, args, min(args.limit, end - started))
         written = _read(args.out, name) | failed
@@ -93,7 +97,9 @@ def _in_a_process(name: str, args: argparse.Namespace, limit_s: float) -> dict[s
     if limit_s < 1:
         return {"failed": f"no time was left (--within {args.within})"}
     command = [sys.executable, "-m", "sdft_dist.bench.gpu_check", "--only", name, "--out", str(args.out)]
-    command += ["--shape", args.shape, "--large", args.large, "--device", args.device]
+    command += ["--device", args.device]
+    for option, shape in (("--shape", args.shape), ("--large", args.large)):
+        command += [option, shape] if shape else []
     log = args.out / f"{name}.log"
     with log.open("w") as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as process:
         try:
@@ -130,17 +136,19 @@ def sdft_over_sft(out: Path, length: str, what: str) -> float | None:
 def all_checks(args: argparse.Namespace) -> dict[str, Check]:
     """By name what each one measures, what matters most first; "agreement" stands on the run of "lab"."""
     train = partial(learner, args.out, args.device)
+    shape = partial(largest, [args.shape] if args.shape else SIZES, args.device, TUNED)
+    large = partial(largest, [args.large] if args.large else LARGE, args.device, (*TUNED, *OFFLOADED))
     checks: dict[str, Check] = {
-        "sft": partial(train, args.shape, LENGTHS, method="sft"),
-        "learner": partial(train, args.shape, LENGTHS),
-        "engines": partial(engines, args.out, args.device, args.shape),
+        "sft": partial(train, shape, LENGTHS, method="sft"),
+        "learner": partial(train, shape, LENGTHS),
+        "engines": partial(engines, args.out, args.device, shape),
         "loss": partial(loss, args.device, **(LOSS if args.device == "cuda" else SMALL_LOSS)),
         "lab": partial(lab, args.out, args.device),
         "agreement": partial(agreement, args.out),
-        "large": partial(train, args.large, ["short"], batch=16, more=OFFLOADED),
+        "large": partial(train, large, ["short"], batch=16, more=OFFLOADED),
     }
     for name, fields in SLOWER.items():
-        checks[f"sft-{name}"] = partial(train, args.shape, ["short"], method="sft", more=fields)
+        checks[f"sft-{name}"] = partial(train, shape, ["short"], method="sft", more=fields)
     return checks
 
 

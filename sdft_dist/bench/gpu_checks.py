@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_dist.bench.roles import Load
-from sdft_dist.bench.synthetic import parse_lengths, synthetic
+from sdft_dist.bench.synthetic import MARGIN, parse_lengths, synthetic
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.recipe import load_config
@@ -27,6 +27,8 @@ RECIPE = Path(__file__).parents[2] / "deploy" / "recipes" / "paper.yaml"
 LENGTHS = {"short": "300/400/400", "long": "1000/600/600"}
 ROWS = 256  # of each length
 REPEATS = 3
+SIZES = ("qwen3-4b", "qwen3-1.7b", "qwen3-0.6b")  # of what is measured with the optimizer on the GPU
+LARGE = ("qwen3-8b", *SIZES)  # and in host memory
 DECODE = {"short": (64, 128, 256), "long": (128, 192)}  # requests at a time; SDFT/SFT goes by the fastest
 SMALL_DECODE = {"short": (2, 4, 8), "long": (4, 6)}
 LOSS = {"tokens": 8192, "width": 4096, "vocab": 128_256}
@@ -48,6 +50,39 @@ ENGINES = (
     "cluster.teacher_memory=0.2",
 )  # fmt: skip
 Figures = dict[str, float]
+
+
+def largest(shapes: Sequence[str], device: str, more: Sequence[str]) -> str:
+    """The first of `shapes`, large to small, whose learner with the fields `more` this machine holds by the plan, or
+    the last; without a GPU the first."""
+    if device == "cpu" or len(shapes) == 1:
+        return shapes[0]
+    from sdft_dist.bench.synthetic import SHAPES
+    from sdft_dist.planning.dimensions import dimensions
+    from sdft_dist.planning.memory import host_gib, memory_gib
+    from sdft_dist.planning.plan import USABLE
+
+    context = max(sum(parse_lengths(length)) for length in LENGTHS.values()) + MARGIN
+    config = settings({"model.path": "", "data.train": "", "model.max_length": context}, device, [ALONE, *more])
+    on_gpu, on_host = USABLE * gpu_gib(), host_memory_gib()
+    sizes = ((shape, dimensions(SHAPES[shape])) for shape in shapes)
+    fitting = (
+        shape for shape, m in sizes
+        if memory_gib(config, m, 1)["learner"] <= on_gpu and host_gib(config, m, 1) <= on_host
+    )  # fmt: skip
+    return next(fitting, shapes[-1])
+
+
+def gpu_gib() -> float:
+    """Memory of this process's GPU."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+
+
+def host_memory_gib() -> float:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def lab(out: Path, device: str) -> Iterator[Figures]:
@@ -113,7 +148,7 @@ def _state_differences(config: Config, problems: Sequence[Any], targets: Sequenc
     return torch.cat(differences)
 
 
-def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
+def engines(out: Path, device: str, shape: Callable[[], str]) -> Iterator[Figures]:
     """A generator and a teacher that share the learner's device, on random weights of a published shape: pushes to
     them, and whether they then hold what the learner does; each by itself."""
     import torch
@@ -126,7 +161,7 @@ def engines(out: Path, device: str, shape: str) -> Iterator[Figures]:
     from sdft_dist.session import ray_session
     from sdft_dist.topology import push_transport
 
-    config = recipe(out, device, shape, list(ENGINES))
+    config = recipe(out, device, shape(), list(ENGINES))
     # Random weights end a completion only by chance.
     ours = contestant(config, "sdft", out / "engines", fixed=False)
     ours = replace(ours, inputs=replace(ours.inputs, stop_ids=[]))
@@ -193,7 +228,7 @@ def _halved(rank: Any, role: str) -> tuple[int, int]:
 def learner(
     out: Path,
     device: str,
-    shape: str,
+    shape: Callable[[], str],
     lengths: Iterable[str],
     *,
     batch: int = 32,
@@ -208,14 +243,18 @@ def learner(
     from sdft_dist.planning.memory import host_gib, memory_gib
     from sdft_dist.session import ray_session
 
-    folder = out / "-".join(["learner", shape, method, *more])
-    ours = contestant(recipe(out, device, shape, [ALONE, *TUNED, *more]), method, folder, fixed=False)
+    name = shape()
+    folder = out / "-".join(["learner", name, method, *more])
+    ours = contestant(recipe(out, device, name, [ALONE, *TUNED, *more]), method, folder, fixed=False)
     config, dimensions = ours.config, read_dimensions(ours.config)
-    needed = host_gib(config, dimensions, 1)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    needed, there = host_gib(config, dimensions, 1), host_memory_gib()
     if needed > there:
-        raise UserError(f"{shape}: its optimizer needs {needed:.0f} GiB of host memory, {there:.0f} are there")
-    yield {"predicted_gib": memory_gib(config, dimensions, 1)["learner"], "host_gib": needed}
+        raise UserError(f"{name}: its optimizer needs {needed:.0f} GiB of host memory, {there:.0f} are there")
+    yield {
+        "parameters": float(dimensions.total),
+        "predicted_gib": memory_gib(config, dimensions, 1)["learner"],
+        "host_gib": needed,
+    }
     loads = [load("learner", length, batch) for length in lengths]
     start = launch(config, ours.inputs, engines=())
     with ray_session(config), start as fleet:
@@ -319,7 +358,11 @@ def recipe(out: Path, device: str, shape: str, more: list[str]) -> Config:
     if not made.is_file():
         overrides = synthetic(made.parent, shape, list(LENGTHS.values()), ROWS, "bfloat16")
         made.write_text(json.dumps(overrides))
-    fields = json.loads(made.read_text())
+    return settings(json.loads(made.read_text()), device, more)
+
+
+def settings(fields: dict[str, Any], device: str, more: Sequence[str]) -> Config:
+    """The paper's recipe with all roles on one device. Raises UserError where the recipe is not there."""
     if not RECIPE.is_file():
         raise UserError(f"{RECIPE}: is not there: run this in a clone of the repository")
     small = ["data.max_prompt_tokens=null", "learner.ranks=1", "learner.zero_stage=2"]

@@ -19,6 +19,7 @@ _FIELDS = (
 _SIZES = {
     "lab": (102, 128, 384, 4, 4, 2, 32, True),
     "qwen3-0.6b": (151_936, 1024, 3072, 28, 16, 8, 128, True),
+    "qwen3-1.7b": (151_936, 2048, 6144, 28, 16, 8, 128, True),
     "qwen3-4b": (151_936, 2560, 9728, 36, 32, 8, 128, True),
     "qwen3-8b": (151_936, 4096, 12_288, 36, 32, 8, 128, False),
     "qwen2.5-7b": (152_064, 3584, 18_944, 28, 28, 4, 128, False),
@@ -27,6 +28,7 @@ _SIZES = {
 }
 SHAPES: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, sizes, strict=True)) for name, sizes in _SIZES.items()}
 BLOCK = 1 << 23  # numbers, of random weights
+MARGIN = 16  # tokens of context beside those of a row
 NO_WORDS = 5  # ids of the lab's tokenizer: what is unknown, and control tokens
 
 
@@ -103,7 +105,7 @@ def synthetic(out: Path, shape: str, lengths: Sequence[str], num_rows: int, dtyp
         raise UserError(f"--synthetic-model: got {shape!r}, expected one of {', '.join(SHAPES)}")
     parsed = [parse_lengths(text) for text in lengths]
     out.mkdir(parents=True, exist_ok=True)
-    context = max(map(sum, parsed)) + 16
+    context = max(map(sum, parsed)) + MARGIN
     rows = write_rows(out / "rows.jsonl", shape, [(prompt, shown) for prompt, shown, _ in parsed], num_rows)
     return {
         "model.path": str(write_model(out / "model", shape, dtype, context)),
