@@ -32,6 +32,7 @@ from sdft_dist.bench.gpu_checks import (
     TUNED,
     _by_load,
     _state_differences,
+    engine_loads,
     largest,
     load,
     loss,
@@ -159,6 +160,15 @@ def test_a_used_folder_is_refused_before_the_tests(tmp_path):
     done, asked = make_gpu(tmp_path, tmp_path / "out")
     assert (asked, done.returncode) == ([], 2)
     assert f"{tmp_path}/out is already in use: give another as GPU_OUT=FOLDER" in done.stdout
+
+
+def test_what_a_ratio_needs_is_measured_before_the_rest():
+    loads = engine_loads(DECODE)
+    assert {(each.role, each.rows.start) for each in loads[:4]} == {
+        (role, load(role, length, 1).rows.start) for role in ("teacher", "generator") for length in LENGTHS
+    }
+    generators = [each for each in loads if each.role == "generator"]
+    assert [each.batch for each in generators] == [256, 192, 128, 128, 64]
 
 
 def test_the_account_is_of_the_batch_that_is_the_fastest():

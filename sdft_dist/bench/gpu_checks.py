@@ -11,9 +11,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,7 @@ def engines(out: Path, device: str, shape: Callable[[], str]) -> Iterator[Figure
     def note(role: str, index: int, span: Any) -> None:
         spans.setdefault(f"push {role}: {span.what} s", []).append(span.end - span.start)
 
-    decode = DECODE if device == "cuda" else SMALL_DECODE
-    loads = [load("generator", length, batch) for length in LENGTHS for batch in decode[length]]
-    loads += [load("teacher", length, 64) for length in LENGTHS]
+    loads = engine_loads(DECODE if device == "cuda" else SMALL_DECODE)
     start = launch(config, ours.inputs, on_span=note)
     with ray_session(config), start as fleet:
         pools = (fleet.generators, fleet.teachers)
@@ -196,6 +195,14 @@ def engines(out: Path, device: str, shape: Callable[[], str]) -> Iterator[Figure
                     f"{role} keys and values predicted_gib": share - own[role],
                 }
         yield from _by_load(loads, bench_loads(ours, fleet, loads, REPEATS), lambda load: f"{load.role} ")
+
+
+def engine_loads(decode: Mapping[str, Sequence[int]]) -> list[Load]:
+    """Of teachers and, in batches of `decode`, generators. A ratio needs one of each at both lengths: these come first,
+    as a check may be cut off, generators at the largest batch, which most likely is the fastest."""
+    teachers = [load("teacher", length, 64) for length in LENGTHS]
+    generators = ([load("generator", length, n) for n in sorted(decode[length], reverse=True)] for length in LENGTHS)
+    return teachers + [each for turn in zip_longest(*generators) for each in turn if each is not None]
 
 
 def equal_after_push(fleet: Any, pool: Any) -> bool:
