@@ -18,6 +18,7 @@ import numpy as np
 from actors.llm import Runner, make_llm
 from sdft_dist.config import Config
 from sdft_dist.errors import NotServing, is_broken_device
+from sdft_dist.memory import own_peak_gib
 from sdft_dist.types import Span, VersionSpan, WeightManifest
 from sdft_dist.wire import weight_sums
 
@@ -264,6 +265,11 @@ class Engine:
         (sums,) = self._llm.collective_rpc(_weight_sums)
         return sums
 
+    def peak_gib(self) -> float:
+        """Peak memory of this process, or of the one that has needed most of those that the engine spans, where it is
+        they that hold the GPUs' memory."""
+        return max(own_peak_gib(self.device), *self._llm.collective_rpc(_peak_gib, args=(self.device,)))
+
     def _serving_version(self) -> int:
         if self.version is None:
             raise NotServing("this engine has no whole set of weights: a push must succeed before it serves")
@@ -282,6 +288,10 @@ def _renewed(config: Config, runner: Runner) -> bool:
 
 def _wire_seconds(worker: Any) -> float:
     return worker.weight_transfer_engine.wire_s
+
+
+def _peak_gib(worker: Any, device: str) -> float:
+    return own_peak_gib(device)
 
 
 def _weight_sums(worker: Any) -> tuple[int, int]:

@@ -15,7 +15,6 @@ import numpy as np
 from actors.engine import Completion, Engine, Sampling
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
-from sdft_dist.memory import own_peak_gib
 from sdft_dist.pieces import sample_refs
 from sdft_dist.types import Rollout, Sample, SampleKey, Span, WeightManifest
 
@@ -116,7 +115,7 @@ class Generator:
 
     def peak_gib(self) -> float:
         """Peak memory of this actor."""
-        return own_peak_gib(self.engine.device)
+        return self.engine.peak_gib()
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""

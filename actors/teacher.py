@@ -17,7 +17,6 @@ from actors.engine import Engine
 from sdft_dist.config import Config
 from sdft_dist.errors import UserError
 from sdft_dist.logits import logit_transform
-from sdft_dist.memory import own_peak_gib
 from sdft_dist.pieces import fetch, split, train_items
 from sdft_dist.types import Sample, SampleRef, Scored, Span, TeacherTargets, WeightManifest
 
@@ -89,7 +88,7 @@ class Teacher:
 
     def peak_gib(self) -> float:
         """Peak memory of this actor."""
-        return own_peak_gib(self.engine.device)
+        return self.engine.peak_gib()
 
     def join_push(self, init_info: dict[str, Any]) -> None:
         """Join the push group."""

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import config_of
 
-from actors import llm
-from actors.engine import _renewed
+from actors import engine, llm
+from actors.engine import Engine, _renewed
 from actors.llm import _graph_sizes, make_llm, options_for
 from sdft_dist.errors import UserError
 
@@ -56,6 +56,16 @@ def test_teachers_may_take_less_memory_than_generators():
 )
 def test_only_weights_that_the_next_push_brings_may_be_forgotten_in_sleep(fields, generator, teacher):
     assert (_renewed(config_of(**fields), "generate"), _renewed(config_of(**fields), "pooling")) == (generator, teacher)
+
+
+def test_peak_memory_is_that_of_the_processes_that_an_engine_spans(monkeypatch):
+    """On GPUs the actor's own process holds nothing then."""
+    needed = iter([0.0, 5.0, 7.0])
+    monkeypatch.setattr(engine, "own_peak_gib", lambda device: next(needed))
+    spanning = object.__new__(Engine)
+    spanning.device = "cuda"
+    spanning._llm = SimpleNamespace(collective_rpc=lambda method, args: [method(rank, *args) for rank in range(2)])
+    assert spanning.peak_gib() == 7.0
 
 
 def test_generators_sample_from_float32_logits_as_learners_do():
