@@ -14,8 +14,8 @@ from sdft_dist.records import may_be_hub_id
 from sdft_dist.rundir import RunDir
 
 METHODS = {
-    "sdft": "self-distillation fine-tuning (SDFT, [arXiv 2601.19897](https://arxiv.org/abs/2601.19897)): the model, "
-    "shown the demonstration, teaches itself without it, on completions that it samples itself",
+    "sdft": "self-distillation fine-tuning (SDFT, [arXiv 2601.19897](https://arxiv.org/abs/2601.19897)): at every "
+    "token of its own completions, the model learned to predict what it predicts when it is shown the demonstration",
     "sft": "supervised fine-tuning on the demonstrations",
     "dft": "dynamic fine-tuning ([arXiv 2508.05629](https://arxiv.org/abs/2508.05629)) on the demonstrations",
 }

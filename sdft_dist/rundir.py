@@ -106,7 +106,8 @@ class RunDir:
     def open(cls, path: Path) -> RunDir:
         """An existing run, to read. Raises UserError where `path` holds none."""
         if not (path / "config.yaml").is_file():
-            raise UserError(f"{path}: is not a run directory (it has no config.yaml)")
+            missing = "it has no config.yaml" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{path} is not a run directory: {missing}")
         return cls(path)
 
     def release(self) -> None:

@@ -55,13 +55,15 @@ class RunLog:
         self._trace = Trace(trace) if trace else None
         self._watch = Watch()
         self._title, self._next_line = title, -math.inf
+        console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(compact=True),
-            console=console or Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
             speed_estimate_period=PACE_S,
         )
         self._task = self._progress.add_task(title, total=None, shown="starting")

@@ -30,7 +30,7 @@ def lines(tmp_path, clock, act, **terminal):
     console = Console(file=out, get_time=clock, width=200, **terminal)
     with RunLog(tmp_path, title="sdft", console=console) as log:
         act(log)
-        return out.getvalue().splitlines()
+    return out.getvalue().splitlines()
 
 
 def test_steps_are_told_now_and_then_and_what_happens_at_once(tmp_path, clock, monkeypatch):
