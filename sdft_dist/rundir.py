@@ -269,7 +269,7 @@ class RunDir:
         else:
             folder = Path(resume).absolute()  # ranks of a cluster that runs work in its folder, not in this one
             if not folder.is_dir():
-                raise UserError(f"--resume: {resume}: is no folder; give auto, step=N, or that of a run or checkpoint")
+                raise UserError(f"--resume: {resume}: no such folder; give auto, step=N, or a run or checkpoint")
             if (folder / "config.yaml").is_file():
                 folder = RunDir(folder).checkpoint(None)
         return Start(int(commits.read_manifest(folder)["step"]), folder)

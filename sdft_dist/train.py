@@ -105,7 +105,8 @@ def _telling_its_end(rundir: RunDir) -> Iterator[None]:
         yield
     except BaseException as error:  # Ctrl-C too is an end that the log tells of
         with suppress(OSError):  # of a full disk, which may be the end that is told of
-            rundir.say(f"ended: {type(error).__name__}: {brief(error)}")
+            name, why = type(error).__name__, brief(error)
+            rundir.say(f"ended: {name}" + (f": {why}" if why != name else ""))
         if isinstance(error, KeyboardInterrupt):
             steps = rundir.commits.steps()
             newest = f"step {steps[-1]} is saved: --resume auto goes on from there" if steps else "no step is saved"

@@ -197,7 +197,7 @@ def test_a_fork_begins_in_a_new_folder_at_another_runs_checkpoint(finished, tmp_
     with pytest.raises(UserError, match="no sound checkpoint"):
         claim(config_in(tmp_path / "fork-3"), str(tmp_path))
     for nowhere in (tmp_path / "nowhere", one / "manifest.json"):
-        with pytest.raises(UserError, match=r"--resume: .* is no folder; give auto, step=N, or that of a run"):
+        with pytest.raises(UserError, match=r"--resume: .* no such folder; give auto, step=N, or a run or checkpoint"):
             claim(config_in(tmp_path / "fork-4"), str(nowhere))
 
 
