@@ -31,8 +31,8 @@ class Inputs:
 
 def read_inputs(config: Config) -> Inputs:
     """Raises UserError where the model's folder or the rows are wrong."""
+    rows = load_training_rows(config.data, config.method)  # first: a hub that cannot be reached takes a minute
     tokenizer = load_tokenizer(config)
-    rows = load_training_rows(config.data, config.method)
     encoded = encode_problems(config, tokenizer, rows)
     ends = stop_ids(tokenizer, config.model)
     return Inputs(tokenizer=tokenizer, rows=rows, stop_ids=ends, **encoded._asdict())
