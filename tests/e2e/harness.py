@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 from helpers import Allocations, config_of
+from processes import PATIENCE_S
 
 from actors.pool import Pool
 from actors.rollout import Generator
@@ -202,7 +203,7 @@ def config_for(folder: Path, /, **sections: Any) -> Config:
         "rollout": {"max_completion_tokens": 12, "prompts_per_step": 8},
         "optim": {"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0},
         "learner": {"tokens_per_microbatch": 128},
-        "cluster": {"timeout_s": 120, "device": "cpu"},
+        "cluster": {"timeout_s": PATIENCE_S, "device": "cpu"},
     }
     return config_of(tree, **sections)
 
