@@ -40,7 +40,7 @@ words: setup ## teach three words in sequence by three methods with three seeds 
 test: setup ## the tests but for the next ones (13 to 35 minutes)
 	$(BIN)/python -m pytest -m "not slow and not chaos" $(TESTS)
 
-test-chaos: setup ## those that stop or kill parts of whole runs (12 to 22 minutes)
+test-chaos: setup ## those that stop or kill parts of whole runs (12 to 25 minutes)
 	$(BIN)/python -m pytest -m "chaos and not slow" $(TESTS)
 
 test-all: setup ## both, and those that do at length what others do in short or in parts
