@@ -266,8 +266,8 @@ class Engine:
         return sums
 
     def peak_gib(self) -> float:
-        """Peak memory of this process, or of the one that has needed most of those that the engine spans, where it is
-        they that hold the GPUs' memory."""
+        """Peak memory of the process that has needed most: this one, or one of those that a tensor-parallel engine
+        spans, which hold its GPUs' memory."""
         return max(own_peak_gib(self.device), *self._llm.collective_rpc(_peak_gib, args=(self.device,)))
 
     def _serving_version(self) -> int:

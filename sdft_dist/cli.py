@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_training(subparsers)
     _add_measuring(subparsers)
+    _add_results(subparsers)
+    _add_many_runs(subparsers)
+    _add_plan(subparsers)
     _add_lab(subparsers)
     _add_checkpoints(subparsers)
     return parser
@@ -181,6 +184,8 @@ def _add_measuring(subparsers: Subparsers) -> None:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=commands.bench)
 
+
+def _add_results(subparsers: Subparsers) -> None:
     page = _command(subparsers, "report", "write one page about a run, or comparing several")
     page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     page.add_argument("--out", type=_folder, required=True, help="new folder for index.html and its pictures")
@@ -201,6 +206,8 @@ def _add_measuring(subparsers: Subparsers) -> None:
     other.add_argument("--out", type=_folder, required=True, help="new folder for results.json and every row")
     other.set_defaults(command=commands.harness)
 
+
+def _add_many_runs(subparsers: Subparsers) -> None:
     sequence = _command(subparsers, "continual", "teach tasks one after another, with several methods")
     sequence.add_argument("plan", type=Path, help="YAML file; `sdft lab sequence` writes one")
     sequence.set_defaults(command=commands.continual)
@@ -216,6 +223,8 @@ def _add_measuring(subparsers: Subparsers) -> None:
     sweep.add_argument("--dry-run", action="store_true", help="list the trials")
     sweep.set_defaults(command=commands.sweep)
 
+
+def _add_plan(subparsers: Subparsers) -> None:
     what = "predict cost, memory and the split of GPUs, without starting anything"
     plan = _with_recipe(_command(subparsers, "plan", what))
     plan.add_argument("--gpu", default="h200", help="h200, h100 or a100 (default: %(default)s)")
